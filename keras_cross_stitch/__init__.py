@@ -1,13 +1,21 @@
 """Cross-stitch networks for Keras: T models that learn what to share."""
 
+from keras_cross_stitch.alpha import AlphaHistory, alpha_table, plot_alpha
 from keras_cross_stitch.cross_stitch import CrossStitch
+from keras_cross_stitch.learning_rate_groups import LearningRateGroups
 from keras_cross_stitch.networks import split, stitch
+from keras_cross_stitch.saved_model import export_saved_model
 from keras_cross_stitch.towers import alexnet, fcn_alexnet
 
 __all__ = [
+    "AlphaHistory",
     "CrossStitch",
+    "LearningRateGroups",
     "alexnet",
+    "alpha_table",
+    "export_saved_model",
     "fcn_alexnet",
+    "plot_alpha",
     "split",
     "stitch",
 ]

@@ -1,0 +1,126 @@
+"""What the runs of one seed come to: a table, two pictures and a SavedModel."""
+
+import csv
+import json
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+
+from keras_cross_stitch import export_saved_model, plot_alpha
+from training import fitting
+from training.datasets import pipeline
+
+PICTURES = 5
+
+
+def compare(recipe, methods, seed, *, tasks, builder, runs):
+    """Writes the comparison of finished runs beside them.
+
+    In `<runs>/<recipe>/comparison/seed<seed>/`: `metrics.csv` (tidy: method, seed,
+    task, metric, value), `metrics.md`, `predictions.png`, and of cross_stitch,
+    where it is among the methods, `alpha.png` and `serving/1`, the SavedModel.
+
+    Args:
+        recipe: The `Recipe`.
+        methods: List of methods whose runs are finished.
+        seed: Integer.
+        tasks: Dict of task name to `Task`.
+        builder: The prepared TFDS builder.
+        runs: Path of all runs.
+
+    Returns:
+        The path of the folder.
+    """
+    target = fitting.folder(runs, recipe, "comparison", seed)
+    target.mkdir(parents=True, exist_ok=True)
+    folders = {m: fitting.folder(runs, recipe, m, seed) for m in methods}
+    metrics = {
+        method: json.loads((path / "metrics.json").read_text())
+        for method, path in folders.items()
+    }
+    with open(target / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("method", "seed", "task", "metric", "value"))
+        for method, by_task in metrics.items():
+            for task, values in by_task.items():
+                for metric, value in values.items():
+                    writer.writerow((method, seed, task, metric, value))
+    (target / "metrics.md").write_text(markdown(metrics))
+
+    models = {
+        method: keras.models.load_model(path / "model.keras")
+        for method, path in folders.items()
+        if method in ("one_task", "cross_stitch")
+    }
+    test = pipeline.test_batches(builder, recipe, tasks)
+    predictions(models, tasks, test).savefig(target / "predictions.png", dpi=110)
+    if "cross_stitch" in models:
+        plot_alpha(models["cross_stitch"]).savefig(target / "alpha.png", dpi=110)
+        if not (target / "serving" / "1").exists():
+            export_saved_model(models["cross_stitch"], target / "serving", version=1)
+    return target
+
+
+def rows(metrics):
+    """The table's header and rows: one row per metric, one column per method."""
+    first = next(iter(metrics.values()))
+    header = ["", *(method.replace("_", " ") for method in metrics)]
+    body = [
+        [f"{task} {metric}".replace("_", " ")]
+        + [f"{by_task[task][metric]:.1f}" for by_task in metrics.values()]
+        for task in first
+        for metric in first[task]
+    ]
+    return header, body
+
+
+def markdown(metrics):
+    """The table in Markdown."""
+    header, body = rows(metrics)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *body))
+
+
+def predictions(models, tasks, test):
+    """Image, truth and each model's answer, for test images spread over the split.
+
+    Args:
+        models: Dict of method to model, image to {task: answer}.
+        tasks: Dict of task name to `Task`.
+        test: The batches of the test split.
+
+    Returns:
+        A matplotlib `Figure`: one row per image.
+    """
+    count = test.unbatch().reduce(0, lambda n, _: n + 1).numpy()
+    wanted = set(np.linspace(0, count - 1, PICTURES, dtype=int).tolist())
+    examples = [
+        example
+        for index, example in enumerate(test.unbatch().as_numpy_iterator())
+        if index in wanted
+    ]
+    images = np.stack([image for image, _ in examples])
+    answers = {
+        method: model.predict(images, verbose=0) for method, model in models.items()
+    }
+
+    columns = 1 + len(tasks) * (1 + len(models))
+    height, width = images.shape[1:3]
+    figure = Figure(
+        (2.0 * columns, 2.0 * len(images) * height / width + 0.4), layout="constrained"
+    )
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for row, (image, targets) in zip(range(len(images)), examples, strict=True):
+        cells = [("image", image.astype("uint8"))]
+        for name, task in tasks.items():
+            cells.append((f"{name}\ntruth", task.draw(targets[name])))
+            for method in models:
+                answer = task.draw(answers[method][name][row])
+                cells.append((f"{name}\n{method.replace('_', '-')}", answer))
+        for ax, (title, picture) in zip(axes[row], cells, strict=True):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title(title, fontsize=10)
+    return figure

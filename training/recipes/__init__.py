@@ -1,0 +1,1 @@
+"""The recipes: one small file each, with a `RECIPE`."""

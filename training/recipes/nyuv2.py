@@ -1,0 +1,35 @@
+"""NYUv2 at a size that two CPU cores train: segmentation and surface normals.
+
+Data: the 795 train and 654 test images at 320x240, targets at 160x120, 40
+classes, normals derived from depth. The tower is FCN-32s on an AlexNet of a
+quarter of the width, from scratch, since no ImageNet weights are at hand.
+
+    python -m training fit nyuv2 --data DIR
+"""
+
+from training.recipe import Recipe
+
+RECIPE = Recipe(
+    name="nyuv2",
+    dataset="nyuv2",
+    config="full",
+    train_split="train",
+    test_split="test",
+    tasks=("segmentation", "normals"),
+    image_size=(240, 320),
+    target_size=(120, 160),
+    width=0.25,
+    normalization="batch",
+    dropout=0.5,
+    at=("pool1", "pool2", "pool5", "fc6", "fc7"),
+    per="channel",
+    same_task=0.9,
+    batch_size=16,
+    momentum=0.9,
+    weight_decay=5e-4,
+    epochs=25,
+    learning_rate=0.05,
+    extra_epochs=12,
+    extra_learning_rate=0.01,
+    alpha_multiplier=100,
+)
