@@ -99,13 +99,17 @@ class CrossStitch(keras.layers.Layer):
     def build(self, input_shape):
         shapes = _by_task(input_shape)
         shape = _common_shape(shapes)
-        channels = shape[1 if self.data_format == "channels_first" else -1]
+        axis = 1 if self.data_format == "channels_first" else -1
+        channels = shape[axis]
         if self.per == "channel" and channels is None:
             raise ValueError(
                 "One unit per channel needs a known number of channels: define "
                 f"it, or use per='layer'. Received: shapes={shapes}, "
                 f"data_format={self.data_format!r}"
             )
+        # Other numbers of tasks or channels could broadcast against alpha.
+        axes = {axis: channels} if self.per == "channel" else None
+        self.input_spec = [keras.layers.InputSpec(axes=axes) for _ in shapes]
         self.tasks = tuple(str(task) for task in shapes)
         self.alpha = self.add_weight(
             name="alpha",
@@ -120,11 +124,12 @@ class CrossStitch(keras.layers.Layer):
     def _convex(self, shape, dtype=None):
         tasks = shape[0]
         different_task = (1.0 - self.same_task) / (tasks - 1)
-        same = ops.eye(tasks, dtype=dtype)
-        alpha = self.same_task * same + different_task * (1.0 - same)
-        return ops.broadcast_to(
-            ops.reshape(alpha, (tasks, tasks) + (1,) * (len(shape) - 2)), shape
+        same = ops.reshape(
+            ops.eye(tasks, dtype=dtype), (tasks, tasks) + (1,) * (len(shape) - 2)
         )
+        # Not broadcast_to, which in PyTorch gives a view that cannot be assigned.
+        same = same * ops.ones(shape, dtype=dtype)
+        return self.same_task * same + different_task * (1.0 - same)
 
     def call(self, inputs):
         maps = _by_task(inputs)

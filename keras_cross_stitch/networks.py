@@ -8,6 +8,7 @@ import difflib
 import re
 
 import keras
+import numpy as np
 
 from keras_cross_stitch.cross_stitch import CrossStitch
 
@@ -87,7 +88,7 @@ def stitch(towers, at, *, shared_input=True, name="cross_stitch", **unit):
                     f"'{task}', layer '{layer}' comes before an earlier tap, or is "
                     f"one. Received: at={at}"
                 )
-            maps[task] = rebuild(task, towers[task].get_layer(layer).output)
+            maps[task] = rebuild(task, _output(towers[task], layer, task))
         mixed = _mix(maps, tap, towers, unit)
         for task, layer in tap.items():
             rebuilt[task][layer] = mixed[task]
@@ -125,8 +126,8 @@ def split(towers, at, *, name="split"):
     >>> model = split(towers, at="conv4")
     >>> [layer.name for layer in model.layers if "conv3" in layer.name]
     ['shared_conv3', 'shared_conv3_norm']
-    >>> [layer.name for layer in model.layers if "score" in layer.name]
-    ['kind_score', 'age_score']
+    >>> sorted(layer.name for layer in model.layers if "score" in layer.name)
+    ['age_score', 'kind_score']
 
     Reference:
 
@@ -135,10 +136,10 @@ def split(towers, at, *, name="split"):
     towers = _checked_towers(towers)
     first_own = _by_task(at, towers)
     inputs = _inputs(towers, shared_input=True)
-    shared = []  # (layer, its new output), in the order of the graph
+    shared = []  # (layer, its new arguments and output), in the order of the graph
     copies = []
 
-    def rebuild(task, to_match):
+    def rebuild(task, unmatched):
         used, own = set(), {}  # own: the tensors that depend on `at`, by id
 
         def call(layer, *args, **kwargs):
@@ -147,15 +148,15 @@ def split(towers, at, *, name="split"):
             is_own = layer.name == first_own[task] or any(
                 id(x) in own for x in arguments
             )
-            if to_match is not None and not is_own:
-                return _match(layer, next(to_match, (None, None)), task)
+            if unmatched is not None and not is_own:
+                return _match(layer, arguments, unmatched, task)
             copy = _renamed(layer, task if is_own else "shared")
             outputs = copy(*args, **kwargs)
             copies.append((layer, copy))
             if is_own:
                 own.update((id(x), x) for x in keras.tree.flatten(outputs))
             else:
-                shared.append((layer, outputs))
+                shared.append((layer, arguments, outputs))
             return outputs
 
         return _run(towers[task], towers[task].output, inputs, task, call)
@@ -163,9 +164,10 @@ def split(towers, at, *, name="split"):
     first, *others = towers
     outputs = {first: rebuild(first, None)}
     for task in others:
-        to_match = iter(shared)
-        outputs[task] = rebuild(task, to_match)
-        _match(None, next(to_match, (None, None)), task)
+        unmatched = list(shared)
+        outputs[task] = rebuild(task, unmatched)
+        if unmatched:
+            raise _differ(task, None, unmatched)
     return _model(inputs, outputs, copies, name)
 
 
@@ -235,6 +237,18 @@ def _by_task(tap, towers):
     return {task: tap[task] for task in towers}
 
 
+def _output(tower, name, task):
+    """The layer's output in this tower: `layer.output` may be of a call elsewhere."""
+    nodes = [node for nodes in tower._nodes_by_depth.values() for node in nodes]
+    outputs = next(node.outputs for node in nodes if node.operation.name == name)
+    if len(outputs) > 1:
+        raise ValueError(
+            f"In the tower of '{task}', layer '{name}' has several outputs, and so "
+            f"cannot be a tap. Received: outputs={outputs}"
+        )
+    return outputs[0]
+
+
 def _inputs(towers, shared_input):
     """New inputs of the model: {task: list of `keras.Input`}."""
     if not shared_input:
@@ -256,7 +270,8 @@ def _inputs(towers, shared_input):
             "`stitch(..., shared_input=False)` gives each its own. Received: "
             f"inputs={specs}"
         )
-    return dict.fromkeys(towers, [_new_input(x, x.name) for x in towers[first].inputs])
+    shared = [_new_input(x, x.name) for x in towers[first].inputs]
+    return {task: shared for task in towers}
 
 
 def _new_input(x, name):
@@ -297,42 +312,84 @@ def _renamed(layer, prefix):
     name = f"{prefix}_{layer.name}"
     if isinstance(layer, keras.Sequential) or _is_functional(layer):
         copy = keras.models.clone_model(
-            layer, clone_function=lambda inner: _renamed(inner, prefix)
+            layer, clone_function=lambda inner: _renamed(inner, name)
         )
         copy.name = name
         return copy
-    return layer.__class__.from_config({**layer.get_config(), "name": name})
+    return layer.__class__.from_config({**_unbuilt(layer.get_config()), "name": name})
+
+
+def _unbuilt(config):
+    """The config, without what builds a wrapped layer before its wrapper has a name."""
+    if isinstance(config, list):
+        return [_unbuilt(x) for x in config]
+    if isinstance(config, dict):
+        return {k: _unbuilt(x) for k, x in config.items() if k != "build_config"}
+    return config
 
 
 def _mix(maps, tap, towers, unit):
     layers = {task: towers[task].get_layer(name) for task, name in tap.items()}
     first = next(iter(layers.values()))
-    mix = CrossStitch(
-        name=f"cross_stitch_{first.name}", dtype=first.dtype_policy, **unit
-    )
+    unit = {"dtype": first.dtype_policy, **unit}
+    mix = CrossStitch(name=f"cross_stitch_{first.name}", **unit)
     try:
         return mix(maps)
     except ValueError as error:
         raise ValueError(f"At the tap {tap}: {error}") from error
 
 
-def _match(layer, shared, task):
-    """The output of the shared layer in whose place `layer` stands."""
-    shared_layer, outputs = shared
-    if _kind(layer) != _kind(shared_layer):
-        names = [x.name if x is not None else "nothing" for x in (layer, shared_layer)]
-        raise ValueError(
-            "The towers must have the same layers up to where they split. The tower "
-            f"of '{task}' has '{names[0]}' where the first has '{names[1]}', of "
-            "another kind or with other arguments"
-        )
-    return outputs
+def _match(layer, arguments, unmatched, task):
+    """The output of the shared layer that is and reads the same as `layer`."""
+    alike = [
+        shared
+        for shared in unmatched
+        if _kind(shared[0]) == _kind(layer) and _read_the_same(shared[1], arguments)
+    ]
+    if not alike:
+        raise _differ(task, layer, unmatched)
+    # Of twin branches, the one of the same name.
+    match = next((shared for shared in alike if shared[0].name == layer.name), alike[0])
+    unmatched.remove(match)
+    return match[2]
+
+
+def _differ(task, layer, unmatched):
+    first = unmatched[0][0] if unmatched else None
+    names = [x.name if x is not None else "nothing" for x in (layer, first)]
+    return ValueError(
+        "The towers must have the same layers up to where they split. The tower "
+        f"of '{task}' has '{names[0]}' where the first has '{names[1]}', of "
+        "another kind, with other arguments or with other inputs"
+    )
+
+
+def _read_the_same(arguments, others):
+    return len(arguments) == len(others) and all(
+        a is b
+        if isinstance(a, keras.KerasTensor) or isinstance(b, keras.KerasTensor)
+        else np.array_equal(a, b)
+        for a, b in zip(arguments, others, strict=True)
+    )
 
 
 def _kind(layer):
-    if layer is None:
-        return None
-    return type(layer), {**layer.get_config(), "name": None}
+    """What a layer is, whatever it and the layers in it are called."""
+    names = _names_within(layer)
+
+    def nameless(x):
+        if isinstance(x, dict):
+            return {key: nameless(value) for key, value in x.items() if key != "name"}
+        if isinstance(x, list | tuple):
+            return [nameless(value) for value in x]
+        return names.index(x) if isinstance(x, str) and x in names else x
+
+    return type(layer), nameless(layer.get_config())
+
+
+def _names_within(layer):
+    inner = getattr(layer, "operations", getattr(layer, "layers", ()))
+    return [name for x in inner for name in (x.name, *_names_within(x))]
 
 
 def _model(inputs, outputs, copies, name):
@@ -343,4 +400,13 @@ def _model(inputs, outputs, copies, name):
     for layer, copy in copies:
         if isinstance(layer, keras.layers.Layer):
             copy.set_weights(layer.get_weights())
+            _finalize(copy)
     return model
+
+
+def _finalize(layer):
+    """Has adapted layers, such as `Normalization`, read their new weights."""
+    if hasattr(layer, "finalize_state"):
+        layer.finalize_state()
+    for inner in getattr(layer, "layers", ()):
+        _finalize(inner)

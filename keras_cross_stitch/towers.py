@@ -132,9 +132,12 @@ def fcn_alexnet(
     _check(outputs, width, normalization)
     image = keras.Input(input_shape, name="image")
     x = _trunk(image, "same", width, normalization, kernel_regularizer)
+    # The kernel of fc6 is even, so half a cell, 16 pixels, off centre: to the left
+    # with this padding. So `score` sees what lies where upsampling puts it.
+    x = layers.ZeroPadding2D(((3, 2), (3, 2)), name="fc6_padding")(x)
     for fc, kernel in (("fc6", 6), ("fc7", 1)):
         filters = _scaled(_FULLY_CONNECTED, width)
-        x = _convolution(x, fc, filters, kernel, 1, "same", kernel_regularizer)
+        x = _convolution(x, fc, filters, kernel, 1, "valid", kernel_regularizer)
         if normalization == "batch":
             x = layers.BatchNormalization(name=f"{fc}_norm")(x)
         x = layers.Dropout(dropout, name=f"{fc}_dropout")(x)
@@ -202,9 +205,9 @@ def _trunk(image, padding, width, normalization, kernel_regularizer):
             x, name, filters, kernel, stride, conv_padding, kernel_regularizer
         )
         if pool == "pool5" and padding == "same":
-            # Padded on both sides, cell i sees pixel 32 i + 14, which is where
-            # upsampling puts it; padded on one side, it would see 32 i + 30.
-            x = layers.ZeroPadding2D(1, name="pool5_padding")(x)
+            # Padded on one side, cell i is centred on pixel 32 i + 30, whether
+            # the map's size is odd or even; `fc6` takes it back to 32 i + 14.
+            x = layers.ZeroPadding2D(((0, 2), (0, 2)), name="pool5_padding")(x)
             x = layers.MaxPooling2D(3, 2, name=pool)(x)
         elif pool:
             x = layers.MaxPooling2D(3, 2, padding=padding, name=pool)(x)

@@ -3,7 +3,7 @@
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from training.datasets.nyuv2 import Nyuv2
+from training.datasets.nyuv2 import Nyuv2, check_folder
 from training.datasets.scenes import Scenes
 
 BUILDERS = {"nyuv2": Nyuv2, "scenes": Scenes}
@@ -24,6 +24,13 @@ def prepare(recipe, data, runs):
     builder = BUILDERS[recipe.dataset](
         config=recipe.config, data_dir=str(runs / "datasets")
     )
+    if recipe.dataset == "nyuv2" and not builder.data_path.exists():
+        if data is None:
+            raise ValueError(
+                f"The recipe '{recipe.name}' needs the folder with the data set's "
+                "files: give it with --data DIR"
+            )
+        check_folder(data)
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(
             manual_dir=str(data) if data else None
@@ -34,15 +41,17 @@ def prepare(recipe, data, runs):
 
 def train_batches(builder, recipe, tasks, seed):
     """The train split: cached, shuffled, flipped at random, in whole batches."""
-    examples = _examples(builder, recipe.train_split, recipe, tasks)
+    examples = _examples(builder, recipe.train_split, recipe, tasks).cache()
+    batches = examples.shuffle(len(examples), seed=seed).batch(
+        recipe.batch_size, drop_remainder=True
+    )
+    # Drawn apart from the maps, which run in parallel, in no fixed order.
+    flip_seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).batch(2)
     return (
-        examples.cache()
-        .shuffle(len(examples), seed=seed)
-        .batch(recipe.batch_size, drop_remainder=True)
+        tf.data.Dataset.zip(batches, flip_seeds)
         .map(
-            lambda image, targets: _flip_some(image, targets, tasks, seed),
+            lambda batch, flip_seed: _flip_some(*batch, tasks, flip_seed),
             num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
         )
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -78,12 +87,12 @@ def _examples(builder, split, recipe, tasks):
     return builder.as_dataset(
         split=split,
         decoders=tfds.decode.PartialDecoding(dict.fromkeys(wanted, True)),
-    ).map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    ).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _flip_some(image, targets, tasks, seed):
+def _flip_some(image, targets, tasks, flip_seed):
     """Mirrors each example of the batch with probability one half."""
-    mirrored = tf.random.uniform([tf.shape(image)[0]], seed=seed) < 0.5
+    mirrored = tf.random.stateless_uniform([tf.shape(image)[0]], flip_seed) < 0.5
 
     def choose(flipped, original):
         mask = tf.reshape(mirrored, [-1] + [1] * (len(original.shape) - 1))

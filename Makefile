@@ -1,0 +1,24 @@
+# make demo and make test need nothing but Python 3.11 or newer.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: install demo test lint
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[training,export,test]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m training
+
+test: install
+	$(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy

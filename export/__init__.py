@@ -1,0 +1,1 @@
+"""From a saved .keras file to a served model."""

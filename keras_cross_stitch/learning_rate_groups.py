@@ -1,0 +1,211 @@
+"""A learning rate multiplier per group of variables, for any Keras optimizer."""
+
+import functools
+import math
+import re
+
+import keras
+
+
+@keras.saving.register_keras_serializable("keras_cross_stitch")
+class LearningRateGroups(keras.optimizers.Optimizer):
+    """Multiplies the learning rate of an optimizer, group by group.
+
+    A variable's rate is `learning_rate * multiplier`, whatever sets the learning
+    rate: a schedule, a callback or an assignment. There is one `learning_rate`,
+    and gradient clipping, gradient accumulation, the moving average, loss scaling
+    and `tf.distribute` work over all variables, as `inner_optimizer` has them.
+
+    Weight decay (`weight_decay`, the decoupled one) follows a variable's rate too,
+    so that a multiplier of 0 freezes it. Variables named `alpha`, the cross-stitch
+    weights, are never decayed, besides those that `exclude_from_weight_decay` names.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` that updates the variables.
+        multipliers: Dict of regular expressions, searched in `variable.path`, to
+            non-negative numbers. A variable that none of them matches has
+            multiplier 1. Where towers have an `alpha` of their own (PReLU), tell
+            them apart: `"cross_stitch.*/alpha"`.
+        name: String, the name of the optimizer.
+
+    Raises:
+        ValueError: If `inner_optimizer` is none, or is one that only wraps others;
+            if an expression or a multiplier is invalid; or, when the optimizer is
+            built, if an expression matches no trainable variable, or two match one.
+
+    Example:
+
+    >>> alpha = keras.Variable(0.9, name="alpha")
+    >>> kernel = keras.Variable(0.9, name="kernel")
+    >>> sgd = keras.optimizers.SGD(0.001)
+    >>> optimizer = LearningRateGroups(sgd, {"alpha": 100})
+    >>> optimizer.apply([keras.ops.ones(()), keras.ops.ones(())], [alpha, kernel])
+    >>> round(float(alpha), 4), round(float(kernel), 4)
+    (0.8, 0.899)
+
+    Reference:
+
+    - [Misra et al., 2016](https://arxiv.org/abs/1604.03539): cross-stitch units
+      learn best at 100 to 1000 times the learning rate of the network.
+    """
+
+    def __init__(self, inner_optimizer, multipliers, name=None):
+        # An optimizer that only wraps others has no step whose rate could change.
+        if not isinstance(inner_optimizer, keras.optimizers.Optimizer) or (
+            type(inner_optimizer).update_step is keras.optimizers.Optimizer.update_step
+        ):
+            raise ValueError(
+                "`inner_optimizer` must be a Keras optimizer that updates variables "
+                "itself; wrap LearningRateGroups in a LossScaleOptimizer, not the "
+                f"reverse. Received: inner_optimizer={inner_optimizer!r}"
+            )
+        for pattern, multiplier in multipliers.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    "The keys of `multipliers` must be regular expressions. "
+                    f"Received: {pattern!r} ({error})"
+                ) from error
+            if (
+                not isinstance(multiplier, int | float)
+                or not math.isfinite(multiplier)
+                or multiplier < 0
+            ):
+                raise ValueError(
+                    "The values of `multipliers` must be finite numbers, 0 or more. "
+                    f"Received: {multiplier!r} for {pattern!r}"
+                )
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.multipliers = dict(multipliers)
+        # What `apply_gradients` returns.
+        self._iterations = inner_optimizer._iterations
+
+    def build(self, variables):
+        if self.built:
+            return
+        self._multiplier_of = self._match(variables)
+        inner = self.inner_optimizer
+        inner.build(variables)
+        # Set on the instance, from which the inner optimizer's own `apply` calls them.
+        inner.update_step = self._update_at_own_rate
+        inner._apply_weight_decay = self._decay_at_own_rate
+        if hasattr(inner, "_parallel_update_step"):
+            # PyTorch's variant never calls `update_step`; the class it varies does.
+            keras_class = getattr(keras.optimizers, type(inner).__name__)
+            inner._backend_update_step = functools.partial(
+                keras_class._backend_update_step, inner
+            )
+        super().build(variables)
+
+    def _match(self, variables):
+        """The multiplier of each variable, by the variable's key."""
+        paths = [variable.path for variable in variables]
+        for pattern in self.multipliers:
+            if not any(re.search(pattern, path) for path in paths):
+                raise ValueError(
+                    "Each pattern of `multipliers` must match a trainable variable. "
+                    f"Received: {pattern!r}, which matches none of {paths}"
+                )
+        multiplier_of = {}
+        for variable in variables:
+            matches = [p for p in self.multipliers if re.search(p, variable.path)]
+            if len(matches) > 1:
+                raise ValueError(
+                    "A variable must match one pattern of `multipliers` at most: make "
+                    f"them narrower. Received: {matches}, which all match "
+                    f"{variable.path!r} (of {paths})"
+                )
+            multiplier_of[self._var_key(variable)] = (
+                self.multipliers[matches[0]] if matches else 1
+            )
+        return multiplier_of
+
+    # The two methods below take the place of the inner optimizer's. They call its
+    # class's, not what they replaced, lest a second wrapper multiply a second time.
+
+    def _update_at_own_rate(self, gradient, variable, learning_rate):
+        # By key: under `tf.distribute` a replica's variable has no path.
+        rate = learning_rate * self._multiplier_of[self._var_key(variable)]
+        inner = self.inner_optimizer
+        type(inner).update_step(inner, gradient, variable, rate)
+
+    def _decay_at_own_rate(self, variables):
+        inner = self.inner_optimizer
+        learning_rate = type(inner)._get_current_learning_rate
+        # One at a time, and checked here: PyTorch's decay takes no empty list.
+        for variable in variables:
+            if variable.name == "alpha" or not inner._use_weight_decay(variable):
+                continue
+            multiplier = self._multiplier_of[self._var_key(variable)]
+            # Decay takes no rate as an argument, but asks for the current one.
+            inner._get_current_learning_rate = lambda m=multiplier: (
+                learning_rate(inner) * m
+            )
+            type(inner)._apply_weight_decay(inner, [variable])
+        inner._get_current_learning_rate = functools.partial(learning_rate, inner)
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(list(trainable_variables or []))
+        self.inner_optimizer.apply(grads, trainable_variables)
+
+    # All that follows belongs to the inner optimizer.
+
+    @property
+    def variables(self):
+        return self.inner_optimizer.variables
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def loss_scale_factor(self):
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, loss_scale_factor):
+        # Keras's constructor sets it before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = loss_scale_factor
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def set_weights(self, weights):
+        self.inner_optimizer.set_weights(weights)
+
+    # Keras saves the inner optimizer by itself, as an attribute of this one.
+
+    def save_own_variables(self, store):
+        pass
+
+    def load_own_variables(self, store):
+        pass
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.optimizers.serialize(self.inner_optimizer),
+            "multipliers": dict(self.multipliers),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        inner_optimizer = keras.saving.deserialize_keras_object(
+            config["inner_optimizer"], custom_objects=custom_objects
+        )
+        return cls(inner_optimizer, config["multipliers"], config["name"])

@@ -1,0 +1,552 @@
+"""LearningRateGroups against NumPy, float64: the model's gradients and the rules."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+from keras_cross_stitch.learning_rate_groups import LearningRateGroups
+
+# Keras's callbacks read the learning rate so that NumPy 2 warns.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+
+MULTIPLIERS = {"alpha": 100, "bias": 2}
+# Of kernel, bias, alpha, kernel, bias: the order of the model's weights.
+MULTIPLIER = [1, 2, 100, 1, 2]
+RATE = 1e-3
+
+_random = np.random.default_rng(0)
+X = _random.normal(size=(8, 3))
+Y = _random.normal(size=(8, 2))
+WEIGHTS = [_random.normal(size=shape) for shape in [(3, 4), (4,), (4,), (4, 2), (2,)]]
+
+
+@keras.saving.register_keras_serializable("test_learning_rate_groups")
+class Scale(keras.layers.Layer):
+    def build(self, input_shape):
+        self.alpha = self.add_weight(name="alpha", shape=input_shape[-1:])
+
+    def call(self, x):
+        return x * keras.ops.cast(self.alpha, x.dtype)
+
+
+def new_model(optimizer=None, **compile_arguments):
+    x = keras.Input((3,))
+    y = keras.layers.Dense(4, name="first")(x)
+    y = Scale(name="scale")(y)
+    y = keras.layers.Dense(2, name="second", dtype="float32")(y)
+    model = keras.Model(x, y)
+    model.set_weights(WEIGHTS)
+    if optimizer is not None:
+        model.compile(optimizer, loss="mse", **compile_arguments)
+    return model
+
+
+def fit(model, steps, callbacks=()):
+    """An epoch is one step, on all the data."""
+    return model.fit(
+        X, Y, batch_size=8, epochs=steps, callbacks=list(callbacks), verbose=0
+    )
+
+
+def gradients(weights):
+    """Of the mean squared error, by the chain rule."""
+    w1, b1, alpha, w2, b2 = weights
+    hidden = X @ w1 + b1
+    scaled = hidden * alpha
+    d_y = 2 * (scaled @ w2 + b2 - Y) / Y.size
+    d_scaled = d_y @ w2.T
+    d_hidden = d_scaled * alpha
+    return [
+        X.T @ d_hidden,
+        d_hidden.sum(0),
+        (d_scaled * hidden).sum(0),
+        scaled.T @ d_y,
+        d_y.sum(0),
+    ]
+
+
+class SGD:
+    """v = 0.9 v - rate g;  w = w + v"""
+
+    keras_optimizer = staticmethod(
+        lambda rate, **arguments: keras.optimizers.SGD(rate, 0.9, **arguments)
+    )
+
+    def __init__(self):
+        self.velocity = 0.0
+
+    def step(self, gradient, rate):
+        self.velocity = 0.9 * self.velocity - rate * gradient
+        return self.velocity
+
+
+class Adam:
+    """w = w - rate m^ / (sqrt(v^) + epsilon), with bias-corrected moments"""
+
+    keras_optimizer = staticmethod(keras.optimizers.Adam)
+
+    def __init__(self):
+        self.t, self.m, self.v = 0, 0.0, 0.0
+
+    def step(self, gradient, rate):
+        self.t += 1
+        self.m = 0.9 * self.m + 0.1 * gradient
+        self.v = 0.999 * self.v + 0.001 * gradient**2
+        m = self.m / (1 - 0.9**self.t)
+        v = self.v / (1 - 0.999**self.t)
+        return -rate * m / (np.sqrt(v) + 1e-7)
+
+
+def expected(rates, rule=SGD, clip=np.inf, decay=(0,) * 5, multiplier=MULTIPLIER):
+    """The weights after one step at each of `rates`."""
+    weights = list(WEIGHTS)
+    rules = [rule() for _ in weights]
+    for rate in rates:
+        all_gradients = gradients(weights)
+        norm = np.sqrt(sum((gradient**2).sum() for gradient in all_gradients))
+        for i, gradient in enumerate(all_gradients):
+            own_rate = rate * multiplier[i]
+            weights[i] = weights[i] * (1 - own_rate * decay[i])
+            clipped = gradient * min(1, clip / norm)
+            weights[i] = weights[i] + rules[i].step(clipped, own_rate)
+    return weights
+
+
+def assert_weights(model, weights, rtol=1e-5):
+    # Of the change since the start, so that small rates count as much as large ones.
+    for weight, value, start in zip(model.get_weights(), weights, WEIGHTS, strict=True):
+        change = value - start
+        tolerance = rtol * np.abs(change).max() + 1e-6
+        np.testing.assert_allclose(weight - start, change, rtol=0, atol=tolerance)
+
+
+def grouped_sgd(rate=RATE, **arguments):
+    return LearningRateGroups(
+        keras.optimizers.SGD(rate, momentum=0.9, **arguments), MULTIPLIERS
+    )
+
+
+rules = pytest.mark.parametrize("rule", [SGD, Adam])
+
+
+# Whatever sets the learning rate, the ratio of the groups stays.
+
+
+@rules
+def test_schedule(rule):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [1, 3], [1e-3, 2e-3, 5e-4]
+    )
+    model = new_model(LearningRateGroups(rule.keras_optimizer(schedule), MULTIPLIERS))
+    fit(model, 6)
+    assert_weights(model, expected([1e-3] * 2 + [2e-3] * 2 + [5e-4] * 2, rule))
+
+
+@rules
+def test_learning_rate_scheduler_that_sets_absolute_rates(rule):
+    model = new_model(LearningRateGroups(rule.keras_optimizer(1.0), MULTIPLIERS))
+    rates = [1e-3, 2e-3, 5e-4, 5e-4]
+    fit(model, 4, [keras.callbacks.LearningRateScheduler(lambda epoch: rates[epoch])])
+    assert_weights(model, expected(rates, rule))
+
+
+@rules
+def test_reduce_learning_rate_on_plateau(rule):
+    model = new_model(LearningRateGroups(rule.keras_optimizer(4e-3), MULTIPLIERS))
+    # No improvement is ever enough, so it halves the rate after all epochs but one.
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        monitor="loss", factor=0.5, patience=1, min_delta=1e9
+    )
+    fit(model, 4, [plateau])
+    assert_weights(model, expected([4e-3, 4e-3, 2e-3, 1e-3], rule))
+
+
+@rules
+def test_assignment(rule):
+    model = new_model(LearningRateGroups(rule.keras_optimizer(1e-3), MULTIPLIERS))
+    fit(model, 2)
+    model.optimizer.learning_rate = 3e-3
+    fit(model, 2)
+    assert float(model.optimizer.learning_rate) == pytest.approx(3e-3)
+    assert_weights(model, expected([1e-3, 1e-3, 3e-3, 3e-3], rule))
+
+
+# What the inner optimizer does over all variables, it still does.
+
+
+def test_one_clip_over_all_groups():
+    clip = 0.5 * np.sqrt(sum((gradient**2).sum() for gradient in gradients(WEIGHTS)))
+    model = new_model(grouped_sgd(global_clipnorm=float(clip)))
+    fit(model, 2)
+    assert_weights(model, expected([RATE] * 2, clip=clip))
+
+
+def test_gradient_accumulation():
+    optimizer = grouped_sgd(gradient_accumulation_steps=2)
+    model = new_model(optimizer)
+    fit(model, 3)
+    assert int(optimizer.iterations) == 1
+    assert_weights(model, expected([RATE]))
+    fit(model, 1)
+    assert int(optimizer.iterations) == 2
+    assert_weights(model, expected([RATE] * 2))
+
+
+def test_moving_average_becomes_the_weights_at_the_end():
+    model = new_model(grouped_sgd(use_ema=True, ema_momentum=0.75))
+    fit(model, 3)
+    first, second, third = (expected([RATE] * steps) for steps in (1, 2, 3))
+    average = [
+        0.75 * (0.75 * a + 0.25 * b) + 0.25 * c
+        for a, b, c in zip(first, second, third, strict=True)
+    ]
+    assert_weights(model, average)
+
+
+@pytest.mark.parametrize(
+    ("keras_optimizer", "rule"),
+    [
+        (lambda: keras.optimizers.AdamW(RATE, weight_decay=0.5), Adam),
+        (lambda: keras.optimizers.SGD(RATE, 0.9, weight_decay=0.5), SGD),
+    ],
+)
+def test_weight_decay_leaves_out_alpha_and_what_the_user_excludes(
+    keras_optimizer, rule
+):
+    optimizer = LearningRateGroups(keras_optimizer(), MULTIPLIERS)
+    model = new_model(optimizer)
+    optimizer.exclude_from_weight_decay(var_list=[model.weights[3]])
+    fit(model, 3)
+    decay = [0.5, 0.5, 0, 0, 0.5]
+    assert_weights(model, expected([RATE] * 3, rule, decay=decay))
+
+
+def test_exclusions_made_before_wrapping_are_kept():
+    adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
+    adamw.exclude_from_weight_decay(var_names=["bias"])
+    model = new_model(LearningRateGroups(adamw, MULTIPLIERS))
+    fit(model, 3)
+    assert_weights(model, expected([RATE] * 3, Adam, decay=[0.5, 0, 0, 0.5, 0]))
+
+
+def test_multiplier_0_freezes_even_under_weight_decay():
+    adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
+    model = new_model(LearningRateGroups(adamw, {"first": 0}))
+    before = model.get_weights()
+    fit(model, 2)
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
+    assert not np.array_equal(model.get_weights()[3], before[3])
+
+
+def test_fixed_loss_scale_cancels():
+    model = new_model(grouped_sgd(loss_scale_factor=1024.0))
+    assert model.optimizer.scale_loss(1.0) == 1024.0
+    fit(model, 2)
+    assert_weights(model, expected([RATE] * 2))
+
+
+def test_mixed_float16_keeps_the_ratio_under_loss_scaling():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        # Keras scales the loss itself, so a scale of the inner optimizer's goes.
+        grouped = new_model(grouped_sgd(loss_scale_factor=1024.0))
+        plain = new_model(keras.optimizers.SGD(RATE, momentum=0.9))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for model in (grouped, plain):
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        # Keras skips the first steps, until the scale is small enough for float16.
+        while int(model.optimizer.iterations) == 0:
+            fit(model, 1)
+    assert_weights(
+        grouped,
+        [
+            start + multiplier * (once - start)
+            for once, start, multiplier in zip(
+                plain.get_weights(), WEIGHTS, MULTIPLIER, strict=True
+            )
+        ],
+        rtol=0.01,
+    )
+
+
+# Every optimizer of Keras can be the inner one.
+
+OPTIMIZERS = [
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "Adamax",
+    "AdamW",
+    "Ftrl",
+    "Lion",
+    "Muon",
+    "Nadam",
+    "RMSprop",
+    "ScheduleFreeAdamW",
+    "SGD",
+]
+
+
+def apply_twice(optimizer):
+    """The weights of a new model after two steps on the gradients at the start."""
+    model = new_model()
+    constants = [keras.ops.convert_to_tensor(g, "float32") for g in gradients(WEIGHTS)]
+    for _ in range(2):
+        optimizer.apply(constants, model.trainable_variables)
+    return model.get_weights()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_group_moves_as_under_an_optimizer_of_its_own_rate(name):
+    new_optimizer = getattr(keras.optimizers, name)
+    grouped = apply_twice(
+        LearningRateGroups(new_optimizer(RATE), {"first": 1, "alpha": 10, "second": 2})
+    )
+    for multiplier, group in [(1, [0, 1]), (10, [2]), (2, [3, 4])]:
+        alone = new_optimizer(RATE * multiplier)
+        alone.exclude_from_weight_decay(var_names=["alpha"])
+        weights = apply_twice(alone)
+        for i in group:
+            np.testing.assert_allclose(grouped[i], weights[i], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_multiplier_1_is_the_inner_optimizer_bit_for_bit(name):
+    new_optimizer = getattr(keras.optimizers, name)
+    plain = new_optimizer(RATE)
+    plain.exclude_from_weight_decay(var_names=["alpha"])
+    ones = {"kernel": 1, "bias": 1, "alpha": 1}
+    grouped = LearningRateGroups(new_optimizer(RATE), ones)
+    for weight, value in zip(apply_twice(grouped), apply_twice(plain), strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}],
+    ids=["xla", "graph", "eager"],
+)
+def test_execution_modes(mode):
+    model = new_model(grouped_sgd(), **mode)
+    fit(model, 3)
+    assert_weights(model, expected([RATE] * 3))
+
+
+def test_a_second_wrapper_does_not_multiply_a_second_time():
+    sgd = keras.optimizers.SGD(RATE, momentum=0.9)
+    model = new_model()
+    for _ in range(2):
+        model.compile(LearningRateGroups(sgd, MULTIPLIERS), loss="mse")
+        fit(model, 1)
+    assert_weights(model, expected([RATE] * 2))
+
+
+# Saving.
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps"), [(SGD, 2), (Adam, 3)], ids=["updated", "accumulating"]
+)
+def test_loaded_model_takes_the_same_next_steps(rule, steps, tmp_path):
+    model = new_model(
+        LearningRateGroups(
+            rule.keras_optimizer(RATE, gradient_accumulation_steps=2, use_ema=True),
+            MULTIPLIERS,
+        )
+    )
+    fit(model, steps)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for variable, restored in zip(
+        model.optimizer.variables, loaded.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(restored.numpy(), variable.numpy())
+    fit(model, 3)
+    fit(loaded, 3)
+    assert_weights(loaded, model.get_weights())
+
+
+def test_state_is_saved_once(tmp_path):
+    model = new_model(grouped_sgd())
+    fit(model, 1)
+    model.save(tmp_path / "model.keras")
+    zipfile.ZipFile(tmp_path / "model.keras").extract("model.weights.h5", tmp_path)
+    saved = []
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file["optimizer"].visititems(
+            lambda name, item: (
+                saved.append(name) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+    # The iteration, the learning rate and five momentums.
+    assert len(saved) == 7
+
+
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_backup_and_restore_resumes_where_it_stopped(tmp_path):
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_model(grouped_sgd()), 4, [backup, Interrupt()])
+    resumed = new_model(grouped_sgd())
+    fit(resumed, 4, [backup])
+    assert int(resumed.optimizer.iterations) == 4
+    assert_weights(resumed, expected([RATE] * 4))
+
+
+def test_serialize_and_deserialize():
+    optimizer = LearningRateGroups(
+        keras.optimizers.AdamW(RATE, weight_decay=0.5), MULTIPLIERS, name="groups"
+    )
+    config = keras.optimizers.serialize(optimizer)
+    copy = keras.optimizers.deserialize(config)
+    assert copy.get_config() == optimizer.get_config()
+    assert copy.inner_optimizer.weight_decay == 0.5
+    assert (copy.multipliers, copy.name) == (MULTIPLIERS, "groups")
+
+
+def test_set_weights_sets_the_state():
+    model = new_model(grouped_sgd())
+    fit(model, 2)
+    copy = new_model(grouped_sgd())
+    copy.set_weights(model.get_weights())
+    copy.optimizer.build(copy.trainable_variables)
+    copy.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
+    fit(copy, 1)
+    assert_weights(copy, expected([RATE] * 3))
+
+
+def test_apply_gradients_returns_the_iteration():
+    model = new_model()
+    grads_and_vars = zip(model.get_weights(), model.trainable_variables, strict=True)
+    assert int(grouped_sgd().apply_gradients(grads_and_vars)) == 1
+
+
+# Other processes: a distribution strategy, another backend.
+
+ROOT = Path(__file__).parents[1]
+
+
+def fit_in_subprocess(tmp_path, setup, scope, backend):
+    """The weights after three steps of `fit`, the model made inside `scope`."""
+    script = f"""
+import contextlib
+{setup}
+import numpy as np
+from test_learning_rate_groups import fit, grouped_sgd, new_model
+with {scope}:
+    model = new_model(grouped_sgd(weight_decay=0.5))
+model.optimizer.exclude_from_weight_decay(var_names=["bias"])
+fit(model, 3)
+np.savez("weights.npz", *model.get_weights())
+"""
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return list(np.load(tmp_path / "weights.npz").values())
+
+
+class Weights:
+    """Weights from elsewhere, as `assert_weights` takes them from a model."""
+
+    def __init__(self, weights):
+        self.get_weights = lambda: weights
+
+
+def test_two_replicas_are_one_device(tmp_path):
+    weights = fit_in_subprocess(
+        tmp_path,
+        """
+import tensorflow as tf
+cpu, half = tf.config.list_physical_devices("CPU"), tf.config.LogicalDeviceConfiguration
+tf.config.set_logical_device_configuration(cpu[0], [half(), half()])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert strategy.num_replicas_in_sync == 2
+""",
+        "strategy.scope()",
+        "tensorflow",
+    )
+    assert_weights(Weights(weights), expected([RATE] * 3, decay=[0.5, 0, 0, 0.5, 0]))
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends(backend, tmp_path):
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"needs {backend}, which is not installed")
+    weights = fit_in_subprocess(tmp_path, "", "contextlib.nullcontext()", backend)
+    assert_weights(Weights(weights), expected([RATE] * 3, decay=[0.5, 0, 0, 0.5, 0]))
+
+
+# Errors.
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    model = new_model(
+        LearningRateGroups(keras.optimizers.SGD(RATE), {"alpha": 100, "beta": 2})
+    )
+    with pytest.raises(ValueError, match=r"'beta', which matches none of .*alpha"):
+        fit(model, 1)
+
+
+def test_a_frozen_layer_is_no_match():
+    model = new_model()
+    model.get_layer("scale").trainable = False
+    model.compile(grouped_sgd(), loss="mse")
+    with pytest.raises(ValueError, match="must match a trainable variable"):
+        fit(model, 1)
+
+
+def test_two_patterns_that_match_one_variable_are_an_error():
+    optimizer = LearningRateGroups(keras.optimizers.SGD(RATE), {"first": 3, "bias": 2})
+    with pytest.raises(ValueError, match=r"\['first', 'bias'\].*'first/bias'"):
+        optimizer.build(new_model().trainable_variables)
+
+
+@pytest.mark.parametrize("multiplier", [-1, float("nan"), float("inf"), "100", None])
+def test_a_multiplier_must_be_a_finite_number(multiplier):
+    with pytest.raises(ValueError, match="must be finite numbers, 0 or more"):
+        LearningRateGroups(keras.optimizers.SGD(RATE), {"alpha": multiplier})
+
+
+def test_an_invalid_regular_expression_is_an_error():
+    with pytest.raises(ValueError, match=r"regular expressions. Received: 'alpha\('"):
+        LearningRateGroups(keras.optimizers.SGD(RATE), {"alpha(": 100})
+
+
+@pytest.mark.parametrize(
+    "inner_optimizer",
+    [
+        lambda: "sgd",
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(RATE)),
+        grouped_sgd,
+    ],
+    ids=["name", "loss_scale", "groups"],
+)
+def test_the_inner_optimizer_must_update_variables_itself(inner_optimizer):
+    with pytest.raises(ValueError, match="updates variables itself"):
+        LearningRateGroups(inner_optimizer(), MULTIPLIERS)
+
+
+def test_applying_without_variables_names_what_is_missing():
+    with pytest.raises(ValueError, match=r"'alpha', which matches none of \[\]"):
+        grouped_sgd().apply([1.0])
