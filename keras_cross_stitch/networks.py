@@ -259,19 +259,24 @@ def _inputs(towers, shared_input):
             ]
             for task, tower in towers.items()
         }
-    specs = {
-        task: [(x.shape, x.dtype) for x in tower.inputs]
+    # Several inputs belong together by name; a single one may have any.
+    named = {
+        task: {x.name if len(tower.inputs) > 1 else "": x for x in tower.inputs}
         for task, tower in towers.items()
+    }
+    specs = {
+        task: {name: (x.shape, x.dtype) for name, x in of_task.items()}
+        for task, of_task in named.items()
     }
     first = next(iter(towers))
     if any(spec != specs[first] for spec in specs.values()):
         raise ValueError(
-            "Towers that share an input must take the same shape and dtype; "
-            "`stitch(..., shared_input=False)` gives each its own. Received: "
-            f"inputs={specs}"
+            "Towers that share an input must take the same shape and dtype, and "
+            "several inputs the same names; `stitch(..., shared_input=False)` gives "
+            f"each its own. Received: inputs={specs}"
         )
-    shared = [_new_input(x, x.name) for x in towers[first].inputs]
-    return {task: shared for task in towers}
+    shared = {name: _new_input(x, x.name) for name, x in named[first].items()}
+    return {task: [shared[name] for name in of_task] for task, of_task in named.items()}
 
 
 def _new_input(x, name):
@@ -285,11 +290,12 @@ def _run(tower, outputs, inputs, task, call):
     comes out of each layer, so no layer of the tower is ever called itself.
     """
     mine = inputs[task]
+    own = {id(x) for x in mine}
     # The walk ends in a keras.Model, for which a map that other towers have
     # been mixed into must not come from nowhere: so it gets their inputs too.
-    others = [x for xs in inputs.values() if xs is not mine for x in xs]
-    part = keras.Model([*tower.inputs, *others], outputs)
-    new_inputs = [*mine, *others]
+    others = {id(x): x for xs in inputs.values() for x in xs if id(x) not in own}
+    part = keras.Model([*tower.inputs, *others.values()], outputs)
+    new_inputs = [*mine, *others.values()]
     return keras.models.clone_model(
         part,
         input_tensors=new_inputs if isinstance(part.input, list) else new_inputs[0],

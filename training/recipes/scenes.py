@@ -26,9 +26,9 @@ RECIPE = Recipe(
     batch_size=16,
     momentum=0.9,
     weight_decay=5e-4,
-    epochs=24,
+    epochs=14,
     learning_rate=0.05,
-    extra_epochs=10,
+    extra_epochs=6,
     extra_learning_rate=0.01,
     alpha_multiplier=100,
 )
