@@ -5,6 +5,7 @@ the output that the next layer of the original AlexNet reads.
 """
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 # Layer, filters at width 1.0, kernel, stride, and the pooling that follows.
@@ -148,9 +149,7 @@ def fcn_alexnet(
         kernel_regularizer=kernel_regularizer,
         name="score",
     )(x)
-    x = layers.UpSampling2D(
-        upsampling, interpolation="bilinear", dtype="float32", name="upsampling"
-    )(x)
+    x = BilinearUpsampling(upsampling, dtype="float32", name="upsampling")(x)
     height, width_ = input_shape[:2]
     if height is not None and width_ is not None:
         surplus = (
@@ -193,6 +192,58 @@ class LocalResponseNormalization(layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+
+@keras.saving.register_keras_serializable("keras_cross_stitch")
+class BilinearUpsampling(layers.Layer):
+    """Enlarges maps bilinearly, of known or unknown height and width.
+
+    Gives what `keras.layers.UpSampling2D(factor, interpolation="bilinear")` gives,
+    which cannot be exported where height or width is unknown.
+
+    Args:
+        factor: Integer, how many times as high and as wide.
+
+    Input shape:
+        `(N, H, W, C)`
+
+    Output shape:
+        `(N, H * factor, W * factor, C)`
+    """
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+        # Where each new cell's centre lies, in old cells, from that of its own.
+        offset = (np.arange(factor) + 0.5) / factor - 0.5
+        before, after = np.maximum(-offset, 0), np.maximum(offset, 0)
+        # (factor, 3): the weights of the cell before, the own and the one after
+        self.weights_of_neighbours = np.stack([before, 1 - before - after, after], 1)
+
+    def call(self, inputs):
+        _, height, width, channels = ops.shape(inputs)
+        x = ops.reshape(inputs, (-1, width, channels))
+        x = self._enlarge(x, width, channels)
+        row = width * self.factor * channels
+        x = self._enlarge(ops.reshape(x, (-1, height, row)), height, row)
+        return ops.reshape(x, (-1, height * self.factor, width * self.factor, channels))
+
+    def _enlarge(self, x, length, depth):
+        """(M, length, depth) to (M, length * factor, depth)."""
+        before = ops.concatenate([x[:, :1], x[:, :-1]], axis=1)
+        after = ops.concatenate([x[:, 1:], x[:, -1:]], axis=1)
+        neighbours = ops.stack([before, x, after], axis=2)  # (M, length, 3, depth)
+        weights = ops.convert_to_tensor(self.weights_of_neighbours, x.dtype)
+        enlarged = ops.matmul(weights, neighbours)  # (M, length, factor, depth)
+        return ops.reshape(enlarged, (-1, length * self.factor, depth))
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        height, width = (n and n * self.factor for n in (height, width))
+        return batch, height, width, channels
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor}
 
 
 def _trunk(image, padding, width, normalization, kernel_regularizer):

@@ -602,7 +602,7 @@ def test_several_inputs_of_other_names_cannot_be_shared():
         x = layers.Dense(4, name="one")(inputs[0] - inputs[1])
         return keras.Model(inputs, layers.Dense(2, name="two")(x))
 
-    with pytest.raises(ValueError, match="several inputs the same names.*rgb"):
+    with pytest.raises(ValueError, match=r"several inputs the same names.*rgb"):
         stitch({"a": build(["left", "right"]), "b": build(["rgb", "depth"])}, ["one"])
 
 

@@ -3,9 +3,13 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from keras_cross_stitch import alexnet, fcn_alexnet
-from keras_cross_stitch.towers import LocalResponseNormalization
+from keras_cross_stitch import alexnet, export_saved_model, fcn_alexnet, stitch
+from keras_cross_stitch.towers import (
+    BilinearUpsampling,
+    LocalResponseNormalization,
+)
 
 TAPS = ["pool1", "pool2", "pool5", "fc6", "fc7"]
 CONVOLUTIONS = ["conv1", "conv2", "conv3", "conv4", "conv5"]
@@ -181,6 +185,40 @@ def test_a_cell_of_score_sees_what_lies_where_upsampling_puts_it(size, axis):
     peaks = _centres(np.array(upsampled)[..., 0, 0].T, np.arange(32.0 * len(cells[0])))
     assert len(peaks[inner]) >= 3
     np.testing.assert_allclose(_centres(cells, positions)[inner], peaks[inner], atol=2)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 16])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 2)])
+def test_upsampling_is_bilinear(size, factor):
+    maps = np.random.default_rng(0).normal(size=(2, *size, 7)).astype("float32")
+    expected = keras.layers.UpSampling2D(factor, interpolation="bilinear")(maps)
+
+    for x in (keras.Input((*size, 7)), keras.Input((None, None, 7))):
+        model = keras.Model(x, BilinearUpsampling(factor)(x))
+        np.testing.assert_allclose(model(maps), expected, atol=1e-5)
+    known = keras.Input((*size, 7))
+    assert BilinearUpsampling(factor)(known).shape[1:] == expected.shape[1:]
+
+
+def test_a_tower_for_any_size_trains_and_is_exported(tmp_path):
+    """As Keras's own bilinear upsampling is not."""
+    towers = {name: fcn_alexnet(3, width=0.02, upsampling=16) for name in "ab"}
+    model = stitch(towers, ["pool5"])
+    model.compile("sgd", {name: "mse" for name in towers})
+
+    def examples():
+        for size in (64, 96):
+            targets = np.ones((2, size // 2, size // 2, 3), "float32")
+            yield _images(2, size, size), {"a": targets, "b": targets}
+
+    images = tf.TensorSpec((None, None, None, 3))
+    dataset = tf.data.Dataset.from_generator(
+        examples, output_signature=(images, {"a": images, "b": images})
+    ).apply(tf.data.experimental.assert_cardinality(2))
+    history = model.fit(dataset, shuffle=False, verbose=0)
+
+    assert np.isfinite(history.history["loss"][0])
+    assert export_saved_model(model, tmp_path).is_dir()
 
 
 def test_pixels_are_rescaled_to_between_minus_1_and_1():

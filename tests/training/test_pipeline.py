@@ -96,5 +96,5 @@ def test_nyuv2_needs_a_folder(tmp_path):
 
     with pytest.raises(ValueError, match="give it with --data DIR"):
         pipeline.prepare(settings, None, tmp_path)
-    with pytest.raises(ValueError, match="Missing: .*nowhere"):
+    with pytest.raises(ValueError, match=r"Missing: .*nowhere"):
         pipeline.prepare(settings, tmp_path / "nowhere", tmp_path)

@@ -54,13 +54,13 @@ class Segmentation:
         classes = np.asarray(target_or_answer)
         if classes.ndim == 3:
             classes = classes.argmax(axis=-1)
-        # Twenty hues, then the same ones lighter: 40 classes stay apart.
         colours = np.array(
             matplotlib.colormaps["tab20b"].colors
             + matplotlib.colormaps["tab20c"].colors
             + matplotlib.colormaps["tab20"].colors
         )
-        image = 255 * colours[classes % len(colours)]
+        # Neighbours in these maps are shades of one hue; steps of 7 part them.
+        image = 255 * colours[7 * classes.astype(int) % len(colours)]
         image[classes == VOID] = 0
         return image.round().astype("uint8")
 
