@@ -3,10 +3,6 @@
 import statistics
 import time
 
-import keras
-import tensorflow as tf
-
-from keras_cross_stitch import LearningRateGroups
 from training import fitting
 from training.datasets import pipeline
 
@@ -26,8 +22,8 @@ def measure(recipe, tasks, builder, steps):
     epoch = pipeline.train_batches(builder, recipe, tasks, seed=0)
     stream = iter(epoch.repeat())
     fixed = next(stream)
-    stitched = _model(recipe, "cross_stitch", tasks)
-    unstitched = _model(recipe, "one_task", tasks)
+    stitched = fitting.compiled(recipe, "cross_stitch", tasks, learning_rate=1e-4)
+    unstitched = fitting.compiled(recipe, "one_task", tasks, learning_rate=1e-4)
 
     def one_pass():
         for _ in epoch:
@@ -70,16 +66,3 @@ def measure(recipe, tasks, builder, steps):
             f"{both_ms / stitched_ms:.3f} of the step on a batch in memory",
         ),
     ]
-
-
-def _model(recipe, method, tasks):
-    model = fitting.build(recipe, method, tasks)
-    optimizer = keras.optimizers.SGD(1e-4, momentum=recipe.momentum)
-    if method == "cross_stitch":
-        optimizer = LearningRateGroups(optimizer, {"alpha": recipe.alpha_multiplier})
-    model.compile(
-        optimizer,
-        loss={name: task.loss() for name, task in tasks.items()},
-        jit_compile=bool(tf.config.list_physical_devices("GPU")),
-    )
-    return model

@@ -94,6 +94,21 @@ def build(recipe, method, tasks):
     return stitch(towers, at=at, per=recipe.per, same_task=recipe.same_task)
 
 
+def compiled(recipe, method, tasks, learning_rate):
+    """The method's model, untrained, with its losses and its optimizer."""
+    model = build(recipe, method, tasks)
+    optimizer = keras.optimizers.SGD(learning_rate, momentum=recipe.momentum)
+    if method == "cross_stitch":
+        optimizer = LearningRateGroups(optimizer, {"alpha": recipe.alpha_multiplier})
+    model.compile(
+        optimizer,
+        loss={name: task.loss() for name, task in tasks.items()},
+        # XLA's convolutions are slower than oneDNN's on a CPU.
+        jit_compile=bool(tf.config.list_physical_devices("GPU")),
+    )
+    return model
+
+
 def fit(recipe, method, seed, *, tasks, builder, runs, strategy, progress):
     """Trains and evaluates one run; goes on with one that was stopped.
 
@@ -123,24 +138,11 @@ def fit(recipe, method, seed, *, tasks, builder, runs, strategy, progress):
     rate = recipe.learning_rate if first else recipe.extra_learning_rate
 
     with strategy.scope():
-        model = build(recipe, method, tasks)
+        schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(train))
+        model = compiled(recipe, method, tasks, schedule)
         if not first:
             start = folder(runs, recipe, "one_task", seed) / "model.keras"
             _copy_weights(keras.models.load_model(start), model)
-        optimizer = keras.optimizers.SGD(
-            keras.optimizers.schedules.CosineDecay(rate, epochs * len(train)),
-            momentum=recipe.momentum,
-        )
-        if method == "cross_stitch":
-            optimizer = LearningRateGroups(
-                optimizer, {"alpha": recipe.alpha_multiplier}
-            )
-        model.compile(
-            optimizer,
-            loss={name: task.loss() for name, task in tasks.items()},
-            # XLA's convolutions are slower than oneDNN's on a CPU.
-            jit_compile=bool(tf.config.list_physical_devices("GPU")),
-        )
         served = keras.Model(
             model.inputs,
             {

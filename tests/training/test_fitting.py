@@ -101,6 +101,13 @@ class Stopped(Exception):
     """Stands for the power going off."""
 
 
+# Keras's CSVLogger leaves its file to the garbage collector when fit is stopped.
+leaves_a_file_open = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
+
+
+@leaves_a_file_open
 def test_a_stopped_run_goes_on_where_it_was(fit, runs, monkeypatch):
     begun = []
     begin = fitting._Progress.on_epoch_begin
@@ -145,6 +152,7 @@ def test_another_recipe_in_the_folder_of_a_run_is_refused(fit, tiny):
         fit("one_task", dataclasses.replace(tiny, momentum=0.5))
 
 
+@leaves_a_file_open
 def test_a_diverging_run_stops_with_a_message(fit, tiny):
     with pytest.raises(FloatingPointError, match="learning rate is too high"):
         fit("one_task", dataclasses.replace(tiny, learning_rate=1e30))
