@@ -3,6 +3,9 @@
 Data: 400 train and 100 test images of 128x96, 19 classes. The images are doubled,
 so that a cell of FCN-32s stands for 16 of their pixels.
 
+On two CPU cores in 5.5 minutes, seed 0, one_task / one_task_longer / cross_stitch:
+mean IU 20.3 / 20.7 / 20.5 %, mean angle 26.2 / 26.1 / 26.8 degrees.
+
     python -m training
 """
 
