@@ -4,6 +4,9 @@ Data: the 795 train and 654 test images at 320x240, targets at 160x120, 40
 classes, normals derived from depth. The tower is FCN-32s on an AlexNet of a
 quarter of the width, from scratch, since no ImageNet weights are at hand.
 
+On two CPU cores in an hour, seed 0, one_task / one_task_longer / cross_stitch:
+mean IU 12.0 / 12.0 / 12.2 %, mean angle 32.4 / 32.4 / 32.3 degrees.
+
     python -m training fit nyuv2 --data DIR
 """
 
