@@ -20,6 +20,8 @@ import scipy.io
 import tensorflow_datasets as tfds
 from rich.progress import track
 
+from training.datasets.normal_maps import encode_normals
+
 # Spelled as the official files spell them; the index here is the class minus one.
 CLASSES = (
     *("wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door"),
@@ -299,12 +301,11 @@ def read_example(folder: Path, image_id: str) -> dict[str, Any]:
     inside = slice(FRAME, -FRAME), slice(FRAME, -FRAME)
     metres[inside] = read_image(depth, np.uint16, (HEIGHT, WIDTH))[inside] / 1000
     normals = normals_from_depth(metres, **CAMERA)
-    encoded = np.round((normals + 1) / 2 * 255) * normals.any(axis=-1, keepdims=True)
     return {
         "image": rgb.read_bytes(),
         # uint8 wraps the unlabelled 0 round to 255, VOID.
         "segmentation": encode_png(segmentation - np.uint8(1)),
-        "normals": encode_png(encoded[..., ::-1].astype(np.uint8)),
+        "normals": encode_png(encode_normals(normals)[..., ::-1]),
         "id": image_id,
     }
 

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from training.datasets.normal_maps import encode_normals
 from training.datasets.rendering import HEIGHT, WIDTH, Part, Solid, paint, photograph
 
 VOID = 255
@@ -183,12 +184,6 @@ def render(rng: np.random.Generator) -> dict:
         "objects": found,
         "instances": instances,
     }
-
-
-def encode_normals(normals: np.ndarray) -> np.ndarray:
-    """Unit normals as uint8; undefined ones as (0, 0, 0), which no unit one gets."""
-    defined = normals.any(axis=-1, keepdims=True)
-    return np.where(defined, np.round((normals + 1) / 2 * 255), 0).astype(np.uint8)
 
 
 # Making up a room

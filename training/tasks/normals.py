@@ -9,6 +9,7 @@ import dataclasses
 import keras
 import numpy as np
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from keras import ops
 from sklearn.cluster import KMeans
 
@@ -27,7 +28,10 @@ class Normals:
         """The task with 20 codewords, k-means of the train split's normals."""
         sampled = []
         # Sixty-four pixels of each of up to 1000 images are 64000 normals.
-        for example in builder.as_dataset(split="train").take(1000):
+        train = builder.as_dataset(
+            split="train", decoders=tfds.decode.PartialDecoding({"normals": True})
+        )
+        for example in train.take(1000):
             normals = decode(example["normals"]).numpy().reshape(-1, 3)
             normals = normals[normals.any(axis=-1)]
             sampled.append(normals[:: max(1, len(normals) // 64)][:64])
