@@ -12,7 +12,7 @@ from keras_cross_stitch.networks import check_task_names
 FCN_TAPS = ["pool1", "pool2", "pool5", "fc6", "fc7"]
 
 
-# --- Towers -------------------------------------------------------------------
+# Towers
 
 
 def _fcn(outputs, size=(33, 65), **arguments):
@@ -173,7 +173,7 @@ def _random_alphas(model, seed=5):
     return alphas
 
 
-# --- stitch: identity alpha ---------------------------------------------------
+# stitch: identity alpha
 
 KINDS = {
     "fcn_alexnet": (_fcn, FCN_TAPS),
@@ -302,7 +302,7 @@ def test_a_saved_model_loads_and_predicts_the_same(tmp_path, kind):
     assert [x.name for x in loaded.layers] == [x.name for x in model.layers]
 
 
-# --- stitch: other alphas, by hand --------------------------------------------
+# stitch: other alphas, by hand
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 5])
@@ -507,7 +507,7 @@ def test_units_take_their_arguments_from_stitch():
         assert unit.compute_dtype == "float64"
 
 
-# --- stitch: inputs and outputs -----------------------------------------------
+# stitch: inputs and outputs
 
 
 def test_a_shared_input_keeps_its_name():
@@ -632,7 +632,7 @@ def test_towers_may_have_several_outputs(structure):
     _assert_same(together["attributes"], towers["attributes"](data))
 
 
-# --- stitch: what towers bring along ------------------------------------------
+# stitch: what towers bring along
 
 
 def test_frozen_layers_stay_frozen():
@@ -751,7 +751,7 @@ def test_gradients_reach_the_other_tower_through_the_units():
     assert np.abs(tape.gradient(loss, kernel)).max() > 1e-4
 
 
-# --- stitch: errors -----------------------------------------------------------
+# stitch: errors
 
 
 def _used_twice():
@@ -928,7 +928,7 @@ def test_other_task_names_are_none(name):
     check_task_names([name])
 
 
-# --- split --------------------------------------------------------------------
+# split
 
 SPLITS = {
     "fcn_alexnet": (_fcn, ["conv1", "conv4", "fc7_dropout", "score"]),

@@ -67,8 +67,8 @@ def fit(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="one_task, one_task_longer or cross_stitch; repeat for several. "
-            "Without it: all."
+            help="one_task, one_task_longer (the control) or cross_stitch; repeat "
+            "for several. Without it: all."
         ),
     ] = None,
     seed: Seed = 0,
@@ -96,7 +96,7 @@ def fit(
 
     metrics = {}
     with _progress() as progress:
-        for name in sorted(methods, key=list(fitting.METHODS).index):
+        for name in sorted(methods, key=fitting.METHODS.index):
             metrics[name] = fitting.fit(
                 settings,
                 name,

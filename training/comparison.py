@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -59,7 +60,11 @@ def compare(recipe, methods, seed, *, tasks, builder, runs):
     figure.savefig(target / "predictions.png", dpi=110)
     if "cross_stitch" in models:
         plot_alpha(models["cross_stitch"]).savefig(target / "alpha.png", dpi=110)
-        if not (target / "serving" / "1").exists():
+        trained = (folders["cross_stitch"] / "model.keras").stat().st_mtime
+        exported = target / "serving" / "1"
+        if exported.exists() and exported.stat().st_mtime < trained:
+            shutil.rmtree(exported)
+        if not exported.exists():
             export_saved_model(models["cross_stitch"], target / "serving", version=1)
     return target
 

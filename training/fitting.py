@@ -31,12 +31,11 @@ from training.datasets import pipeline
 
 # All methods train the tasks' towers side by side, in one model. Without units
 # the towers share nothing, so that is each net trained alone.
-METHODS = {
-    "one_task": "one net per task, on its own",
-    "one_task_longer": "the one-task nets, trained on as long as cross_stitch: the "
-    "control",
-    "cross_stitch": "the one-task nets, stitched, and trained on",
-}
+METHODS = (
+    "one_task",
+    "one_task_longer",  # the one-task nets trained on as long as the rest: the control
+    "cross_stitch",  # the one-task nets, stitched, and trained on
+)
 
 
 def strategy(replicas=None):
@@ -70,7 +69,7 @@ def check(recipe, methods, tasks):
     for method in methods:
         if method not in METHODS:
             raise ValueError(
-                f"There is no method '{method}'. There are: {list(METHODS)}"
+                f"There is no method '{method}'. There are: {', '.join(METHODS)}"
             )
     build(dataclasses.replace(recipe, width=1 / 64), "cross_stitch", tasks)
 

@@ -21,6 +21,8 @@ class Recipe:
     tasks: tuple[str, ...]
     image_size: tuple[int, int]  # (H, W), resized to
     target_size: tuple[int, int]  # every so many-th pixel of the stored targets
+    smallest_crop: float  # of a train image, by its side; 1.0 is the whole image
+    colour: float  # how far brightness and tint of a train image vary, e.g. 0.2
 
     # Model
     width: float

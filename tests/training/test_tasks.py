@@ -136,6 +136,17 @@ def test_normals_metrics_agree_with_all_the_angles(oriented, rng):
         )
 
 
+def test_normals_metrics_count_by_sample_weight(oriented, rng):
+    keep = rng.random(SHAPE) < 0.5
+    truth, answer = oriented[0]
+    for metric in Normals(some_codewords(rng)).metrics():
+        metric.update_state(truth, answer, sample_weight=keep)
+        weighted = float(metric.result())
+        metric.reset_state()
+        metric.update_state(truth * keep[..., None], answer)
+        assert weighted == pytest.approx(float(metric.result()))
+
+
 def test_normals_metrics_do_not_see_undefined_normals(oriented, rng):
     task = Normals(some_codewords(rng))
     elsewhere = [
@@ -227,6 +238,18 @@ def test_normals_decode_to_unit_vectors_and_undefined_ones_to_zero(rng):
     assert not decoded[0, 0].any()
     np.testing.assert_allclose(np.linalg.norm(decoded[1:], axis=-1), 1, rtol=1e-6)
     np.testing.assert_allclose(decoded[1:], normals[1:], atol=0.01)
+
+
+def test_the_codewords_are_unit_directions_spread_over_the_data(builder, rng):
+    codewords = Normals.of(builder).codewords
+    stored = next(iter(builder.as_dataset(split="train")))["normals"].numpy()
+    normals = stored[stored.any(-1)] / 127.5 - 1
+    nearest = (normals @ codewords.T).max(axis=-1)
+    at_random = (normals @ some_codewords(rng).T).max(axis=-1)
+
+    assert codewords.shape == (20, 3)
+    np.testing.assert_allclose(np.linalg.norm(codewords, axis=-1), 1, rtol=1e-5)
+    assert nearest.mean() > max(0.95, at_random.mean())
 
 
 def test_drawings_are_rgb_images(classified, oriented, rng):

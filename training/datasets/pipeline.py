@@ -40,17 +40,17 @@ def prepare(recipe, data, runs):
 
 
 def train_batches(builder, recipe, tasks, seed):
-    """The train split: cached, shuffled, flipped at random, in whole batches."""
+    """The train split: cached, shuffled, augmented at random, in whole batches."""
     examples = _examples(builder, recipe.train_split, recipe, tasks).cache()
     batches = examples.shuffle(len(examples), seed=seed).batch(
         recipe.batch_size, drop_remainder=True
     )
     # Drawn apart from the maps, which run in parallel, in no fixed order.
-    flip_seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).batch(2)
+    seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).batch(2)
     return (
-        tf.data.Dataset.zip(batches, flip_seeds)
+        tf.data.Dataset.zip(batches, seeds)
         .map(
-            lambda batch, flip_seed: _flip_some(*batch, tasks, flip_seed),
+            lambda batch, seed: _augment(*batch, recipe, tasks, seed),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         .prefetch(tf.data.AUTOTUNE)
@@ -90,16 +90,55 @@ def _examples(builder, split, recipe, tasks):
     ).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _flip_some(image, targets, tasks, flip_seed):
-    """Mirrors each example of the batch with probability one half."""
-    mirrored = tf.random.stateless_uniform([tf.shape(image)[0]], flip_seed) < 0.5
-
-    def choose(flipped, original):
-        mask = tf.reshape(mirrored, [-1] + [1] * (len(original.shape) - 1))
-        return tf.where(mask, flipped, original)
-
-    image = choose(tf.reverse(image, axis=[2]), image)
-    return tf.cast(image, "float32"), {
-        name: choose(tasks[name].flip(target), target)
+def _augment(image, targets, recipe, tasks, seed):
+    """Flips, crops and tints each example of the batch, by chance."""
+    flip_seed, crop_seed, tint_seed = tf.unstack(
+        tf.random.experimental.stateless_split(seed, 3)
+    )
+    mirrored = tf.random.stateless_uniform([len(image)], flip_seed) < 0.5
+    image = _choose(mirrored, tf.reverse(image, axis=[2]), image)
+    targets = {
+        name: _choose(mirrored, tasks[name].flip(target), target)
         for name, target in targets.items()
     }
+    if recipe.smallest_crop < 1:
+        boxes = _boxes(len(image), recipe.smallest_crop, crop_seed)
+        image = _crop(image, boxes, "bilinear")
+        targets = {
+            name: _crop(target, boxes, "nearest") for name, target in targets.items()
+        }
+    image = tf.cast(image, "float32")
+    if recipe.colour:
+        image = _tint(image, recipe.colour, tint_seed)
+    return image, targets
+
+
+def _choose(chosen, one, other):
+    """For each example of the batch, the one where chosen, else the other."""
+    return tf.where(tf.reshape(chosen, [-1] + [1] * (len(one.shape) - 1)), one, other)
+
+
+def _boxes(count, smallest, seed):
+    """Random boxes of the image's shape, (N, 4): top, left, bottom, right in [0, 1]."""
+    side, top, left = tf.unstack(tf.random.stateless_uniform([3, count], seed))
+    side = smallest + (1 - smallest) * side
+    top, left = (1 - side) * top, (1 - side) * left
+    return tf.stack([top, left, top + side, left + side], axis=1)
+
+
+def _crop(maps, boxes, method):
+    """Each map's part in its box, enlarged to the size of the map."""
+    channels = maps if len(maps.shape) == 4 else maps[..., None]
+    parts = tf.image.crop_and_resize(
+        channels, boxes, tf.range(len(boxes)), maps.shape[1:3], method
+    )
+    return tf.cast(tf.reshape(parts, tf.shape(maps)), maps.dtype)
+
+
+def _tint(image, strength, seed):
+    """Each image brighter or darker, and so again each of its channels."""
+    draws = tf.random.stateless_uniform(
+        [len(image), 1, 1, 4], seed, -strength, strength
+    )
+    gain = (1 + draws[..., :1]) * (1 + draws[..., 1:])
+    return tf.clip_by_value(image * gain, 0.0, 255.0)
