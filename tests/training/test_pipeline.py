@@ -51,11 +51,13 @@ def found(images, examples):
 
 
 def test_train_batches_hold_each_example_once_or_mirrored(tiny, builder, tasks):
-    images, _ = collect(pipeline.train_batches(builder, tiny, tasks, seed=1))
+    images, targets = collect(pipeline.train_batches(builder, tiny, tasks, seed=1))
     indices, mirrored = zip(*found(images, stored(builder, "train")), strict=True)
 
     assert sorted(indices) == list(range(16))
     assert set(mirrored) == {False, True}
+    as_they_are = targets["normals"][~np.array(mirrored)]
+    assert (as_they_are[..., 0] > 0).any(axis=(1, 2)).all()
 
 
 def test_targets_are_mirrored_with_their_image(tiny, builder, tasks):
