@@ -105,7 +105,8 @@ def _augment(image, targets, recipe, tasks, seed):
         boxes = _boxes(len(image), recipe.smallest_crop, crop_seed)
         image = _crop(image, boxes, "bilinear")
         targets = {
-            name: _crop(target, boxes, "nearest") for name, target in targets.items()
+            name: tf.cast(_crop(target, boxes, "nearest"), target.dtype)
+            for name, target in targets.items()
         }
     image = tf.cast(image, "float32")
     if recipe.colour:
@@ -127,12 +128,12 @@ def _boxes(count, smallest, seed):
 
 
 def _crop(maps, boxes, method):
-    """Each map's part in its box, enlarged to the size of the map."""
+    """Each map's part in its box, enlarged to the size of the map; float32."""
     channels = maps if len(maps.shape) == 4 else maps[..., None]
     parts = tf.image.crop_and_resize(
         channels, boxes, tf.range(len(boxes)), maps.shape[1:3], method
     )
-    return tf.cast(tf.reshape(parts, tf.shape(maps)), maps.dtype)
+    return tf.reshape(parts, tf.shape(maps))
 
 
 def _tint(image, strength, seed):
