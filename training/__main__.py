@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-# Before TensorFlow is imported, which the commands do: its notices are not ours.
+# Before TensorFlow is imported, which the commands do: its notices are not ours, and
+# where a CPU lacks AVX-512 it leaves oneDNN's convolutions off, which are faster.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 for library in ("absl", "tensorflow"):
     logging.getLogger(library).setLevel(logging.ERROR)
 
