@@ -89,6 +89,25 @@ def test_training_lowers_the_loss_and_moves_alpha(fit, runs):
     assert np.all(np.abs(alpha[0, 1] - 0.1) > 0)
 
 
+def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(tiny, tasks):
+    settings = dataclasses.replace(
+        tiny, momentum=0.75, weight_decay=0.02, alpha_multiplier=7
+    )
+    model = fitting.compiled(settings, "cross_stitch", tasks, learning_rate=0.125)
+    kernels = [
+        layer.kernel for layer in model.layers if isinstance(layer, keras.layers.Conv2D)
+    ]
+
+    assert float(model.optimizer.learning_rate) == 0.125
+    assert model.optimizer.inner_optimizer.momentum == 0.75
+    assert model.optimizer.multipliers == {"alpha": 7}
+    # The gradient of this is the decay times the kernel.
+    penalty = 0.02 / 2 * sum(np.sum(np.square(kernel)) for kernel in kernels)
+    np.testing.assert_allclose(sum(model.losses), penalty, rtol=1e-5)
+    control = fitting.compiled(settings, "one_task_longer", tasks, 0.125)
+    assert isinstance(control.optimizer, keras.optimizers.SGD)
+
+
 def test_a_finished_run_is_not_run_again(fit, runs):
     first = fit("one_task")
     before = snapshot(runs / "tiny/one_task/seed0")
