@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/python -m training
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -25,6 +25,10 @@ def training(*arguments):
     )
 
 
+# Tests of one group run in one process, and so share the demo.
+shares_the_demo = pytest.mark.xdist_group("demo")
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """`python -m training --toy`, from nothing."""
@@ -32,6 +36,7 @@ def demo(tmp_path_factory):
     return training("--toy", "--runs", runs), runs / "scenes-toy"
 
 
+@shares_the_demo
 def test_the_demo_trains_every_method_and_shows_a_table(demo):
     result, folder = demo
 
@@ -49,6 +54,7 @@ def test_the_demo_trains_every_method_and_shows_a_table(demo):
     assert len(table) == 2 + 8
 
 
+@shares_the_demo
 def test_the_demo_draws_predictions_and_alphas(demo):
     _, folder = demo
 
@@ -58,6 +64,7 @@ def test_the_demo_draws_predictions_and_alphas(demo):
         assert picture.std() > 0.1
 
 
+@shares_the_demo
 def test_the_demo_exports_one_signature_per_task(demo):
     _, folder = demo
     served = tf.saved_model.load(folder / "comparison/seed0/serving/1")
@@ -71,6 +78,7 @@ def test_the_demo_exports_one_signature_per_task(demo):
         tf.debugging.assert_near(answer, expected[task], atol=1e-5)
 
 
+@shares_the_demo
 def test_what_is_finished_is_not_run_again(demo):
     _, folder = demo
     models = list(folder.glob("*/seed0/model.keras"))
