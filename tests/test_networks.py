@@ -446,7 +446,10 @@ def test_one_model_may_be_the_tower_of_two_tasks():
 
     model = stitch({"a": tower, "b": tower}, ["one"])
 
-    _assert_outputs_are_those_apart(model, {"a": tower, "b": tower})
+    # 0.9 x + 0.1 x is x within rounding only: some processors fuse the sum.
+    data = _data(model)
+    for output in model(data).values():
+        np.testing.assert_allclose(output, tower(data), rtol=1e-5)
     assert len(model.weights) == 2 * len(tower.weights) + 1
 
 
