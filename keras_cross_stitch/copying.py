@@ -98,9 +98,7 @@ class Tower:
         args, kwargs = node.arguments.convert(self._resolve)
         nested = _graph(layer)
         if nested is not None:
-            # A mask that comes with the tensor does so in the copy, too.
-            mask = node.arguments.kwargs.get("mask")
-            if mask is getattr(node.input_tensors[0], "_keras_mask", None):
+            if _comes_by_itself(node.arguments):
                 kwargs = {key: x for key, x in kwargs.items() if key != "mask"}
             self._add_nested(nested, node, path, context, args, dict(kwargs))
             return
@@ -126,6 +124,14 @@ class Tower:
         for x, inside in zip(node.outputs, nested.outputs, strict=True):
             self._outside[id(x)] = self._resolve(inside)
         self.nested[path] = [self._resolve(x) for x in node.outputs]
+
+
+def _comes_by_itself(arguments):
+    """Whether a call's mask is its input's own, which the copy's input has, too."""
+    masks = keras.tree.flatten(arguments.kwargs.get("mask"))
+    given = arguments.args[0] if arguments.args else arguments.kwargs.get("inputs")
+    own = [getattr(x, "_keras_mask", None) for x in keras.tree.flatten(given)]
+    return all(any(mask is x for x in [None, *own]) for mask in masks)
 
 
 def _is_input(layer, x):
