@@ -163,13 +163,16 @@ def copy_layer(layer: Any, name: str) -> Any:
         config = _unbuilt(layer.get_config())
     functions: dict[str, Callable] = {}
     config = _with_functions(config, layer, functions)
-    config["name"] = name
-    refused = _refused(type(layer), config)
     classes = {type(x).__name__: type(x) for x in _within(layer)}
     with keras.saving.custom_object_scope({**classes, **functions}):
-        copy = type(layer).from_config(
-            {key: value for key, value in config.items() if key not in refused}
-        )
+        try:
+            copy = _from_config(layer, {**config, "name": name})
+        except Exception:
+            # Some configs have more than their constructor takes (KerasHub's ViT).
+            # Keras itself keeps what a layer was constructed with.
+            if getattr(layer, "_auto_config", None) is None:
+                raise
+            copy = _from_config(layer, {**layer._auto_config.config, "name": name})
     if copy.name != name:
         copy.name = name
     if isinstance(layer, keras.layers.Layer):
@@ -181,12 +184,13 @@ def copy_layer(layer: Any, name: str) -> Any:
     return copy
 
 
-def _refused(kind, config):
-    """What every layer's config has, and the layer's constructor may not take."""
-    parameters = inspect.signature(kind.__init__).parameters
-    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        return set()
-    return {"name", "trainable", "dtype"} & set(config) - set(parameters)
+def _from_config(layer, config):
+    """A layer like the one given, without the arguments that only Keras's own take."""
+    parameters = inspect.signature(type(layer).__init__).parameters
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        refused = {"name", "trainable", "dtype"} - set(parameters)
+        config = {key: value for key, value in config.items() if key not in refused}
+    return type(layer).from_config(config)
 
 
 def carry_over(layer: Any, copy: Any) -> None:

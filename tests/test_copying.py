@@ -295,6 +295,20 @@ class _Plain(layers.Layer):
         return self.factor * x
 
 
+class _SaysTooMuch(layers.Layer):
+    """Its config holds more than it can be constructed with."""
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, x):
+        return self.factor * x
+
+    def get_config(self):
+        return {**super().get_config(), "factor": 1.0, "derived": 2 * self.factor}
+
+
 def _scale(factor):
     return lambda x: factor * x
 
@@ -312,6 +326,7 @@ FUNCTIONS = {
         layers.Dense(3, activation=_twice)
     ),
     "a plain layer": lambda: _Plain(3.0),
+    "a layer that says too much": lambda: _SaysTooMuch(3.0),
     "a layer that says little": lambda: _Forgetful(3),
     "a wrapped layer of one's own": lambda: layers.TimeDistributed(_Forgetful(3)),
 }
@@ -774,5 +789,7 @@ def test_the_private_names_that_copying_reads_are_there():
     assert args[0] is tower.inputs[0]
     assert first.outputs[0] is tower.get_layer("first").output
     assert not first.is_input
+    constructed = tower.get_layer("first")._auto_config.config
+    assert (constructed["units"], constructed["name"]) == (3, "first")
     assert tower.get_layer("first")._flatten_layers() == [tower.get_layer("first")]
     assert [call.path for call in Tower("a", tower).calls] == ["first", "tap", "score"]
