@@ -7,6 +7,8 @@ from keras_cross_stitch.networks import split, stitch
 from keras_cross_stitch.saved_model import export_saved_model
 from keras_cross_stitch.towers import alexnet, fcn_alexnet
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AlphaHistory",
     "CrossStitch",
