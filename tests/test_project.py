@@ -102,9 +102,22 @@ def towers_with_layers_of_other_names():
     return {"unet": tower("down2"), "mobilenet": tower("block_3_project_BN")}
 
 
+def backbone():
+    return {
+        "backbone": keras.applications.MobileNetV2(
+            weights=None,
+            include_top=False,
+            input_shape=(96, 96, 3),
+            alpha=0.35,
+            name="mobilenetv2",
+        )
+    }
+
+
 NEEDS = {
     "fcn_alexnet(outputs=40": dataset,
     "at=[{": towers_with_layers_of_other_names,
+    "backbone.layers[:54]": backbone,
 }
 
 
