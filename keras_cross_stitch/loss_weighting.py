@@ -71,8 +71,6 @@ def weigh_losses(model, loss, by):
             f"for each of them. Received: outputs {received}, losses {tasks}"
         )
     weights = _WEIGHTS[by](tasks, name=by)
-    # A layer a task, each with all the weights: Keras restores what is shared where it
-    # has been saved twice.
     outputs = {
         task: WeightedTask(weights, name=f"{task}_{by}")(output)
         for task, output in outputs.items()
@@ -209,7 +207,7 @@ class WeightedTask(keras.layers.Layer):
         return output
 
     def get_config(self):
-        weights = keras.saving.serialize_keras_object(self.weights_of_tasks)
+        weights = _shared(self.weights_of_tasks)
         return {**super().get_config(), "weights_of_tasks": weights}
 
     @classmethod
@@ -240,9 +238,7 @@ class WeightedLoss(keras.losses.Loss):
         return {
             "name": self.name,
             "loss": keras.losses.serialize(self.loss),
-            "weights_of_tasks": keras.saving.serialize_keras_object(
-                self.weights_of_tasks
-            ),
+            "weights_of_tasks": _shared(self.weights_of_tasks),
             "task": self.task,
         }
 
@@ -258,3 +254,10 @@ def _weighted(loss, weights, task):
         # Inside, so that a batch without labels has no log s either.
         return MaskedLoss(WeightedLoss(loss.loss, weights, task), loss.missing)
     return WeightedLoss(loss, weights, task)
+
+
+def _shared(weights):
+    """The config from which Keras makes one object, wherever in a file it stands."""
+    # Keras marks as shared what it serializes for the second time.
+    keras.saving.serialize_keras_object(weights)
+    return keras.saving.serialize_keras_object(weights)
