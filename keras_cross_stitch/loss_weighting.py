@@ -41,7 +41,8 @@ def weigh_losses(model, loss, by):
 
     Raises:
         ValueError: If `by` is neither, if the model's output is no dict of two tasks
-            or more, if they are not those of `loss`, or if a loss is none that `MaskedLoss` takes.
+            or more, if they are not those of `loss`, or if `MaskedLoss` would not take
+            a loss.
 
     Example:
 
@@ -116,9 +117,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     def __init__(self, temperature=2.0):
         super().__init__()
         if not temperature > 0:
-            raise ValueError(
-                f"`temperature` must be positive. Received: {temperature}"
-            )
+            raise ValueError(f"`temperature` must be positive. Received: {temperature}")
         self.temperature = temperature
 
     def on_train_begin(self, logs=None):
@@ -155,9 +154,7 @@ class UncertaintyWeights(keras.layers.Layer):
     def __init__(self, tasks, **kwargs):
         super().__init__(**kwargs)
         self.tasks = list(tasks)
-        self.log_variance = self.add_weight(
-            (len(tasks),), "zeros", name="log_variance"
-        )
+        self.log_variance = self.add_weight((len(tasks),), "zeros", name="log_variance")
         self.built = True
 
     def weigh(self, values, task):

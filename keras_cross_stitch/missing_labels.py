@@ -122,8 +122,8 @@ class MaskedLoss(keras.losses.Loss):
 class MaskedMetric(keras.metrics.Metric):
     """A Keras metric of the labels that are there.
 
-    What is missing is as for `MaskedLoss`: the metric gets weight 0 for it, and 0 in
-    the place of the label and of the prediction. Over all batches, and all replicas of
+    What is missing is as for `MaskedLoss`: the metric gets a label of 0, a prediction
+    of 1 and a weight of 0 for it. Over all batches, and all replicas of
     a `tf.distribute` strategy, the result is that of the labelled examples alone.
 
     `compile(weighted_metrics=...)` hands it the sample weights, `compile(metrics=...)`
@@ -268,7 +268,7 @@ def _aligned(y_true, y_pred, dtype):
 
 
 def _without_missing(y_true, y_pred, sample_weight, missing, dtype):
-    """Labels and predictions, 0 where the label is missing, and weights (N, ...)."""
+    """Labels, 0 where missing; predictions, 1 there; and weights (N, ...)."""
     # Private: Keras has no public name for the mask that a layer hands on.
     mask = getattr(y_pred, "_keras_mask", None)
     y_true, y_pred = _aligned(y_true, y_pred, dtype)
@@ -280,13 +280,12 @@ def _without_missing(y_true, y_pred, sample_weight, missing, dtype):
     weight = ops.where(absent, 0, ops.ones_like(y_pred[..., 0]))
     for factor in (sample_weight, mask):
         if factor is not None:
-            weight = ops.where(
-                absent, 0, weight * _to_positions(factor, weight, dtype)
-            )
+            weight = ops.where(absent, 0, weight * _to_positions(factor, weight, dtype))
 
     # Predictions, too: a gradient that is NaN stops here, where 0 times it would not.
+    # By 1, since some metrics divide by the sum of a prediction, or take its logarithm.
     there = ops.expand_dims(weight != 0, -1)
-    y_pred = ops.where(there, y_pred, 0)
+    y_pred = ops.where(there, y_pred, 1)
     y_true = ops.where(there if vectors else weight != 0, y_true, 0)
     return y_true, y_pred, weight
 
