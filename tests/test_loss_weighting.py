@@ -168,6 +168,14 @@ def test_a_task_without_labels_keeps_its_uncertainty():
     assert c != 0
 
 
+def test_what_marks_a_missing_label_stays():
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(1)(x) for task in "ab"})
+    masked = MaskedLoss("mse", missing=-1)
+    _, loss = weigh_losses(model, {"a": masked, "b": "mse"}, "dynamic_average")
+    assert float(loss["a"]([[-1.0], [3.0]], [[5.0], [1.0]])) == 4
+
+
 def test_without_a_mask_the_loss_is_the_same():
     x = keras.Input((3,))
     losses = {"c": "mse", "b": keras.losses.MeanSquaredError()}
