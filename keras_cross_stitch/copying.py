@@ -12,11 +12,7 @@ import numpy as np
 
 
 def copy_layer(layer: Any, name: str) -> Any:
-    """A new layer (or operation) of that name, whose weights are still to come.
-
-    Adapted state of layers without weights, such as a vocabulary, comes along, since
-    it may be needed at the first call. `carry_over` brings the rest.
-    """
+    """A new layer (or operation) of that name; `carry_over` gives it the weights."""
     with warnings.catch_warnings():
         # Keras warns that a lambda cannot be saved, which is not done here.
         warnings.simplefilter("ignore")
@@ -35,12 +31,10 @@ def copy_layer(layer: Any, name: str) -> Any:
             copy = _from_config(layer, {**layer._auto_config.config, "name": name})
     if copy.name != name:
         copy.name = name
-    if isinstance(layer, keras.layers.Layer):
-        # The config of a layer of one's own may leave it out.
-        if copy.dtype_policy.name != layer.dtype_policy.name:
-            copy.dtype_policy = layer.dtype_policy
-        if not layer.weights:
-            _carry_state(layer, copy)
+    # The config of a layer of one's own may leave it out.
+    policy = getattr(layer, "dtype_policy", None)
+    if policy is not None and copy.dtype_policy.name != policy.name:
+        copy.dtype_policy = policy
     return copy
 
 

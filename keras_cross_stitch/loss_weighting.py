@@ -3,6 +3,9 @@
 Fixed weights need nothing from here: `compile(loss_weights={task: 0.5, ...})`.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
 import keras
 import numpy as np
 from keras import ops
@@ -10,7 +13,11 @@ from keras import ops
 from keras_cross_stitch.missing_labels import MaskedLoss, checked_loss, values_of
 
 
-def weigh_losses(model, loss, by):
+def weigh_losses(
+    model: keras.Model,
+    loss: Mapping[str, Any],
+    by: Literal["uncertainty", "dynamic_average"],
+) -> tuple[keras.Model, dict[str, Any]]:
     """Weighs the losses of a model's tasks, by weights that change in training.
 
     By `"uncertainty"` (Kendall et al.), the total loss is, with a trained `s_i`,
@@ -114,13 +121,13 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     - [Liu et al., 2019](https://arxiv.org/abs/1803.10704), Eq. 7
     """
 
-    def __init__(self, temperature=2.0):
+    def __init__(self, temperature: float = 2.0) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"`temperature` must be positive. Received: {temperature}")
         self.temperature = temperature
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         weights = [
             layer.weights_of_tasks
             for layer in self.model.layers
@@ -134,7 +141,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
         self.weights = weights[0]
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         weight = ops.convert_to_numpy(self.weights.weight).astype("float64")
         before = ops.convert_to_numpy(self.weights.last_loss).astype("float64")
         weighted = np.array([logs[f"{task}_loss"] for task in self.weights.tasks])
@@ -151,17 +158,19 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 class UncertaintyWeights(keras.layers.Layer):
     """Holds a trained log-variance a task: `v = log s^2`."""
 
-    def __init__(self, tasks, **kwargs):
+    def __init__(self, tasks: Iterable[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tasks = list(tasks)
-        self.log_variance = self.add_weight((len(tasks),), "zeros", name="log_variance")
+        self.log_variance = self.add_weight(
+            (len(self.tasks),), "zeros", name="log_variance"
+        )
         self.built = True
 
-    def weigh(self, values, task):
+    def weigh(self, values: Any, task: str) -> Any:
         v = ops.cast(self.log_variance[self.tasks.index(task)], values.dtype)
         return 0.5 * ops.exp(-v) * values + 0.5 * v
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "tasks": self.tasks}
 
 
@@ -169,10 +178,10 @@ class UncertaintyWeights(keras.layers.Layer):
 class DynamicWeights(keras.layers.Layer):
     """Holds a weight a task, and the last epoch's loss, for `DynamicWeightAverage`."""
 
-    def __init__(self, tasks, **kwargs):
+    def __init__(self, tasks: Iterable[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tasks = list(tasks)
-        shape = (len(tasks),)
+        shape = (len(self.tasks),)
         self.weight = self.add_weight(shape, "ones", trainable=False, name="weight")
         # 0, none yet, makes a ratio that is no number.
         self.last_loss = self.add_weight(
@@ -180,35 +189,40 @@ class DynamicWeights(keras.layers.Layer):
         )
         self.built = True
 
-    def weigh(self, values, task):
+    def weigh(self, values: Any, task: str) -> Any:
         weight = self.weight[self.tasks.index(task)]
         return ops.cast(weight, values.dtype) * values
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "tasks": self.tasks}
 
 
-_WEIGHTS = {"uncertainty": UncertaintyWeights, "dynamic_average": DynamicWeights}
+_WEIGHTS: dict[str, Any] = {
+    "uncertainty": UncertaintyWeights,
+    "dynamic_average": DynamicWeights,
+}
 
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
 class WeightedTask(keras.layers.Layer):
     """Hands a task's output on, and makes the weights of the losses the model's."""
 
-    def __init__(self, weights_of_tasks, **kwargs):
+    def __init__(
+        self, weights_of_tasks: UncertaintyWeights | DynamicWeights, **kwargs: Any
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
         self.weights_of_tasks = weights_of_tasks
         self.supports_masking = True
 
-    def call(self, output):
+    def call(self, output: Any) -> Any:
         return output
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         weights = _shared(self.weights_of_tasks)
         return {**super().get_config(), "weights_of_tasks": weights}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "WeightedTask":
         weights = keras.saving.deserialize_keras_object(config["weights_of_tasks"])
         return cls(**{**config, "weights_of_tasks": weights})
 
@@ -217,7 +231,13 @@ class WeightedTask(keras.layers.Layer):
 class WeightedLoss(keras.losses.Loss):
     """A task's loss, weighed value by value: so its mean is, and a mask still fits."""
 
-    def __init__(self, loss, weights_of_tasks, task, name=None):
+    def __init__(
+        self,
+        loss: Any,
+        weights_of_tasks: UncertaintyWeights | DynamicWeights,
+        task: str,
+        name: str | None = None,
+    ) -> None:
         self.loss = checked_loss(loss)
         self.weights_of_tasks = weights_of_tasks
         self.task = task
@@ -227,11 +247,11 @@ class WeightedLoss(keras.losses.Loss):
             dtype=getattr(self.loss, "dtype", None),
         )
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         values = values_of(self.loss, y_true, y_pred)
         return self.weights_of_tasks.weigh(values, self.task)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "loss": keras.losses.serialize(self.loss),
@@ -240,20 +260,22 @@ class WeightedLoss(keras.losses.Loss):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "WeightedLoss":
         weights = keras.saving.deserialize_keras_object(config["weights_of_tasks"])
         loss = keras.losses.deserialize(config["loss"])
         return cls(**{**config, "loss": loss, "weights_of_tasks": weights})
 
 
-def _weighted(loss, weights, task):
+def _weighted(
+    loss: Any, weights: UncertaintyWeights | DynamicWeights, task: str
+) -> keras.losses.Loss:
     if isinstance(loss, MaskedLoss):
         # Inside, so that a batch without labels has no log s either.
         return MaskedLoss(WeightedLoss(loss.loss, weights, task), loss.missing)
     return WeightedLoss(loss, weights, task)
 
 
-def _shared(weights):
+def _shared(weights: keras.layers.Layer) -> dict[str, Any]:
     """The config from which Keras makes one object, wherever in a file it stands."""
     # Keras marks as shared what it serializes for the second time.
     keras.saving.serialize_keras_object(weights)

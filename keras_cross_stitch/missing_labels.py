@@ -5,6 +5,8 @@ or a number that is no label, for the others.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
@@ -79,7 +81,12 @@ class MaskedLoss(keras.losses.Loss):
     5.0
     """
 
-    def __init__(self, loss, missing=None, name=None):
+    def __init__(
+        self,
+        loss: keras.losses.Loss | Callable | str,
+        missing: float | None = None,
+        name: str | None = None,
+    ) -> None:
         self.loss = checked_loss(loss)
         self.missing = _marker(missing)
         super().__init__(
@@ -88,7 +95,7 @@ class MaskedLoss(keras.losses.Loss):
             dtype=getattr(self.loss, "dtype", None),
         )
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         y_true, safe_pred, weight = _without_missing(
             y_true, y_pred, sample_weight, self.missing, self.dtype
         )
@@ -103,10 +110,10 @@ class MaskedLoss(keras.losses.Loss):
         # Keras reduces the values, which go through `call`.
         return super().__call__(values, y_pred, weight)
 
-    def call(self, values, y_pred):
+    def call(self, values: Any, y_pred: Any) -> Any:
         return values
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "loss": keras.losses.serialize(self.loss),
@@ -114,7 +121,7 @@ class MaskedLoss(keras.losses.Loss):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "MaskedLoss":
         return cls(**{**config, "loss": keras.losses.deserialize(config["loss"])})
 
 
@@ -151,7 +158,12 @@ class MaskedMetric(keras.metrics.Metric):
     2.0
     """
 
-    def __init__(self, metric, missing=None, name=None):
+    def __init__(
+        self,
+        metric: keras.metrics.Metric | Callable | str,
+        missing: float | None = None,
+        name: str | None = None,
+    ) -> None:
         if metric in ("accuracy", "acc"):
             raise ValueError(
                 "`metric` must say which accuracy it is: 'binary_accuracy', "
@@ -167,7 +179,7 @@ class MaskedMetric(keras.metrics.Metric):
         self.metric = metric
         self.missing = _marker(missing)
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         floatx = keras.config.floatx()
         y_true, y_pred, weight = _without_missing(
             y_true, y_pred, sample_weight, self.missing, floatx
@@ -177,13 +189,13 @@ class MaskedMetric(keras.metrics.Metric):
             weight = ops.cast(weight, self.dtype)
         self.metric.update_state(y_true, y_pred, sample_weight=weight)
 
-    def result(self):
+    def result(self) -> Any:
         return self.metric.result()
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         self.metric.reset_state()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "metric": keras.metrics.serialize(self.metric),
@@ -191,11 +203,11 @@ class MaskedMetric(keras.metrics.Metric):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "MaskedMetric":
         return cls(**{**config, "metric": keras.metrics.deserialize(config["metric"])})
 
 
-def values_of(loss, y_true, y_pred):
+def values_of(loss: Any, y_true: Any, y_pred: Any) -> Any:
     """The values of a loss that Keras would reduce, one for each label."""
     call = loss.call if isinstance(loss, keras.losses.Loss) else loss
     y_true, y_pred = _aligned(y_true, y_pred, y_pred.dtype)
@@ -210,7 +222,7 @@ def values_of(loss, y_true, y_pred):
     return values
 
 
-def checked_loss(loss):
+def checked_loss(loss: Any) -> Any:
     """The loss of an identifier, if its values can be taken one by one."""
     loss = keras.losses.get(loss)
     if not callable(loss):
@@ -236,7 +248,7 @@ def checked_loss(loss):
     return loss
 
 
-def _marker(missing):
+def _marker(missing: float | None) -> float | None:
     """The number that marks a missing label, `None` for NaN."""
     if missing is None:
         return None
@@ -245,7 +257,7 @@ def _marker(missing):
     return None if math.isnan(missing) else missing
 
 
-def _aligned(y_true, y_pred, dtype):
+def _aligned(y_true: Any, y_pred: Any, dtype: Any) -> tuple[Any, Any]:
     """Labels (N, ...) or (N, ..., C) and predictions (N, ..., C)."""
     y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
     if len(y_pred.shape) == 1 or "int" in keras.backend.standardize_dtype(y_pred.dtype):
@@ -267,7 +279,9 @@ def _aligned(y_true, y_pred, dtype):
     return y_true, y_pred
 
 
-def _without_missing(y_true, y_pred, sample_weight, missing, dtype):
+def _without_missing(
+    y_true: Any, y_pred: Any, sample_weight: Any, missing: float | None, dtype: Any
+) -> tuple[Any, Any, Any]:
     """Labels, 0 where missing; predictions, 1 there; and weights (N, ...)."""
     # Private: Keras has no public name for the mask that a layer hands on.
     mask = getattr(y_pred, "_keras_mask", None)
@@ -290,7 +304,7 @@ def _without_missing(y_true, y_pred, sample_weight, missing, dtype):
     return y_true, y_pred, weight
 
 
-def _to_positions(factor, weight, dtype):
+def _to_positions(factor: Any, weight: Any, dtype: Any) -> Any:
     """A sample weight or mask with axes of length 1 until it has those of `weight`."""
     factor = ops.convert_to_tensor(factor, dtype=dtype)
     if len(factor.shape) == len(weight.shape) + 1:

@@ -80,6 +80,21 @@ LOOKUPS = {
         ],
         WORDS,
     ),
+    "a string to one hot": (
+        lambda: [
+            _adapted(layers.StringLookup(output_mode="one_hot", name="adapted"), WORDS)
+        ],
+        WORDS[:, :1],
+    ),
+    "text to multi hot": (
+        lambda: [
+            _adapted(
+                layers.TextVectorization(output_mode="multi_hot", name="adapted"),
+                WORDS[:, 0],
+            )
+        ],
+        WORDS[:, :1],
+    ),
     "strings to tf-idf": (
         lambda: [
             _adapted(layers.StringLookup(output_mode="tf_idf", name="adapted"), WORDS)

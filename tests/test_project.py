@@ -114,10 +114,37 @@ def backbone():
     }
 
 
+def labels_of_some_tasks():
+    """Two data sets of one image each, and a model of both tasks."""
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0, 1, (16, 16, 3)).astype("float32")
+    inputs = keras.Input((16, 16, 3), name="image")
+    outputs = {
+        "depth": keras.layers.Conv2D(1, 1)(inputs),
+        "segmentation": keras.layers.Conv2D(3, 1)(inputs),
+    }
+    depth = image[..., :1] + 2.0
+    classes = image.argmax(axis=-1).astype("int32")
+    return {
+        "tf": tf,
+        "MaskedLoss": keras_cross_stitch.MaskedLoss,
+        "MaskedMetric": keras_cross_stitch.MaskedMetric,
+        "model": keras.Model(inputs, outputs),
+        "depths": tf.data.Dataset.from_tensors((image, depth)),
+        "segmentations": tf.data.Dataset.from_tensors((image, classes)),
+    }
+
+
+def weigh_losses():
+    return {"weigh_losses": keras_cross_stitch.weigh_losses}
+
+
 NEEDS = {
     "fcn_alexnet(outputs=40": dataset,
     "at=[{": towers_with_layers_of_other_names,
     "backbone.layers[:54]": backbone,
+    "sample_from_datasets": labels_of_some_tasks,
+    "weigh_losses(model": weigh_losses,
 }
 
 
@@ -135,7 +162,7 @@ class EveryLossFalls(keras.callbacks.Callback):
         for name in self.means[0]:
             sums = steps * [means[name] for means in self.means]
             losses = np.diff(sums, prepend=0)
-            assert losses[-2:].mean() < losses[:2].mean() - 0.1, (name, losses)
+            assert losses[-2:].mean() < losses[:2].mean() - 0.05, (name, losses)
         for variable in self.model.trainable_variables:
             assert np.abs(variable).max() < 20, variable.path
 
@@ -146,7 +173,9 @@ def test_the_python_blocks_of_the_readme_run_and_train(tmp_path, monkeypatch):
     fit = keras.Model.fit
     # Quiet, watched, and without the advice on shuffling.
     watched = {"shuffle": False, "verbose": 0, "callbacks": [EveryLossFalls()]}
-    monkeypatch.setattr(keras.Model, "fit", lambda *args: fit(*args, **watched))
+    monkeypatch.setattr(
+        keras.Model, "fit", lambda *args, **more: fit(*args, **more, **watched)
+    )
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     namespace = {}
     for block in blocks:
