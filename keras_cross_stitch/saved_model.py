@@ -5,6 +5,7 @@ the library runs on the other backends without it.
 """
 
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -43,7 +44,8 @@ def export_saved_model(
             `(inputs, labels)` it is `next(iter(dataset))[0]`. With `from_jpeg` it
             is rounded to whole pixel values. Defaults to random input: words of
             the vocabulary and indices in the range of the layers that read them,
-            numbers in [0, 255] for other floats, 0 and 1 for other integers.
+            whole numbers to 255 for other floats, or 0 and 1 where these are
+            refused, as for other integers.
         progress: Function that is called with a line of text for each signature
             as soon as its graph is made, such as `print`.
 
@@ -126,11 +128,12 @@ def _check_model(model):
         )
     check_task_names(outputs)
     for task, values in outputs.items():
-        tensors = values.values() if isinstance(values, dict) else [values]
-        if not all(isinstance(x, keras.KerasTensor) for x in tensors):
+        named = values if isinstance(values, dict) else {task: values}
+        tensors = all(isinstance(x, keras.KerasTensor) for x in named.values())
+        if not tensors or not all(isinstance(name, str) for name in named):
             raise ValueError(
-                f"The output of task '{task}' must be a tensor or a dict of tensors. "
-                f"Received: {values}"
+                f"The output of task '{task}' must be a tensor or a dict of name to "
+                f"tensor. Received: {values}"
             )
     names = [name for of_task in _together(outputs).values() for name in of_task]
     _check_unique("outputs in the signature 'serving_default'", names)
@@ -146,11 +149,15 @@ def _check_unique(what, names):
         )
 
 
-def _check_stateless(model):
+def _layers(model):
+    """All layers, those of nested models in the place of these."""
     for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            _check_stateless(layer)
-        elif getattr(layer, "stateful", False):
+        yield from _layers(layer) if isinstance(layer, keras.Model) else [layer]
+
+
+def _check_stateless(model):
+    for layer in _layers(model):
+        if getattr(layer, "stateful", False):
             raise ValueError(
                 f"Layer '{layer.name}' is stateful: it would carry its state from one "
                 "client's request to the next. Build the model with `stateful=False`, "
@@ -307,16 +314,14 @@ def _tried(run, model, inputs):
     """Input to compare on, drawn where none is given, and the model's outputs."""
     import tensorflow as tf
 
-    unknown = any(None in x.shape[1:] for x in model.inputs)
-    values = _accepted_values(model)
-    trials = (
-        [inputs]
-        if inputs is not None
-        else [
-            _drawn(model, values, side) for side in (_SIDES if unknown else _SIDES[:1])
-        ]
-    )
+    trials = [inputs]
+    if inputs is None:
+        unknown = any(None in x.shape[1:] for x in model.inputs)
+        sides = _SIDES if unknown else _SIDES[:1]
+        # Floats may be indices, of which 0 and 1 are there for sure.
+        trials = (_drawn(model, *x) for x in itertools.product((256, 2), sides))
     for trial in trials:
+        inputs = trial if inputs is None else inputs
         with contextlib.suppress(tf.errors.OpError):
             return trial, _dense(run(trial))
     # The error of a graph names no layer, that of Keras does.
@@ -324,7 +329,7 @@ def _tried(run, model, inputs):
         "does not accept the input to compare the models on; give inputs that it "
         "accepts as `sample=`"
     ):
-        return trials[0], _dense(model(trials[0], training=False))
+        return inputs, _dense(model(inputs, training=False))
 
 
 def _dense(outputs):
@@ -367,26 +372,26 @@ def _from_sample(sample, model, from_jpeg):
     return keras.tree.pack_sequence_as(model.input, arrays)
 
 
-def _drawn(model, values, side):
+def _drawn(model, high, side):
+    """Random input: whole numbers below `high` for floats, `side` for unknown sizes."""
     import tensorflow as tf
 
+    values = _accepted_values(model, high)
+
     def draw(x):
-        shape = [
-            size or (2 if axis == 0 else side) for axis, size in enumerate(x.shape)
-        ]
+        shape = [n or (2 if axis == 0 else side) for axis, n in enumerate(x.shape)]
         drawn = np.random.default_rng().choice(values[x.name], shape)
-        return tf.convert_to_tensor(
-            drawn.astype(str if x.dtype == "string" else x.dtype)
-        )
+        dtype = str if x.dtype == "string" else x.dtype
+        return tf.convert_to_tensor(drawn.astype(dtype))
 
     return keras.tree.map_structure(draw, model.input)
 
 
-def _accepted_values(model):
+def _accepted_values(model, high):
     """The values to draw from for each input: {name: array}."""
-    # Whole numbers, as pixels are; indices and masks only have 0 and 1 for sure.
+    # Pixels are whole numbers; of indices and masks only 0 and 1 are sure.
     values = {
-        x.name: np.arange(256 if "float" in x.dtype or x.dtype == "uint8" else 2)
+        x.name: np.arange(high if "float" in x.dtype or x.dtype == "uint8" else 2)
         for x in model.inputs
     }
     narrowed = {}
@@ -438,7 +443,8 @@ def _write(run, model, path, from_jpeg, progress):
     import tensorflow as tf
 
     archive = keras.export.ExportArchive()
-    archive.track(model)  # for its lookup tables
+    for layer in _layers(model):  # for lookup tables; a model would be traced again
+        archive.track(layer)
     specs = _specs(model)
 
     def add(signature, function, inputs, outputs):
