@@ -443,7 +443,9 @@ def _write(run, model, path, from_jpeg, progress):
     import tensorflow as tf
 
     archive = keras.export.ExportArchive()
-    for layer in _layers(model):  # for lookup tables; a model would be traced again
+    # Not the model, which would be traced again, nor what only has variables, which
+    # would be written twice.
+    for layer in filter(_may_hold_tables, _layers(model)):
         archive.track(layer)
     specs = _specs(model)
 
@@ -470,6 +472,14 @@ def _write(run, model, path, from_jpeg, progress):
     # The gradients of custom gradients are not served, and take minutes to trace.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     archive.write_out(str(path), options=options, verbose=False)
+
+
+def _may_hold_tables(layer):
+    import tensorflow as tf
+
+    holders = (keras.layers.Layer, tf.saved_model.experimental.TrackableResource)
+    held = keras.tree.flatten(list(vars(layer).values()))
+    return any(isinstance(x, holders) for x in held)
 
 
 def _from_jpeg(run, model):
