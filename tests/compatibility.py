@@ -200,7 +200,7 @@ def check(name, way):
         loaded = keras.saving.load_model(f"{directory}/model.keras", compile=False)
         for task, output in loaded(given).items():
             _assert_close(output, outputs[task], "a loaded .keras gives other outputs")
-        path = export_saved_model(loaded, f"{directory}/served")
+        path = export_saved_model(loaded, f"{directory}/served", sample=given)
         np.savez(
             f"{directory}/data.npz",
             **{f"in/{key}": x for key, x in data.items()},
