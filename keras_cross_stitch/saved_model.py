@@ -6,6 +6,7 @@ the library runs on the other backends without it.
 
 import contextlib
 import itertools
+import logging
 import os
 import pathlib
 import re
@@ -504,7 +505,8 @@ def _from_jpeg(run, model):
 def _compare(path, inputs, outputs, model, from_jpeg):
     import tensorflow as tf
 
-    loaded = tf.saved_model.load(str(path))
+    with _quiet():
+        loaded = tf.saved_model.load(str(path))
     tensors = keras.tree.flatten(inputs)
     names = [_served_name(x) for x in model.inputs]
     by_name = dict(zip(names, tensors, strict=True))
@@ -516,6 +518,18 @@ def _compare(path, inputs, outputs, model, from_jpeg):
             signature = f"{signature}_from_jpeg"
             served = loaded.signatures[signature](image_bytes=tf.stack(files))
             _check_equal(signature, served, expected)
+
+
+@contextlib.contextmanager
+def _quiet():
+    # TensorFlow warns of each custom gradient that was not written.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_equal(signature, served, expected):

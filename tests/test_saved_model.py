@@ -162,9 +162,10 @@ def test_the_export_needs_no_keras(exported, model):
     close(kind, model.predict(image, verbose=0)["kind"])
 
 
-def test_nothing_is_printed(model, tmp_path, capfd):
+def test_nothing_is_printed(model, tmp_path, capfd, caplog):
     export_saved_model(model, tmp_path)
     assert capfd.readouterr().out == ""
+    assert caplog.records == []
 
 
 def test_three_tasks(tmp_path):
