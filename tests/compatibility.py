@@ -7,6 +7,7 @@ that are there are not made again. Not a test, and not run by CI.
 import csv
 import inspect
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,11 +46,15 @@ assert "keras" not in {name for name, module in sys.modules.items() if module}
 
 
 def applications():
-    """The names of all constructors of `keras.applications`."""
+    """The names of all constructors of `keras.applications`, the largest last."""
+    large = re.compile("Large|B[4-7]$|V2[ML]$|152|201")
     return sorted(
-        name
-        for name, value in vars(keras.applications).items()
-        if inspect.isfunction(value)
+        (
+            name
+            for name, value in vars(keras.applications).items()
+            if inspect.isfunction(value)
+        ),
+        key=lambda name: (bool(large.search(name)), name),
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 import tensorflow as tf
 
 from keras_cross_stitch import export_saved_model, stitch
-from keras_cross_stitch.saved_model import _accepted_values, _check_equal
+from keras_cross_stitch.saved_model import _check_equal
+from keras_cross_stitch.trial_input import _accepted_values
 
 # Else the first export does this, which puts another module in the place of
 # `tf.saved_model`, and what a test has patched there is lost.
