@@ -87,6 +87,8 @@ class Client:
             {output name: array}, each with a batch axis.
         """
         signature = task
+        if isinstance(images, str | bytes | pathlib.Path):
+            raise TypeError(f"`images` must be a list of files. Received: {images!r:.80}")
         if not isinstance(images, np.ndarray | Mapping):
             signature = task if task.endswith(IMAGES) else task + IMAGES
             images = np.array([_encoded(image) for image in images], dtype=object)
@@ -137,15 +139,18 @@ class Client:
             signatures = self._signatures
         except ServingError:
             return error  # the server is away, or has no such model
-        if signature in signatures:
-            takes = f"takes {info_in_words(signatures[signature].inputs)}"
-        else:
-            takes = f"is none of the model's: {', '.join(sorted(signatures))}"
+        if signature not in signatures:
+            # Names with underscores are TensorFlow's own, such as the initializer's.
+            known = sorted(name for name in signatures if not name.startswith("__"))
+            return ServingError(
+                error.code, f"{error.message}. There are: {', '.join(known)}"
+            )
+        takes = info_in_words(signatures[signature].inputs)
         sent = sent if isinstance(sent, Mapping) else {"images": sent}
         described = (f"{k}: {in_words(_dtype(a), a.shape)}" for k, a in sent.items())
         return ServingError(
             error.code,
-            f"{error.message}. Signature '{signature}' {takes}. "
+            f"{error.message}. Signature '{signature}' takes {takes}. "
             f"Sent: {', '.join(described)}",
         )
 

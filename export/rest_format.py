@@ -37,15 +37,17 @@ def arrays(body, infos):
     elif not isinstance(body["instances"], list) or not body["instances"]:
         raise ServingError(INVALID, "'instances' must be a list with at least one item")
     elif all(map(_is_object, body["instances"])):
-        if any(row.keys() != infos.keys() for row in body["instances"]):
-            raise ServingError(INVALID, f"Each instance must have: {sorted(infos)}")
-        named = {name: [row[name] for row in body["instances"]] for name in infos}
+        names = body["instances"][0].keys()
+        if any(row.keys() != names for row in body["instances"]):
+            raise ServingError(INVALID, "All instances must have the same keys")
+        named = {name: [row[name] for row in body["instances"]] for name in names}
     else:
         named = _of_the_only_input(body["instances"], infos)
-    return {
-        name: _array(name, values, infos[name].dtype if name in infos else tf.float32)
-        for name, values in named.items()
-    }
+    if named.keys() != infos.keys():
+        raise ServingError(
+            INVALID, f"The inputs are {sorted(infos)}. Received: {sorted(named)}"
+        )
+    return {name: _array(name, named[name], infos[name].dtype) for name in infos}
 
 
 def _is_object(value):
@@ -67,11 +69,13 @@ def _array(name, values, dtype):
         else:
             array = np.array(values)
             right = array.dtype.kind in ("b" if dtype.is_bool else "iuf")
-            cast = array.astype(dtype.as_numpy_dtype) if right else array
-            # A float must stay close, an integer exact: 300 is no uint8, nor is 0.5.
-            right = right and (dtype.is_floating or np.array_equal(cast, array))
-            array = cast
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            if right:
+                given = array
+                with np.errstate(all="raise"):
+                    array = given.astype(dtype.as_numpy_dtype)
+                # A float may be rounded, an integer not: 300 is no uint8, nor is 0.5.
+                right = dtype.is_floating or np.array_equal(array, given)
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise ServingError(INVALID, f"{name} is malformed: {error}") from error
     if not right:
         raise ServingError(INVALID, f"{name} must hold values of type {dtype.name}")
@@ -102,11 +106,11 @@ def rows(outputs):
     """Row format: a list with an item for each instance."""
     if any(array.ndim == 0 for array in outputs.values()):
         raise ServingError(INVALID, "An output has no batch axis: ask with 'inputs'")
-    columns = {name: _plain(name, array) for name, array in outputs.items()}
-    if len(columns) == 1:
-        return next(iter(columns.values()))
-    rows = zip(*columns.values(), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    values = {name: _plain(name, array) for name, array in outputs.items()}
+    if len(values) == 1:
+        return next(iter(values.values()))
+    items = zip(*values.values(), strict=True)
+    return [dict(zip(values, item, strict=True)) for item in items]
 
 
 def _plain(name, array):
