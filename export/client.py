@@ -88,7 +88,9 @@ class Client:
         """
         signature = task
         if isinstance(images, str | bytes | pathlib.Path):
-            raise TypeError(f"`images` must be a list of files. Received: {images!r:.80}")
+            raise TypeError(
+                f"`images` must be a list of files. Received: {images!r:.80}"
+            )
         if not isinstance(images, np.ndarray | Mapping):
             signature = task if task.endswith(IMAGES) else task + IMAGES
             images = np.array([_encoded(image) for image in images], dtype=object)

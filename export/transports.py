@@ -19,7 +19,7 @@ from tensorflow_serving.apis import (
 from export.protocol import HTTP_STATUS, ServingError
 
 Arrays = dict[str, np.ndarray]
-_CODE = {408: grpc.StatusCode.DEADLINE_EXCEEDED} | {
+_CODE = {504: grpc.StatusCode.DEADLINE_EXCEEDED} | {
     status: code
     for code, status in HTTP_STATUS.items()
     if code != grpc.StatusCode.FAILED_PRECONDITION  # 400 is the argument's

@@ -31,7 +31,13 @@ ANSWERS = {
     "segmentation": {
         "kind": "classes",
         "names": ["wall", "floor", "lamp", "table", "door"],
-        "colours": [[200, 30, 30], [30, 200, 30], [30, 30, 200], [9, 9, 9], [99, 0, 99]],
+        "colours": [
+            [200, 30, 30],
+            [30, 200, 30],
+            [30, 30, 200],
+            [9, 9, 9],
+            [99, 0, 99],
+        ],
         "description": "What each pixel shows",
     },
     "normals": {"kind": "normals", "description": "Where each surface faces"},
@@ -77,7 +83,11 @@ class Served:
         return max(self.models)
 
     def publish(self):
-        """Writes the next version whole, then moves it to where it is served."""
+        """Puts the next version where it is served."""
+        return self.move_in(self.export())
+
+    def export(self):
+        """Writes the next version to where it is not served yet."""
         names = [int(p.name) for p in self.directory.iterdir() if p.name.isdecimal()]
         version = max(names, default=0) + 1
         model = two_tasks(seed=version)
@@ -86,22 +96,24 @@ class Served:
         extra.mkdir()
         (extra / "answers.json").write_text(json.dumps(ANSWERS))
         self.models[version] = model
-        shutil.move(path, self.directory / str(version))
-        return version
+        return path
+
+    def move_in(self, path):
+        path.rename(self.directory / path.name)
+        return int(path.name)
 
     def publish_broken(self):
-        """The next version with its variables cut off."""
+        """Puts a version with truncated variables where it is served."""
         path = self._staging / str(self.latest + 1)
         shutil.copytree(self.directory / str(self.latest), path)
-        truncate(path)
-        shutil.move(path, self.directory / path.name)
-        return int(path.name)
+        (data,) = path.glob("variables/variables.data*")
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+        return self.move_in(path)
 
     def predict(self, images, version=None):
         """What `model.predict` says, with the weights of a version."""
         model = self.models[version or self.latest]
         return model.predict(np.asarray(images, "float32"), verbose=0)
-
 
     @staticmethod
     def pictures(count=1, seed=0, size=SIZE):
@@ -115,11 +127,6 @@ class Served:
         return file.getvalue()
 
 
-def truncate(version):
-    (data,) = (version / "variables").glob("variables.data*")
-    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-
-
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
     served = Served(tmp_path_factory.mktemp("preview"))
@@ -130,8 +137,9 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(served):
     """The preview server in a thread: the ports of gRPC and REST."""
+    labels = {"v1": 1, "v2": 2}
     limits = Limits(body_bytes=2**20, pixels=10**6, seconds=1.0)
-    model = ServedModel("cross_stitch", served.directory, {"stable": 1}, limits)
+    model = ServedModel("cross_stitch", served.directory, labels, limits)
     grpc_port = free_port()
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listening:
         server = preview_server.server(model, grpc_port)

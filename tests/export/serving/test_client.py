@@ -76,7 +76,10 @@ def test_signatures_say_shapes_and_status_says_versions(client, behind):
     ids=["rank", "size", "dtype", "name"],
 )
 def test_a_wrong_input_is_told_what_the_signature_takes(client, images, received):
-    if client.address.startswith("http") and getattr(images, "dtype", "") == "complex64":
+    if (
+        client.address.startswith("http")
+        and getattr(images, "dtype", "") == "complex64"
+    ):
         pytest.skip("JSON has no complex numbers")
     with pytest.raises(ServingError) as raised:
         client.predict("normals", images)
@@ -109,9 +112,7 @@ def test_what_is_not_served_has_its_code(door, options, codes):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty"])
-def test_a_file_that_is_no_image_is_refused_and_the_next_answered(
-    client, behind, kind
-):
+def test_a_file_that_is_no_image_is_refused_and_the_next_answered(client, behind, kind):
     whole = behind.png(behind.pictures()[0])
     file = {"truncated": whole[: len(whole) // 2], "text": b"a text", "empty": b""}
     with pytest.raises(ServingError) as raised:
