@@ -14,9 +14,10 @@ class Drawing:
     """An answer for people: a map with its legend, or rows of numbers."""
 
     map: np.ndarray | None = None  # (H, W, 3), uint8
-    legend: list[tuple[str, tuple[int, ...], float]] = dataclasses.field(
+    # Name, colour, and share of the map where that has a meaning.
+    legend: list[tuple[str, tuple[int, ...], float | None]] = dataclasses.field(
         default_factory=list
-    )  # name, colour, share of the map
+    )
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
@@ -66,19 +67,11 @@ def _normals(normals):
     image = (normals * (1, -1, -1) + 1) / 2 * 255
     image[~normals.any(axis=-1)] = 0
     legend = [
-        ("faces right", (255, 128, 128)),
-        ("faces up", (128, 255, 128)),
-        ("faces the camera", (128, 128, 255)),
+        ("faces right", (255, 128, 128), None),
+        ("faces up", (128, 255, 128), None),
+        ("faces the camera", (128, 128, 255), None),
     ]
-    dominant = np.abs(normals).argmax(axis=-1)
-    sign = np.take_along_axis(normals * (1, -1, -1), dominant[..., None], -1)[..., 0]
-    return Drawing(
-        image.round().clip(0, 255).astype("uint8"),
-        [
-            (name, colour, float(((dominant == axis) & (sign > 0)).mean()))
-            for axis, (name, colour) in enumerate(legend)
-        ],
-    )
+    return Drawing(image.round().clip(0, 255).astype("uint8"), legend)
 
 
 def _rows(name, outputs, units):
@@ -103,5 +96,6 @@ def over(picture, drawing, opacity=0.6):
     for number, (name, colour, share) in enumerate(drawing.legend):
         top = picture.height + _ROW * number
         pen.rectangle((4, top + 4, 16, top + 16), fill=colour)
-        pen.text((24, top + 2), f"{name}  {share:.0%}", fill="black", font=font)
+        text = name if share is None else f"{name}  {share:.0%}"
+        pen.text((24, top + 2), text, fill="black", font=font)
     return page

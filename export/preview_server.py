@@ -210,16 +210,14 @@ def server(model, port) -> uvicorn.Server:
     )
 
 
-def serve(model, port, rest_port):
-    """Serves until SIGTERM or SIGINT; what is under way is answered first."""
-    with contextlib.closing(_listening(port)):
-        pass  # gRPC would only say that it could not start
-    with contextlib.closing(_listening(rest_port)) as listening:
-        server(model, port).run(sockets=[listening])
+def listen(port, rest_port) -> socket.socket:
+    """The socket for REST; a ValueError where one of the ports is taken."""
+    _listening(port).close()  # gRPC would only say that it could not start
+    return _listening(rest_port)
 
 
 def _listening(port):
     try:
         return socket.create_server((HOST, port))
-    except OSError as error:
-        raise ValueError(f"Port {port} of {HOST}: {error.strerror}") from error
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"Port {port} of {HOST} cannot be used: {error}") from error

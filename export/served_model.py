@@ -46,7 +46,7 @@ class ServedModel:
             why = [state.status.error_message for state in self._states.values()]
             raise ValueError(
                 f"'{directory}' must hold versions, folders that are named 1, 2, ... "
-                f"and hold a SavedModel. {why[0] if why else 'It has none'}"
+                f"and hold a SavedModel. {why[0] if why else 'None is there'}"
             )
 
     def refresh(self):

@@ -39,15 +39,18 @@ def serve(
     """
     with _errors_in_a_line():
         model = ServedModel(name, directory, _labels(label or []))
-        Console().print(
-            f"Preview server, for development only; Ctrl+C ends it.\n"
-            f"gRPC  127.0.0.1:{port}, model '{name}'\n"
-            f"REST  http://127.0.0.1:{rest_port}/v1/models/{name}\n"
-            f"Page  http://127.0.0.1:{rest_port}/",
-            highlight=False,
-            soft_wrap=True,
-        )
-        preview_server.serve(model, port, rest_port)
+        listening = preview_server.listen(port, rest_port)
+    Console().print(
+        f"Preview server, for development only; Ctrl+C ends it.\n"
+        f"gRPC  127.0.0.1:{port}, model '{name}'\n"
+        f"REST  http://127.0.0.1:{rest_port}/v1/models/{name}\n"
+        f"Page  http://127.0.0.1:{rest_port}/",
+        highlight=False,
+        soft_wrap=True,
+    )
+    # Until SIGTERM or Ctrl+C; what is under way is answered first.
+    with listening:
+        preview_server.server(model, port).run(sockets=[listening])
 
 
 def _labels(pairs):

@@ -77,6 +77,7 @@ class Served:
         self.directory.mkdir(exist_ok=True, parents=True)
         self._staging = root / "staging"
         self.models = {}
+        self.answers = ANSWERS
 
     @property
     def latest(self):
@@ -185,6 +186,11 @@ def door(request):
         return request.getfixturevalue("tf_serving")
     address = request.getfixturevalue(f"{request.param}_address")
     return address, request.getfixturevalue("served")
+
+
+@pytest.fixture(scope="session", name="free_port")
+def free_port_():
+    return free_port
 
 
 def free_port():
