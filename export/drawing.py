@@ -14,10 +14,7 @@ class Drawing:
     """An answer for people: a map with its legend, or rows of numbers."""
 
     map: np.ndarray | None = None  # (H, W, 3), uint8
-    # Name, colour, and share of the map where that has a meaning.
-    legend: list[tuple[str, tuple[int, ...], float | None]] = dataclasses.field(
-        default_factory=list
-    )
+    legend: list[tuple[str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
@@ -42,14 +39,14 @@ def _classes(classes, meaning):
     numbers, counts = np.unique(classes, return_counts=True)
     colours = meaning.get("colours") or [_hue(i) for i in range(numbers.max() + 1)]
     legend = [
-        (_name(number, meaning), tuple(colours[number]), count / classes.size)
-        for number, count in sorted(zip(numbers, counts, strict=True), key=_count)
+        (f"{_name(n, meaning)} {_percent(counts[i] / classes.size)}", tuple(colours[n]))
+        for i, n in sorted(enumerate(numbers), key=lambda pair: -counts[pair[0]])
     ]
     return Drawing(np.asarray(colours, "uint8")[classes], legend)
 
 
-def _count(pair):
-    return -pair[1]
+def _percent(share):
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
 def _name(number, meaning):
@@ -67,9 +64,9 @@ def _normals(normals):
     image = (normals * (1, -1, -1) + 1) / 2 * 255
     image[~normals.any(axis=-1)] = 0
     legend = [
-        ("faces right", (255, 128, 128), None),
-        ("faces up", (128, 255, 128), None),
-        ("faces the camera", (128, 128, 255), None),
+        ("faces right", (255, 128, 128)),
+        ("faces up", (128, 255, 128)),
+        ("faces the camera", (128, 128, 255)),
     ]
     return Drawing(image.round().clip(0, 255).astype("uint8"), legend)
 
@@ -93,9 +90,8 @@ def over(picture, drawing, opacity=0.6):
     page = Image.new("RGB", (width, height), "white")
     page.paste(Image.blend(picture, answer, opacity))
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
-    for number, (name, colour, share) in enumerate(drawing.legend):
+    for number, (text, colour) in enumerate(drawing.legend):
         top = picture.height + _ROW * number
         pen.rectangle((4, top + 4, 16, top + 16), fill=colour)
-        text = name if share is None else f"{name}  {share:.0%}"
         pen.text((24, top + 2), text, fill="black", font=font)
     return page

@@ -1,5 +1,8 @@
 """The client, against each server: gRPC and REST of the preview, and TF Serving."""
 
+import re
+from pathlib import Path
+
 import grpc
 import numpy as np
 import pytest
@@ -130,6 +133,16 @@ def test_one_path_is_no_list(client):
 def test_version_and_label_exclude_each_other():
     with pytest.raises(ValueError, match="Give `version` or `label`, not both"):
         Client("127.0.0.1:1", version=1, label="stable")
+
+
+def test_the_code_in_docs_runs(behind, door, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # A PNG: what a file holds says what it is, not its name.
+    (tmp_path / "room.jpg").write_bytes(behind.png(behind.pictures()[0]))
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code.replace("127.0.0.1:8500", door[0]), {})
+    assert capsys.readouterr().out == "(1, 24, 32, 3)\n"
 
 
 class Answers:

@@ -22,18 +22,21 @@ def test_classes_have_their_colours_and_a_legend_by_share():
     drawing = draw(answer, {**CLASSES, "colours": COLOURS})
     np.testing.assert_array_equal(drawing.map[0], [[1, 2, 3], [7, 8, 9]])
     assert drawing.map.dtype == "uint8"
-    assert drawing.legend == [("lamp", (7, 8, 9), 4 / 6), ("wall", (1, 2, 3), 2 / 6)]
+    assert drawing.legend == [("lamp 67%", (7, 8, 9)), ("wall 33%", (1, 2, 3))]
     assert drawing.rows == []
+
+
+def test_a_share_of_less_than_a_percent_is_not_none():
+    classes = np.zeros((20, 20), int)
+    classes[0, 0] = 1
+    drawing = draw({"rooms": probabilities(classes)}, CLASSES)
+    assert [text for text, _ in drawing.legend] == ["wall 100%", "floor <1%"]
 
 
 def test_classes_without_colours_or_names_differ_all_the_same():
     drawing = draw({"rooms": probabilities([[0, 1, 2, 3]])}, CLASSES)
-    assert [name for name, _, _ in drawing.legend] == [
-        "wall",
-        "floor",
-        "lamp",
-        "class 3",
-    ]
+    names = [text.rsplit(" ", 1)[0] for text, _ in drawing.legend]
+    assert names == ["wall", "floor", "lamp", "class 3"]
     assert len({tuple(colour) for colour in drawing.map[0]}) == 4
 
 

@@ -6,8 +6,10 @@ import os
 import shutil
 import threading
 import time
+import types
 
 import numpy as np
+from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus as State
 
 from export.client import Client
 
@@ -35,7 +37,20 @@ def ask_until(end, address, number, images, expected):
     return versions
 
 
-def test_a_new_version_under_load_fails_no_request(served, grpc_address, rest_address):
+def no_second_try(seconds):
+    raise AssertionError("a request failed, and the client would have tried again")
+
+
+def state_of(client, version):
+    states = {x.version: x.state for x in client.status().model_version_status}
+    return states.get(version)
+
+
+def test_a_new_version_under_load_fails_no_request(
+    served, grpc_address, rest_address, wait_for, monkeypatch
+):
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=no_second_try)
+    monkeypatch.setattr("export.client.time", clock)
     images = served.pictures(7)
     old = served.latest
     path = served.export()
@@ -43,15 +58,21 @@ def test_a_new_version_under_load_fails_no_request(served, grpc_address, rest_ad
     expected = {version: served.predict(images, version) for version in (old, new)}
     addresses = [grpc_address, grpc_address, grpc_address, rest_address]
     end = threading.Event()
-    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+    with (
+        Client(grpc_address) as watching,
+        concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool,
+    ):
         asking = [
             pool.submit(ask_until, end, addresses[i % 4], i, images, expected)
             for i in range(CLIENTS)
         ]
-        time.sleep(SECONDS / 4)
-        served.move_in(path)
-        time.sleep(SECONDS * 3 / 4)
-        end.set()
+        try:
+            time.sleep(SECONDS / 2)
+            served.move_in(path)
+            wait_for(lambda: state_of(watching, new) == State.AVAILABLE)
+            time.sleep(SECONDS / 2)
+        finally:
+            end.set()
         answered_by = [future.result() for future in asking]
 
     for versions in answered_by:
@@ -66,21 +87,17 @@ def test_a_broken_version_changes_nothing_and_the_status_says_why(
     expected = served.predict(images)["normals"]
     broken = served.publish_broken()
     with Client(grpc_address) as client, Client(rest_address) as rest:
-        states = {}
 
-        def tried():
-            states.update({x.version: x for x in rest.status().model_version_status})
+        def ended():
             answer = client.predict("normals", images)["normals"]
             np.testing.assert_allclose(answer, expected, atol=1e-5)
-            return (
-                broken in states
-                and states[broken].State.Name(states[broken].state) == "END"
-            )
+            return state_of(rest, broken) == State.END
 
-        wait_for(tried)
-        reason = states[broken].status.error_message
+        wait_for(ended)
+        status = {x.version: x.status for x in rest.status().model_version_status}
+        reason = status[broken].error_message
         assert f"Version {broken} could not be loaded: " in reason
-        assert (
-            states[served.latest].State.Name(states[served.latest].state) == "AVAILABLE"
-        )
+        assert state_of(rest, served.latest) == State.AVAILABLE
+        answer = client.predict("normals", images)["normals"]
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
     shutil.rmtree(served.directory / str(broken))

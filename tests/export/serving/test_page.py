@@ -80,7 +80,7 @@ def test_a_picture_is_answered_over_itself_with_class_names(page, picture, serve
     np.testing.assert_allclose(shown(page, "normals")[..., 0], red, atol=0.51)
 
     legend = page.locator("section", has_text="What each pixel shows").locator("li")
-    names = {text.rsplit(" ", 2)[0] for text in legend.all_inner_texts()}
+    names = {text.rsplit(" ", 1)[0] for text in legend.all_inner_texts()}
     assert names == {meaning["names"][number] for number in np.unique(classes)}
 
     over = page.locator("img.map").first
