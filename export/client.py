@@ -17,6 +17,13 @@ from export.transports import Arrays, Grpc, Rest, Transport
 
 Images = np.ndarray | Mapping[str, np.ndarray] | Sequence[str | pathlib.Path | bytes]
 
+# The codes of a request that the server will never answer.
+_OF_THE_REQUEST = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.NOT_FOUND,
+)
+
 
 class Client:
     """A served model.
@@ -26,7 +33,8 @@ class Client:
         name: String, the model's name on the server.
         version: Optional integer. Defaults to the server's latest.
         label: Optional string, a version's label. Not together with `version`.
-        timeout: Seconds within which a call is answered, all tries included.
+        timeout: Seconds for a question to the server, all tries included. (Before the
+            first `predict`, the client asks what the signatures take.)
 
     Raises:
         ServingError: From each method, with the server's `code` and a message that
@@ -97,10 +105,13 @@ class Client:
         arrays: Arrays = {}
         try:
             arrays = self._inputs(signature, images)
+            outputs = self._signatures[signature].outputs
             return self._call(
-                lambda timeout: self._transport.predict(signature, arrays, timeout)
+                functools.partial(self._transport.predict, signature, arrays, outputs)
             )
         except ServingError as error:
+            if error.code not in _OF_THE_REQUEST:
+                raise
             self.__dict__.pop("_signatures", None)  # there may be a new version
             raise self._explained(error, signature, arrays or images) from error
 
@@ -140,7 +151,7 @@ class Client:
         try:
             signatures = self._signatures
         except ServingError:
-            return error  # the server is away, or has no such model
+            return error  # there is no such model
         if signature not in signatures:
             # Names with underscores are TensorFlow's own, such as the initializer's.
             known = sorted(name for name in signatures if not name.startswith("__"))
@@ -182,9 +193,9 @@ def _dtype(array):
 
 
 def _cast(array, info):
-    """Pixels of uint8 or float64 as float32; a cast that loses a value's kind is not
-    made: the server will refuse the array."""
+    """Pixels of uint8 or float64 as float32. What a cast would make another kind of
+    number stays as it is, and the server refuses it."""
     dtype = tf.as_dtype(info.dtype).as_numpy_dtype
-    return (
-        array.astype(dtype) if np.can_cast(array.dtype, dtype, "same_kind") else array
-    )
+    if np.can_cast(array.dtype, dtype, "same_kind"):
+        return array.astype(dtype)
+    return array

@@ -16,8 +16,6 @@ import h11
 import tensorflow as tf
 import uvicorn
 from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    get_model_status_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
@@ -94,9 +92,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return response
 
     @_answers
-    def GetModelMetadata(
-        self, request
-    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
+    def GetModelMetadata(self, request):
         if list(request.metadata_field) != ["signature_def"]:
             raise ServingError(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -120,7 +116,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self.work = work
 
     @_answers
-    def GetModelStatus(self, request) -> get_model_status_pb2.GetModelStatusResponse:
+    def GetModelStatus(self, request):
         return self.model.status(request.model_spec)
 
     @_answers

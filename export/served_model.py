@@ -87,16 +87,16 @@ class ServedModel:
         status.status.error_message = message
         self._states[number] = status
 
-    def find(self, spec) -> LoadedVersion:
-        """The version that a ModelSpec asks for."""
+    def find(self, spec):
+        """The `LoadedVersion` that a ModelSpec asks for."""
         self._check_name(spec)
         number = self._number(spec)
         version = self._current
-        if version is None or number not in (None, version.number):
+        if number not in (None, version.number):
             raise ServingError(
                 grpc.StatusCode.NOT_FOUND,
                 f"Version {number} of model '{self.name}' is not served; version "
-                f"{version.number if version else 'none'} is",
+                f"{version.number} is",
             )
         return version
 

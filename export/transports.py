@@ -27,7 +27,11 @@ _CODE = {504: grpc.StatusCode.DEADLINE_EXCEEDED} | {
 
 
 class Transport(Protocol):
-    def predict(self, signature: str, arrays: Arrays, timeout: float) -> Arrays: ...
+    def predict(
+        self, signature: str, arrays: Arrays, outputs: Any, timeout: float
+    ) -> Arrays:
+        """The answer; outputs are those of the signature, {name: TensorInfo}."""
+
     def signatures(self, timeout: float) -> dict[str, Any]: ...
     def status(self, timeout: float) -> get_model_status_pb2.GetModelStatusResponse: ...
     def close(self) -> None: ...
@@ -46,7 +50,7 @@ class Grpc:
     def close(self):
         self._channel.close()
 
-    def predict(self, signature, arrays, timeout):
+    def predict(self, signature, arrays, outputs, timeout):
         request = predict_pb2.PredictRequest(model_spec=self._spec)
         request.model_spec.signature_name = signature
         for name, array in arrays.items():
@@ -86,16 +90,20 @@ class Rest:
     def close(self):
         self._http.close()
 
-    def predict(self, signature, arrays, timeout):
+    def predict(self, signature, arrays, outputs, timeout):
         inputs = {name: _as_json(array) for name, array in arrays.items()}
         body = {"signature_name": signature, "inputs": inputs}
-        outputs = self._ask("POST", ":predict", timeout, json=body)["outputs"]
-        infos = self.signatures(timeout)[signature].outputs
-        if len(infos) == 1:
-            outputs = {next(iter(infos)): outputs}
+        answer = self._ask("POST", ":predict", timeout, json=body)["outputs"]
+        if len(outputs) == 1:
+            answer = {next(iter(outputs)): answer}
+        if answer.keys() != outputs.keys():
+            raise ServingError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"The model has a new version with other outputs: {sorted(answer)}",
+            )
         return {
-            name: np.array(values, tf.as_dtype(infos[name].dtype).as_numpy_dtype)
-            for name, values in outputs.items()
+            name: np.array(values, tf.as_dtype(outputs[name].dtype).as_numpy_dtype)
+            for name, values in answer.items()
         }
 
     def signatures(self, timeout):

@@ -44,6 +44,7 @@ ANSWERS = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """One process runs them all, since they share a server."""
     for item in items:

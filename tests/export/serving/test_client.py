@@ -153,6 +153,9 @@ class Answers:
         self.timeouts = []
 
     def status(self, timeout):
+        return self.signatures(timeout)
+
+    def signatures(self, timeout):
         self.timeouts.append(timeout)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
@@ -182,6 +185,14 @@ def test_nothing_else_is_tried_again(code):
     client._transport = Answers(fails(code), "status")
     with pytest.raises(ServingError, match=rf"{code.name}: why \(from 127.0.0.1:1\)"):
         client.status()
+
+
+def test_a_late_server_is_not_asked_what_it_takes_besides(served):
+    client = Client("127.0.0.1:1")
+    client._transport = Answers(fails(grpc.StatusCode.DEADLINE_EXCEEDED))
+    with pytest.raises(ServingError, match="DEADLINE_EXCEEDED: why"):
+        client.predict("normals", served.pictures())
+    assert len(client._transport.timeouts) == 1
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1"])

@@ -285,7 +285,7 @@ GOOD = np.zeros((1, 24, 32, 3), "float32")
         (predict_request(image=GOOD[:, 1:]), "float32 (1, 23, 32, 3)"),
         (predict_request(image=GOOD.astype("float64")), "image: float64 (1, 24, 32"),
         (
-            predict_request(image=splat("float32", (10**6, 24, 32, 3), float_val=[1])),
+            predict_request(image=splat("float32", (10**4, 24, 32, 3), float_val=[1])),
             "image is larger than 1048576 bytes",
         ),
         (
