@@ -124,7 +124,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         raise ServingError(grpc.StatusCode.UNIMPLEMENTED, "Start the server anew")
 
 
-class _PatientOnce(H11Protocol):
+class _TimedProtocol(H11Protocol):
     """Closes a connection on which half a request's head came, and then nothing.
 
     uvicorn waits for ever. What it counts down between two requests, this counts down
@@ -195,7 +195,7 @@ def server(model, port) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             rest.application(model, work, lifespan),
-            http=_PatientOnce,
+            http=_TimedProtocol,
             ws="none",
             loop="asyncio",
             lifespan="on",

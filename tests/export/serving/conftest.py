@@ -44,14 +44,6 @@ ANSWERS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """One process runs them all, since they share a server."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("serving"))
-
-
 def two_tasks(seed):
     """A stitched model with random weights, those of the seed."""
     keras.utils.set_random_seed(seed)

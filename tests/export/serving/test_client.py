@@ -11,6 +11,9 @@ from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 from export.client import Client
 from export.protocol import ServingError
 
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 

@@ -20,6 +20,9 @@ from typer.testing import CliRunner
 
 from export.__main__ import app
 
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
 runner = CliRunner()
 
 

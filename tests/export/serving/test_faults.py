@@ -17,6 +17,9 @@ from export.client import Client
 from export.preview_server import Work
 from export.protocol import ServingError
 
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
 HALF = 40  # requests, more than the server admits
 PREDICT = "/v1/models/cross_stitch:predict"
 

@@ -9,9 +9,13 @@ import time
 import types
 
 import numpy as np
+import pytest
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus as State
 
 from export.client import Client
+
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
 
 CLIENTS = 16
 SECONDS = float(os.environ.get("KCS_LOAD_SECONDS", "4"))

@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 

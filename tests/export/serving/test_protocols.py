@@ -24,6 +24,9 @@ from tensorflow_serving.apis import (
 from export import rest_format
 from export.protocol import ServingError
 
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
 MODEL = "/v1/models/cross_stitch"
 
 

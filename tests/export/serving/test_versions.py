@@ -11,6 +11,9 @@ from tensorflow_serving.apis import model_pb2, prediction_log_pb2
 from export.protocol import ServingError
 from export.served_model import ServedModel, State
 
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
 SPEC = model_pb2.ModelSpec(name="m")
 
 
