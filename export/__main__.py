@@ -15,6 +15,7 @@ import keras
 import typer
 from rich.console import Console
 
+from export import serving_commands
 from keras_cross_stitch import export_saved_model
 
 console = Console()
@@ -49,6 +50,10 @@ def savedmodel(
         Console(stderr=True).print(f"[red]Error:[/red] {error}", soft_wrap=True)
         sys.exit(2)
     console.print(f"Wrote {written}")
+
+
+app.command()(serving_commands.serve)
+app.command()(serving_commands.predict)
 
 
 if __name__ == "__main__":
