@@ -38,7 +38,7 @@ def draw(outputs, meaning):
 def _classes(classes, meaning):
     numbers, counts = np.unique(classes, return_counts=True)
     colours = meaning.get("colours") or [_hue(i) for i in range(numbers.max() + 1)]
-    legend = [
+    legend: list[tuple[str, tuple[int, ...]]] = [
         (f"{_name(n, meaning)} {_percent(counts[i] / classes.size)}", tuple(colours[n]))
         for i, n in sorted(enumerate(numbers), key=lambda pair: -counts[pair[0]])
     ]
@@ -63,7 +63,7 @@ def _normals(normals):
     # The customary colours: red is right, green is up, blue is to the camera.
     image = (normals * (1, -1, -1) + 1) / 2 * 255
     image[~normals.any(axis=-1)] = 0
-    legend = [
+    legend: list[tuple[str, tuple[int, ...]]] = [
         ("faces right", (255, 128, 128)),
         ("faces up", (128, 255, 128)),
         ("faces the camera", (128, 128, 255)),

@@ -139,7 +139,7 @@ def _fits(shape, expected):
 
 def _check_images(images, limit):
     """Reads the headers alone: few bytes can hold a picture of 30000x30000 pixels."""
-    pixels = 0
+    pixels: float = 0
     for number, encoded in enumerate(images):
         try:
             with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as image:

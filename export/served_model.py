@@ -5,6 +5,7 @@ Speaks in TF Serving's messages, but knows neither gRPC nor REST.
 
 import pathlib
 import threading
+from typing import Any
 
 import grpc
 from tensorflow_serving.apis import (
@@ -37,10 +38,10 @@ class ServedModel:
         self.limits = limits or Limits()
         self._directory = pathlib.Path(directory)
         self._labels = labels or {}
-        self._states: dict[int, State] = {}
+        self._states: dict[int, Any] = {}
         self._broken: tuple | None = None  # the files of a version that did not load
         self._lock = threading.Lock()
-        self._current: LoadedVersion | None = None
+        self._current: Any = None  # a `LoadedVersion`, once there is one
         self.refresh()
         if self._current is None:
             why = [state.status.error_message for state in self._states.values()]
