@@ -32,7 +32,8 @@ class Backup(keras.callbacks.Callback):
         model.optimizer.build(model.trainable_variables)
         if self.path.exists():
             model.load_weights(self.path)
-        return int(model.optimizer.iterations) // self.steps
+        steps = keras.ops.convert_to_numpy(model.optimizer.iterations)
+        return int(steps) // self.steps
 
     def on_epoch_begin(self, epoch, logs=None):
         states = [x for x in self.model.variables if x.name == "seed_generator_state"]

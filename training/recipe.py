@@ -135,7 +135,14 @@ def change(recipe, part, **values):
 
 
 def _toy(recipe):
-    recipe = change(recipe, "data", config="toy")
+    rows, columns = recipe.data.target_size
+    recipe = change(
+        recipe,
+        "data",
+        config="toy",
+        image_size=(rows, columns),
+        target_size=(rows // 2, columns // 2),
+    )
     recipe = change(recipe, "training", batch_size=4)
     recipe = change(recipe, "one_task", epochs=2)
     recipe = change(recipe, "extra", epochs=1)

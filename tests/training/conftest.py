@@ -47,7 +47,6 @@ def backbone(tmp_path_factory):
 def tiny(backbone):
     """The scenes recipe on that backbone, with dropout."""
     small = recipe.find("scenes", toy=True)
-    small = recipe.change(small, "data", image_size=(96, 128), target_size=(48, 64))
     small = recipe.change(small, "training", dtype="float32", batch_size=8)
     small = recipe.change(small, "one_task", epochs=3)
     small = recipe.change(small, "units", at=("relu0", "relu1"))

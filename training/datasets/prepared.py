@@ -32,14 +32,14 @@ def prepare(recipe, source, directory):
     reads_files = hasattr(module, "check_folder")
     if reads_files and source is not None:
         module.check_folder(source)
-    if folder.exists() and not stamp.exists():
-        shutil.rmtree(folder)  # stopped before it was known what they are made of
-    if not folder.exists():
+    if not stamp.exists():
         if reads_files and source is None:
             raise ValueError(
                 f"The recipe '{recipe.name}' needs the folder with the data set's "
                 "files: give it with --data DIR"
             )
+        # Without the stamp, it is not known what they were made of.
+        shutil.rmtree(folder, ignore_errors=True)
         files = fingerprint(source) if reads_files else {}
         config = tfds.download.DownloadConfig(manual_dir=str(source or ""))
         builder.download_and_prepare(download_config=config)
