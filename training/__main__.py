@@ -147,9 +147,9 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what is missing, and how long.")
     ] = False,
-    results: Annotated[
-        Path, typer.Option(help="Folder of the tidy CSV files.")
-    ] = Path("docs/results"),
+    results: Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")] = Path(
+        "docs/results"
+    ),
     runs: Runs = Path("runs"),
     toy: Toy = False,
 ):

@@ -28,7 +28,7 @@ class Backup(keras.callbacks.Callback):
         self.seed = seed
 
     def restore(self, model):
-        """Loads the last backup, if there is one, and returns the epoch to go on with."""
+        """Loads the last backup, if any, and returns the epoch to go on with."""
         model.optimizer.build(model.trainable_variables)
         if self.path.exists():
             model.load_weights(self.path)

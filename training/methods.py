@@ -96,10 +96,12 @@ class Plan:
 
 
 def plan(spelled, recipe):
-    """What a method's name stands for in a recipe; raises a ValueError for a bad one."""
+    """What a spelled method is in a recipe; a ValueError if it is none."""
     name, at, options = spelled.partition("@")
     if name not in METHODS:
-        raise ValueError(f"There is no method '{name}'. There are: {', '.join(METHODS)}")
+        raise ValueError(
+            f"There is no method '{name}'. There are: {', '.join(METHODS)}"
+        )
     method = METHODS[name]
     if name == "split":
         if not options:

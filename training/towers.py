@@ -81,7 +81,9 @@ def _saved_backbone(recipe, outputs):
     def as_in_recipe(layer):
         config = {**layer.get_config(), "dtype": recipe.training.dtype}
         # Frozen batch normalisation keeps its statistics, too.
-        return type(layer).from_config({**config, "trainable": layer.name not in frozen})
+        return type(layer).from_config(
+            {**config, "trainable": layer.name not in frozen}
+        )
 
     height, width = recipe.data.image_size
     image = keras.Input((height, width, 3), name="image")
@@ -91,9 +93,7 @@ def _saved_backbone(recipe, outputs):
         )
         backbone.set_weights(saved.get_weights())
         x = keras.layers.Dropout(recipe.tower.dropout, name="dropout")(backbone.output)
-        x = keras.layers.Conv2D(
-            outputs, 1, kernel_initializer="zeros", name="score"
-        )(x)
+        x = keras.layers.Conv2D(outputs, 1, kernel_initializer="zeros", name="score")(x)
     if x.shape[1:3] != (-(-height // STRIDE), -(-width // STRIDE)):
         raise ValueError(
             f"The backbone {path} must have one cell for {STRIDE} pixels. Received: "

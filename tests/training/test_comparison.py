@@ -11,7 +11,9 @@ def test_a_comparison_is_a_table_pictures_and_a_model_that_is_exported_once(
     monkeypatch.setattr(
         comparison,
         "export_saved_model",
-        lambda model, directory, version: (directory / str(version)).mkdir(parents=True),
+        lambda model, directory, version: (directory / str(version)).mkdir(
+            parents=True
+        ),
     )
 
     def compare():

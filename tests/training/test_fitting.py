@@ -52,8 +52,8 @@ def test_a_run_leaves_what_its_folder_promises(cross_stitch):
     history = rows(cross_stitch / "history.csv")
     assert [int(row["epoch"]) for row in history] == [0]
     assert float(history[0]["seconds"]) > 0
-    assert "alpha/cross_stitch_relu0/normals_from_segmentation" in history[0]
-    units = {"cross_stitch_relu0", "cross_stitch_relu1"}
+    assert "alpha/cross_stitch_relu4/normals_from_segmentation" in history[0]
+    units = {"cross_stitch_relu4", "cross_stitch_relu7"}
     assert set(np.load(cross_stitch / "alpha.npz")) == units
     answers = json.loads((cross_stitch / "answers.json").read_text())
     assert answers["segmentation"]["names"][0] == "floor"
@@ -87,17 +87,17 @@ def test_what_follows_starts_from_the_one_task_nets(experiment, one_task, train)
     train(still, "cross_stitch")
     start, end = load(one_task), load(experiment.folder("cross_stitch", 0))
 
-    for name in ("normals_conv1", "segmentation_conv0", "segmentation_score"):
+    for name in ("normals_conv7", "segmentation_conv4", "segmentation_score"):
         kernel = start.get_layer(name).get_weights()[0]
         assert kernel.std() > 0
         np.testing.assert_array_equal(end.get_layer(name).get_weights()[0], kernel)
-    alpha = end.get_layer("cross_stitch_relu1").get_weights()[0]
+    alpha = end.get_layer("cross_stitch_relu7").get_weights()[0]
     np.testing.assert_allclose(alpha[0, 1], 0.1, rtol=1e-5)
 
 
 def test_training_lowers_the_loss_and_moves_alpha(one_task, cross_stitch):
     losses = [float(row["loss"]) for row in rows(one_task / "history.csv")]
-    alpha = np.load(cross_stitch / "alpha.npz")["cross_stitch_relu1"]
+    alpha = np.load(cross_stitch / "alpha.npz")["cross_stitch_relu7"]
 
     assert losses[-1] < losses[0]
     assert np.all(np.abs(alpha[0, 1] - 0.1) > 0)
@@ -246,9 +246,7 @@ def test_what_would_fail_late_is_found_before_training(finished):
         fitting.check(finished, ["split@conv9"])
 
 
-def test_an_ensemble_answers_with_the_average_of_two_nets(
-    experiment, one_task, train
-):
+def test_an_ensemble_answers_with_the_average_of_two_nets(experiment, one_task, train):
     # Another net, without its training: the same, mirrored in one layer.
     other = load(one_task)
     score = other.get_layer("segmentation_score")

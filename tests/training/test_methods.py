@@ -73,14 +73,16 @@ def test_every_recipe_has_a_toy_size_and_label_budgets(name):
     assert recipe.best_split in recipe.splits
 
 
-@pytest.mark.parametrize("name", ["scenes-labels", "scenes-labels0", "scenes-labels1e1"])
+@pytest.mark.parametrize(
+    "name", ["scenes-labels", "scenes-labels0", "scenes-labels1e1"]
+)
 def test_a_label_budget_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match="a whole number of per cent, from 1 to 99"):
         recipes.find(name)
 
 
 def test_a_recipe_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="no recipe 'kitti'. There are: .*scenes"):
+    with pytest.raises(ValueError, match=r"no recipe 'kitti'\. There are: .*scenes"):
         recipes.find("kitti-labels10")
 
 

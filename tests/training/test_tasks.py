@@ -247,7 +247,9 @@ def test_normals_decode_to_unit_vectors_and_undefined_ones_to_zero(rng):
     normals = random_normals(rng, (4, 5))
     stored = np.round((normals + 1) * 127.5).astype("uint8")
     stored[0, 0] = 0
-    decoded = Normals(some_codewords(rng)).target({"normals": tf.constant(stored)}).numpy()
+    decoded = (
+        Normals(some_codewords(rng)).target({"normals": tf.constant(stored)}).numpy()
+    )
 
     assert not decoded[0, 0].any()
     np.testing.assert_allclose(np.linalg.norm(decoded[1:], axis=-1), 1, rtol=1e-6)

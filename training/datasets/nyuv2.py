@@ -229,7 +229,7 @@ class Nyuv2(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012, TFDS's own way
         Nyuv2Config(name="full", description="All images."),
-        Nyuv2Config(name="toy", description="For tests.", train=16, test=8),
+        Nyuv2Config(name="toy", description="For tests.", train=8, test=4),
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "NYUv2 is for research use and must be fetched by hand: get "

@@ -132,7 +132,7 @@ def plan(experiment, study, seeds):
 
 
 def shard(planned, part):
-    """The k-th of n parts, `"k/n"`. Runs that start from the same ones stay together."""
+    """The k-th of n parts, `"k/n"`, runs that start from the same ones together."""
     k, slash, n = part.partition("/")
     if not (slash and k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
         raise ValueError(f"--shard must be k/n, as in 1/4. Received: {part!r}")
