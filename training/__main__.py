@@ -105,10 +105,12 @@ def fit(
     """
     with _errors_in_a_line():
         from training import comparison, distribution, fitting
+        from training.runs import open_experiment
 
         strategy = distribution.strategy(replicas)
-        experiment = _open(recipe, data, backbone, runs, toy)
         methods = list(dict.fromkeys(method or METHODS))
+        chosen = _recipe(recipe, backbone, toy, methods)
+        experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
         with _progress() as progress:
             metrics = {
@@ -162,14 +164,18 @@ def study(
     """
     with _errors_in_a_line():
         from training import distribution, fitting
+        from training.runs import Experiment, open_experiment
         from training.study import studies
 
-        experiment = _open(recipe, data, backbone, runs, toy)
-        planned = studies.plan(experiment, table, range(seeds))
+        chosen = _recipe(recipe, backbone, toy)
+        planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
         if dry_run:
             _print_missing(mine)
             return
+        experiment = open_experiment(chosen, data, runs)
+        planned = studies.plan(experiment, table, range(seeds))
+        mine = studies.shard(planned, shard)
         fitting.check(experiment, list(dict.fromkeys(run.method for run in planned)))
         with _progress() as progress:
             for run in mine:
@@ -201,8 +207,9 @@ def bench(
     """
     with _errors_in_a_line():
         from training import benchmark
+        from training.runs import open_experiment
 
-        experiment = _open(recipe, data, backbone, runs, toy)
+        experiment = open_experiment(_recipe(recipe, backbone, toy), data, runs)
         rows = benchmark.measure(experiment, steps)
     _print_table(("", "ms, median", "ratio"), rows)
 
@@ -222,18 +229,21 @@ def prepare_nyuv2(
     console.print(f"Now: python -m training fit nyuv2 --data {directory}")
 
 
-def _open(name, data, backbone, runs, toy):
-    """The experiment: the recipe, with its data prepared."""
+def _recipe(name, backbone, toy, spelled=()):
+    """The recipe, checked with its methods before any data are prepared, and shown."""
+    from training import methods, towers
     from training import recipe as recipes
-    from training.runs import open_experiment
 
     recipe = recipes.find(name, toy)
     if backbone is not None:
         if not isinstance(recipe.tower, recipes.SavedBackbone):
             raise ValueError(f"The recipe '{name}' has no backbone: leave --backbone")
         recipe = recipes.change(recipe, "tower", backbone=backbone)
+    towers.identity(recipe.tower)
+    for method in spelled:
+        methods.plan(method, recipe)
     _print_recipe(recipe)
-    return open_experiment(recipe, data, runs)
+    return recipe
 
 
 def _print_recipe(recipe):

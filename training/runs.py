@@ -37,7 +37,7 @@ class Experiment:
     """A recipe on its prepared data, and where its runs are kept."""
 
     recipe: Recipe
-    builder: tfds.core.DatasetBuilder
+    builder: tfds.core.DatasetBuilder | None  # `None` to look at its runs alone
     runs: Path
 
     @functools.cached_property
