@@ -4,6 +4,8 @@ Sized so that text stays legible in a README's column. Colours are Okabe and Ito
 which stay apart for the colour-blind; lines also differ in markers or dashes.
 """
 
+import collections
+
 import keras
 import matplotlib
 import numpy as np
@@ -207,15 +209,19 @@ def label_budget(by_share, panels):
     """Metrics over the share of images with labels: a panel each, a line per method.
 
     Args:
-        by_share: Dict of share (0.1 for a tenth) to a list of `results.Row`.
-        panels: List of (title, task, metric): first the task that lacks labels, then
-            what the other task pays.
+        by_share: Dict of share (0.1 for a tenth) to a list of `results.Row`. Methods that
+            have one share alone are left out.
+        panels: List of (task, metric): first the task that lacks labels, then what
+            the others pay.
     """
     values = {share: results.by_seed(rows) for share, rows in by_share.items()}
     shares = sorted(values)
-    methods = list(dict.fromkeys(x.method for rows in by_share.values() for x in rows))
+    times = collections.Counter(
+        method for rows in by_share.values() for method in {x.method for x in rows}
+    )
+    methods = sorted(method for method in times if times[method] > 1)
     figure, axis = _panels(len(panels))
-    for axes, (title, task, name) in zip(axis, panels, strict=True):
+    for axes, (task, name) in zip(axis, panels, strict=True):
         for i, method in enumerate(methods):
             seeds = [values[x].get((task, name), {}).get(method, {}) for x in shares]
             points = [list(of_share.values()) for of_share in seeds]
@@ -225,8 +231,8 @@ def label_budget(by_share, panels):
             style = _line(i, label=results.label(method), capsize=3)
             axes.errorbar(100 * aside * np.array(shares), means, spread, **style)
         known = results.metric(name)
-        axes.set(title=title, ylabel=known.title, xscale="log")
-        axes.set_xlabel(f"images with labels of {panels[0][1]}, %")
+        axes.set(title=task, ylabel=known.title, xscale="log")
+        axes.set_xlabel(f"images with labels of {panels[0][0]}, %")
         axes.set_xticks([100 * x for x in shares], [f"{100 * x:g}" for x in shares])
         axes.minorticks_off()
     figure.suptitle("mean and standard deviation over the seeds", fontsize=9)

@@ -90,6 +90,10 @@ def table(recipe, study):
     }
 
 
-def splits(task):
-    """Figure 2b's differences of a task as `{layer: difference}`; empty without."""
-    return dict(zip(_LAYERS, _SPLITS.get(task, ()), strict=False))
+def splits(recipe):
+    """Figure 2b as `{(task, metric): {layer: difference}}`; empty without one."""
+    columns = {"nyuv2": [("segmentation", "mean_iu")], "voc2008": _VOC2008}
+    return {
+        (task, metric): dict(zip(_LAYERS, _SPLITS[task], strict=True))
+        for task, metric in columns.get(recipe.split("_")[0], ())
+    }
