@@ -209,8 +209,8 @@ def label_budget(by_share, panels):
     """Metrics over the share of images with labels: a panel each, a line per method.
 
     Args:
-        by_share: Dict of share (0.1 for a tenth) to a list of `results.Row`. Methods that
-            have one share alone are left out.
+        by_share: Dict of share (0.1 for a tenth) to a list of `results.Row`. A
+            method with one share alone is left out.
         panels: List of (task, metric): first the task that lacks labels, then what
             the others pay.
     """
