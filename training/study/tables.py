@@ -106,7 +106,11 @@ def _paper_line(method, values):
 
 def notes(tables):
     """How to read the tables, as sentences: what the numbers are, and of how many."""
-    controls = {k: v for table in tables for k, v in table.controls.items()}
+    controls = {
+        method.partition("@")[0]: of
+        for table in tables
+        for method, of in table.controls.items()
+    }
     cells = [
         cell for table in tables for row in table.cells.values() for cell in row if cell
     ]

@@ -68,7 +68,9 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
             writer.writerow(("segmentation", name, "pixels", 10 ** (5 - i)))
     with open(folder / "history.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("epoch", "loss", "normals_loss", "segmentation_loss", "seconds"))
+        writer.writerow(
+            ("epoch", "loss", "normals_loss", "segmentation_loss", "seconds")
+        )
         for epoch in range(epochs):
             one, two = rng.uniform(0, 0.1, 2) + 2 * 0.8**epoch
             writer.writerow((epoch, one + two, one, two, 60))
