@@ -108,6 +108,20 @@ def test_a_method_that_another_one_beats_is_not_marked():
     assert marked == ["cross_stitch@same_task=0.5"]
 
 
+def test_a_method_with_the_best_mean_and_worse_pairs_is_not_marked():
+    (table,) = statistics(
+        [
+            *rows_of({"one_task_longer": [20, 21, 22]}),
+            *rows_of({"cross_stitch": [19, 20.1, 21, 100]}),  # a seed of its own
+        ]
+    )
+
+    (cell,) = table.cells["cross_stitch"]
+    assert cell.mean > 21
+    assert cell.difference.high < 0
+    assert not cell.best
+
+
 @pytest.mark.parametrize(
     ("method", "control"),
     [
