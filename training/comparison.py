@@ -37,7 +37,7 @@ def compare(experiment, methods, seed):
         for method, of_run in metrics.items()
         for row in runs.rows(method, seed, of_run)
     ]
-    runs.write_csv(target / "metrics.csv", runs.TIDY, tidy)
+    runs.write_csv(target / "metrics.csv", runs.Row._fields, tidy)
     runs.write(target / "metrics.md", markdown(metrics))
 
     models = {

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.study.results import Row, control
+from training.runs import Row
+from training.study.results import control
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,25 +10,11 @@ from pathlib import Path
 
 import jinja2
 
+from training.methods import METHODS
 from training.study import figures, paper, recorded
 from training.study.results import control, label, metric, statistics
 from training.study.tables import notes
 
-# In the order in which the page tells of them.
-METHODS = {
-    "one_task": "A network for each task, trained alone.",
-    "one_task_longer": "The one-task networks, trained on alone for as long as cross "
-    "stitch is: its control.",
-    "ensemble": "Two one-task networks for each task, their answers averaged.",
-    "cross_stitch": "The one-task networks, joined by cross-stitch units and trained "
-    "on.",
-    "one_task_whole": "A network for each task, trained alone for all epochs in one "
-    "schedule: the control of all that is joined from the start.",
-    "shared": "One network, of which each task has but its last layer to itself.",
-    "split": "One network up to a layer; that layer and all above are each task's own.",
-    "cross_stitch_from_start": "Untrained networks, joined by cross-stitch units from "
-    "the first step.",
-}
 # The metric that stands for its task in pictures; without one of these, its first.
 _HEADLINES = ("mean_iu", "mean_angle", "mean_ap")
 
@@ -131,7 +117,7 @@ def _method(method, runs):
     seconds = [float(line["seconds"]) for line in history if line.get("seconds")]
     return {
         "name": method,
-        "says": METHODS.get(method.partition("@")[0], ""),
+        "says": METHODS[method.partition("@")[0]].says,
         "control": control(method),
         "seeds": [run.seed for run in runs],
         "epochs": len(history),

@@ -1,64 +1,22 @@
 """Raw values, and what the seeds come to: mean, deviation, difference to the control.
 
-Raw values are rows of (method, seed, task, metric, value). Knows nothing of runs, and
-nothing of how a table is shown.
+Knows nothing of how a table is shown.
 """
 
 import csv
 import dataclasses
-import os
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
 
-# What a method is compared with: the same towers trained as long, without sharing.
-CONTROLS = {
-    "ensemble": "one_task",
-    "shared": "one_task_whole",
-    "split": "one_task_whole",
-    "cross_stitch": "one_task_longer",
-    "cross_stitch_from_start": "one_task_whole",
-}
-
-
-class Row(NamedTuple):
-    """One raw value, as a line of a tidy CSV file."""
-
-    method: str
-    seed: int
-    task: str
-    metric: str
-    value: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """How a metric is shown, and which direction is better; `None` for neither."""
-
-    label: str
-    unit: str
-    higher: bool | None
-
-    @property
-    def title(self):
-        arrow = {True: "↑", False: "↓", None: ""}[self.higher]
-        return ", ".join(filter(None, (self.label, f"{self.unit} {arrow}".strip())))
-
+from training.methods import METHODS
+from training.metric import Metric
+from training.runs import Row
+from training.tasks import TASKS
 
 METRICS = {
-    "pixel_accuracy": Metric("pixel accuracy", "%", True),
-    "mean_iu": Metric("mean IU", "%", True),
-    "fw_iu": Metric("fw IU", "%", True),
-    "mean_angle": Metric("mean angle", "degrees", False),
-    "median_angle": Metric("median angle", "degrees", False),
-    "within_11.25": Metric("within 11.25 degrees", "%", True),
-    "within_22.5": Metric("within 22.5 degrees", "%", True),
-    "within_30": Metric("within 30 degrees", "%", True),
-    "mean_ap": Metric("mean AP", "%", True),
-    "iu": Metric("IU", "%", True),
-    "ap": Metric("AP", "%", True),
-    "pixels": Metric("true pixels", "", None),
+    **{name: x for task in TASKS.values() for name, x in task.metrics.items()},
     "alpha": Metric("alpha", "", None),
 }
 
@@ -153,22 +111,13 @@ def read_csv(path):
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def write_csv(path, rows):
-    """Writes rows to a tidy CSV file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    with open(unfinished, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([Row._fields, *rows])
-    os.replace(unfinished, path)
-
-
 def metric(name):
     """The `Metric` of a name, `mean_iu` or, of one class, `iu/chair`."""
     kind, _, of = name.partition("/")
     if kind not in METRICS:
         raise ValueError(
-            f"It is not known whether a higher '{name}' is better: add it to METRICS "
-            f"in {__name__}. There are: {', '.join(METRICS)}"
+            f"It is not known whether a higher '{name}' is better: add it to the "
+            f"`metrics` of its task. There are: {', '.join(METRICS)}"
         )
     known = METRICS[kind]
     label = f"{known.label}, {of.replace('/', ', ')}" if of else known.label
@@ -191,7 +140,8 @@ def label(method):
 
 def control(method):
     """The method that a method is compared with, `None` for a control."""
-    return CONTROLS.get(method.partition("@")[0])
+    known = METHODS.get(method.partition("@")[0])
+    return known.control if known else None
 
 
 def by_seed(rows):

@@ -1,7 +1,9 @@
 """The tasks: one file each, with its targets, loss, answer, scores and colours."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from training.metric import Metric
 from training.tasks.normals import Normals
 from training.tasks.segmentation import Segmentation
 
@@ -25,6 +27,7 @@ class Task(Protocol):
     feature: str  # of the data set's examples, in which the target is
     outputs: int  # channels of the tower's logits
     void: float  # what a target holds where there is no label
+    metrics: Mapping[str, Metric]  # what its scores give, and in which direction
 
     def target(self, example: Any) -> Any:
         """The target of a stored example."""
@@ -51,6 +54,6 @@ class Task(Protocol):
         """One target or answer, (H, W, ...), as an RGB image, uint8."""
 
 
-TASKS = {"segmentation": Segmentation, "normals": Normals}
+TASKS: dict[str, type[Any]] = {"segmentation": Segmentation, "normals": Normals}
 
 __all__ = ["TASKS", "Normals", "Scores", "Segmentation", "Task"]

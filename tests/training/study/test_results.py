@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from training.runs import Row, write_csv
 from training.study.results import (
-    Row,
     paired_difference,
     read_csv,
     statistics,
-    write_csv,
 )
 
 
@@ -147,7 +146,7 @@ def test_raw_values_are_read_as_they_were_written(tmp_path):
         Row(method, seed, task, "mean_iu", float(rng.normal()))
         for method, seed, task in itertools.product(("a@b=1,c=2", "d"), (0, 9), "xy")
     ]
-    write_csv(tmp_path / "new" / "methods.csv", written)
+    write_csv(tmp_path / "new" / "methods.csv", Row._fields, written)
 
     assert read_csv(tmp_path / "new" / "methods.csv") == written
     first, second = (tmp_path / "new" / "methods.csv").read_text().split("\n")[:2]
@@ -157,7 +156,7 @@ def test_raw_values_are_read_as_they_were_written(tmp_path):
 
 def test_a_write_that_is_stopped_leaves_the_file(tmp_path, monkeypatch):
     path = tmp_path / "methods.csv"
-    write_csv(path, rows_of({"one_task": [1.0]}))
+    write_csv(path, Row._fields, rows_of({"one_task": [1.0]}))
     before = path.read_text()
 
     def stop(*names):
@@ -165,7 +164,7 @@ def test_a_write_that_is_stopped_leaves_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_csv(path, rows_of({"one_task": [2.0]}))
+        write_csv(path, Row._fields, rows_of({"one_task": [2.0]}))
 
     assert path.read_text() == before
 

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from training.runs import Row, write_csv
 from training.study import paper
-from training.study.results import Row, statistics, write_csv
+from training.study.results import statistics
 from training.study.tables import filled, markdown, update_tables
 
 ROOT = Path(__file__).parents[3]
@@ -21,7 +22,11 @@ def rows(methods, seeds=3, task="segmentation", metrics=("mean_iu",)):
 
 @pytest.fixture
 def results(tmp_path):
-    write_csv(tmp_path / "nyuv2" / "methods.csv", rows({"one_task": 0, "shared": -1}))
+    write_csv(
+        tmp_path / "nyuv2" / "methods.csv",
+        Row._fields,
+        rows({"one_task": 0, "shared": -1}),
+    )
     return tmp_path
 
 
