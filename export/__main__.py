@@ -15,6 +15,7 @@ import keras
 import typer
 from rich.console import Console
 
+from export import serving_commands
 from keras_cross_stitch import export_saved_model
 
 console = Console()
@@ -42,11 +43,17 @@ def savedmodel(
         if not model.is_file():
             raise ValueError(f"There is no file {model}")
         loaded = keras.saving.load_model(model, compile=False)
-        written = export_saved_model(loaded, directory, from_jpeg=from_jpeg)
+        written = export_saved_model(
+            loaded, directory, from_jpeg=from_jpeg, progress=typer.echo
+        )
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]Error:[/red] {error}", soft_wrap=True)
         sys.exit(2)
     console.print(f"Wrote {written}")
+
+
+app.command()(serving_commands.serve)
+app.command()(serving_commands.predict)
 
 
 if __name__ == "__main__":
