@@ -300,13 +300,17 @@ def _print_missing(planned):
         for run, duration in zip(missing, seconds, strict=True)
     ]
     _print_table(("recipe", "method", "seed", "time"), rows)
-    total = "unknown" if None in seconds else _about(sum(seconds))
+    total = (
+        "unknown, since nothing of this recipe has run here"
+        if None in seconds
+        else _about(sum(seconds))
+    )
     console.print(f"Missing: {len(missing)} runs, time: {total}")
 
 
 def _about(seconds):
     if seconds is None:
-        return "unknown: nothing of this recipe has run here"
+        return "unknown"
     return f"about {seconds / 60:.0f} minutes"
 
 

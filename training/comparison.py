@@ -1,6 +1,7 @@
 """What the runs of one seed come to: a table, a gallery, alphas and a SavedModel."""
 
 import shutil
+import textwrap
 
 import keras
 import numpy as np
@@ -35,7 +36,8 @@ def compare(experiment, methods, seed):
     answers = [model.predict(images, verbose=0) for model in models]
     for name, task in experiment.tasks.items():
         columns = _columns(task, images, targets[name], [x[name] for x in answers])
-        titles = ["image", "truth", *(x.replace("_", " ") for x in methods), "change"]
+        names = [textwrap.fill(method.replace("_", " "), 14) for method in methods]
+        titles = ["image", "truth", *names, "change"]
         path = target.parents[1] / "gallery" / f"{name}_seed{seed}.png"
         path.parent.mkdir(exist_ok=True)
         # `strict` is off for one method alone, which is compared with none.
