@@ -52,6 +52,8 @@ Replicas = Annotated[
     int | None, typer.Option(min=2, help="Mirror over N logical CPUs, for testing.")
 ]
 
+Results = Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")]
+
 DEMO = ("one_task_whole", "shared", "cross_stitch_from_start")
 METHODS = ("one_task", "one_task_longer", "cross_stitch")
 
@@ -68,7 +70,7 @@ def demo(
     Without a command, this runs the **scenes** demo whole, in a few minutes on two
     cores: it renders rooms, of which a tenth get segmentation labels and all get
     surface normals; trains a network per task, one that shares all but its last
-    layers, and a cross-stitch network; and writes a table, pictures and a SavedModel.
+    layers, and a cross-stitch network; and writes a report and a SavedModel.
 
     What was stopped goes on where it was; what is finished is not run again.
     """
@@ -98,14 +100,15 @@ def fit(
     """Train a recipe's methods and compare them.
 
     Writes `RUNS/RECIPE/METHOD/seedS/` (model.keras, answers.json, metrics.json,
-    history.csv, alpha.npz, recipe.json) and `RUNS/RECIPE/comparison/seedS/`
-    (metrics.csv, metrics.md, predictions.png, alpha.png, serving/1).
+    history.csv, alpha.npz, recipe.json), `RUNS/RECIPE/gallery/`,
+    `RUNS/RECIPE/comparison/seedS/` (alpha.png, serving/1) and `RUNS/report.html`.
 
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
         from training import comparison, distribution, fitting
         from training.runs import open_experiment
+        from training.study.report import write_report
 
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or METHODS))
@@ -113,21 +116,20 @@ def fit(
         experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
         with _progress() as progress:
-            metrics = {
-                name: fitting.fit(
+            for name in methods:
+                fitting.fit(
                     experiment, name, seed, strategy=strategy, progress=progress
                 )
-                for name in methods
-            }
-            line = progress.add_task("table, pictures, SavedModel", total=None)
+            line = progress.add_task("pictures, SavedModel, report", total=None)
             target = comparison.compare(experiment, methods, seed)
+            page = write_report(runs, runs / "report.html")
             progress.update(line, total=1, completed=1)
-    header, rows = comparison.rows(metrics)
-    _print_table(header, rows)
+    _print_table(*comparison.rows(experiment, methods, seed))
     console.print(
         "segmentation and within: %, higher is better; angles: degrees, lower is"
     )
-    console.print(f"Pictures and SavedModel: {target}")
+    console.print(f"Alphas and SavedModel: {target}")
+    console.print(f"Report, with pictures: {page}")
 
 
 @app.command()
@@ -188,6 +190,41 @@ def study(
                 )
         for path in studies.write(planned, results):
             console.print(f"Wrote {path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(help="Folder of all runs.")] = Path("runs"),
+    page: Annotated[
+        Path | None,
+        typer.Option(help="The file to write.", show_default="RUNS/report.html"),
+    ] = None,
+):
+    """Write one self-contained HTML page of all finished runs."""
+    with _errors_in_a_line():
+        from training.study.report import write_report
+
+        console.print(f"Wrote {write_report(runs, page or runs / 'report.html')}")
+
+
+@app.command()
+def tables(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Markdown files. Without: README.md and docs/*.md."),
+    ] = None,
+    results: Results = Path("docs/results"),
+):
+    """Write the tables of Markdown files anew, from the raw values of the studies.
+
+    A table stands between `<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`.
+    """
+    with _errors_in_a_line():
+        from training.study.tables import update_tables
+
+        for path in paths or [Path("README.md"), *sorted(Path("docs").glob("*.md"))]:
+            changed = update_tables(path, results)
+            console.print(f"{'Wrote' if changed else 'Unchanged:'} {path}")
 
 
 @app.command()
@@ -268,13 +305,17 @@ def _print_missing(planned):
         for run, duration in zip(missing, seconds, strict=True)
     ]
     _print_table(("recipe", "method", "seed", "time"), rows)
-    total = "unknown" if None in seconds else _about(sum(seconds))
+    total = (
+        "unknown, since nothing of this recipe has run here"
+        if None in seconds
+        else _about(sum(seconds))
+    )
     console.print(f"Missing: {len(missing)} runs, time: {total}")
 
 
 def _about(seconds):
     if seconds is None:
-        return "unknown: nothing of this recipe has run here"
+        return "unknown"
     return f"about {seconds / 60:.0f} minutes"
 
 

@@ -1,24 +1,24 @@
-"""What the runs of one seed come to: a table, two pictures and a SavedModel."""
+"""What the runs of one seed come to: a table, a gallery, alphas and a SavedModel."""
 
 import shutil
+import textwrap
 
 import keras
 import numpy as np
-from matplotlib.figure import Figure
 
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import runs
 from training.batches import dense
+from training.study import figures
 
 PICTURES = 5
 
 
 def compare(experiment, methods, seed):
-    """Writes the comparison of finished runs beside them.
+    """Writes pictures of finished runs, and the last one's model as a SavedModel.
 
-    In `<runs>/<recipe>/comparison/seed<seed>/`: `metrics.csv` (tidy: method, seed,
-    task, metric, value), `metrics.md`, `predictions.png`, and, of the last method
-    if it has units, `alpha.png` and `serving/1`, the SavedModel.
+    In `<runs>/<recipe>/`: `gallery/<task>_seed<seed>.png`; and, if the last method has
+    units, in `comparison/seed<seed>/`: `alpha.png` and `serving/1`.
 
     Args:
         experiment: The `Experiment`.
@@ -26,100 +26,72 @@ def compare(experiment, methods, seed):
         seed: Integer.
 
     Returns:
-        The path of the folder.
+        The path of the folder `comparison/seed<seed>`.
     """
+    folders = [experiment.folder(method, seed) / "model.keras" for method in methods]
+    models = [keras.models.load_model(path, compile=False) for path in folders]
     target = experiment.folder("comparison", seed)
     target.mkdir(parents=True, exist_ok=True)
-    folders = {method: experiment.folder(method, seed) for method in methods}
-    metrics = {method: runs.metrics(path) for method, path in folders.items()}
-    tidy = [
-        row
-        for method, of_run in metrics.items()
-        for row in runs.rows(method, seed, of_run)
-    ]
-    runs.write_csv(target / "metrics.csv", runs.Row._fields, tidy)
-    runs.write(target / "metrics.md", markdown(metrics))
-
-    models = {
-        method: keras.models.load_model(path / "model.keras", compile=False)
-        for method, path in folders.items()
-    }
-    builder, recipe, tasks = experiment.builder, experiment.recipe, experiment.tasks
-    test = dense.test_batches(builder, recipe, tasks)
-    count = builder.info.splits[recipe.data.test_split].num_examples
-    figure = predictions(models, tasks, test, count)
-    figure.savefig(target / "predictions.png", dpi=110)
-    last = methods[-1]
-    if any(isinstance(layer, CrossStitch) for layer in models[last].layers):
-        plot_alpha(models[last]).savefig(target / "alpha.png", dpi=110)
-        trained = (folders[last] / "model.keras").stat().st_mtime
-        exported = target / "serving" / "1"
-        if exported.exists() and exported.stat().st_mtime < trained:
-            shutil.rmtree(exported)
-        if not exported.exists():
-            export_saved_model(models[last], target / "serving", version=1)
+    images, targets = _spread_over_test(experiment)
+    answers = [model.predict(images, verbose=0) for model in models]
+    for name, task in experiment.tasks.items():
+        columns = _columns(task, images, targets[name], [x[name] for x in answers])
+        names = [textwrap.fill(method.replace("_", " "), 14) for method in methods]
+        titles = ["image", "truth", *names, "change"]
+        path = target.parents[1] / "gallery" / f"{name}_seed{seed}.png"
+        path.parent.mkdir(exist_ok=True)
+        # `strict` is off for one method alone, which is compared with none.
+        figure = figures.gallery(dict(zip(titles, columns, strict=False)))
+        figure.savefig(path, dpi=150)
+    if any(isinstance(layer, CrossStitch) for layer in models[-1].layers):
+        plot_alpha(models[-1]).savefig(target / "alpha.png", dpi=110)
+        _export(models[-1], folders[-1], target / "serving")
     return target
 
 
-def rows(metrics):
+def rows(experiment, methods, seed):
     """The table's header and rows: one row per metric, one column per method."""
-    first = next(iter(metrics.values()))
-    header = ["", *(method.replace("_", " ") for method in metrics)]
+    of_methods = [runs.metrics(experiment.folder(method, seed)) for method in methods]
+    header = ["", *(method.replace("_", " ") for method in methods)]
     body = [
         [f"{task} {metric}".replace("_", " ")]
-        + [f"{by_task[task][metric]:.1f}" for by_task in metrics.values()]
-        for task in first
-        for metric in first[task]
+        + [f"{of_method[task][metric]:.1f}" for of_method in of_methods]
+        for task, of_task in of_methods[0].items()
+        for metric in of_task
     ]
     return header, body
 
 
-def markdown(metrics):
-    """The table in Markdown."""
-    header, body = rows(metrics)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *body))
-
-
-def predictions(models, tasks, test, count):
-    """Image, truth and each model's answer, for test images spread over the split.
-
-    Args:
-        models: Dict of method to model, image to {task: answer}.
-        tasks: Dict of task name to `Task`.
-        test: The batches of the test split.
-        count: Integer, how many examples they hold.
-
-    Returns:
-        A matplotlib `Figure`: one row per image.
-    """
+def _spread_over_test(experiment):
+    """Images (N, H, W, 3) and targets {task: (N, ...)}, from all over the split."""
+    recipe = experiment.recipe
+    test = dense.test_batches(experiment.builder, recipe, experiment.tasks).unbatch()
+    count = experiment.builder.info.splits[recipe.data.test_split].num_examples
     wanted = set(np.linspace(0, count - 1, PICTURES, dtype=int).tolist())
-    examples = [
-        example
-        for index, example in enumerate(test.unbatch().as_numpy_iterator())
-        if index in wanted
-    ]
-    images = np.stack([image for image, _ in examples])
-    answers = {
-        method: model.predict(images, verbose=0) for method, model in models.items()
-    }
+    examples = [x for i, x in enumerate(test.as_numpy_iterator()) if i in wanted]
+    return keras.tree.map_structure(lambda *xs: np.stack(xs), *examples)
 
-    columns = 1 + len(tasks) * (1 + len(models))
-    height, width = images.shape[1:3]
-    figure = Figure(
-        (2.0 * columns, 2.0 * len(images) * height / width + 0.4), layout="constrained"
-    )
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for row, (image, targets) in zip(range(len(images)), examples, strict=True):
-        cells = [("image", image.astype("uint8"))]
-        for name, task in tasks.items():
-            cells.append((f"{name}\ntruth", task.draw(targets[name])))
-            for method in models:
-                answer = task.draw(answers[method][name][row])
-                cells.append((f"{name}\n{method.replace('_', '-')}", answer))
-        for ax, (title, picture) in zip(axes[row], cells, strict=True):
-            ax.imshow(picture, interpolation="nearest")
-            ax.set_axis_off()
-            if row == 0:
-                ax.set_title(title, fontsize=10)
-    return figure
+
+def _columns(task, images, truth, answers):
+    """Images, truth, answers, and where the last answer is better than the first."""
+    of_truth = [task.draw(x) for x in truth]
+    drawn = [[task.draw(x) for x in answer] for answer in answers]
+    columns = [images.astype("uint8"), of_truth, *drawn]
+    if len(drawn) > 1:
+        # Any other colour is a wrong class.
+        options = {"saturation": 1} if task.describe()["kind"] == "classes" else {}
+        columns.append(
+            [
+                figures.difference(*three, **options)
+                for three in zip(of_truth, drawn[0], drawn[-1], strict=True)
+            ]
+        )
+    return columns
+
+
+def _export(model, trained, directory):
+    exported = directory / "1"
+    if exported.exists() and exported.stat().st_mtime < trained.stat().st_mtime:
+        shutil.rmtree(exported)
+    if not exported.exists():
+        export_saved_model(model, directory, version=1)
