@@ -35,13 +35,13 @@ def _methods(recipe):
     """Table 5, with the two controls that the paper lacks."""
     return [
         "one_task",
-        "one_task_longer",
         "ensemble",
+        "one_task_longer",
+        "cross_stitch",
+        "one_task_whole",
         "shared",
         f"split@{recipe.best_split}",
-        "cross_stitch",
         "cross_stitch_from_start",
-        "one_task_whole",
     ]
 
 
