@@ -17,7 +17,9 @@ _SIDE = 64  # pixels, to compare models of unknown height and width
 _TOLERANCE = 1e-5  # relative to the largest output
 
 
-def export_saved_model(model, directory, *, version=None, from_jpeg=False):
+def export_saved_model(
+    model, directory, *, version=None, from_jpeg=False, finish=None
+):
     """Writes a multi-task model as the next version of a served model.
 
     Each task is a signature that runs only the layers which that task needs;
@@ -33,6 +35,9 @@ def export_saved_model(model, directory, *, version=None, from_jpeg=False):
         version: Positive integer. Defaults to one above the highest that is there.
         from_jpeg: Whether to add a signature `<task>_from_jpeg` per task that takes
             encoded images. The model must have one input, `(N, H, W, 3)`.
+        finish: Optional function of the version's folder, called when that is
+            compared and has not got its name yet: to add to `assets.extra/` what
+            is served with the model. What it raises ends the export.
 
     Returns:
         `pathlib.Path`, the folder written: `<directory>/<version>`.
@@ -90,6 +95,8 @@ def export_saved_model(model, directory, *, version=None, from_jpeg=False):
     with _published(pathlib.Path(directory), version) as (temporary, path):
         _write(model, temporary, from_jpeg)
         _compare(model, temporary, from_jpeg)
+        if finish is not None:
+            finish(temporary)
     return path
 
 
