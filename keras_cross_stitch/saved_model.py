@@ -17,9 +17,7 @@ _SIDE = 64  # pixels, to compare models of unknown height and width
 _TOLERANCE = 1e-5  # relative to the largest output
 
 
-def export_saved_model(
-    model, directory, *, version=None, from_jpeg=False, finish=None
-):
+def export_saved_model(model, directory, *, version=None, from_jpeg=False, finish=None):
     """Writes a multi-task model as the next version of a served model.
 
     Each task is a signature that runs only the layers which that task needs;

@@ -1,0 +1,108 @@
+"""From a .keras file to a version for TF Serving, with all that travels with it."""
+
+import functools
+import json
+import pathlib
+import shutil
+import tempfile
+from importlib import metadata
+
+from export import dropping, inputs, precision, recorded
+from export.changes import Change, changes, read_answers
+from keras_cross_stitch import export_saved_model
+
+RECORDED_EXAMPLES = 2
+# Of a recorded output's largest value: what rounding may change on another machine.
+_TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-5}
+DTYPES = list(_TOLERANCES)
+
+
+def export(
+    path: pathlib.Path,
+    directory: pathlib.Path,
+    *,
+    from_jpeg: bool = False,
+    warmup: int = 0,
+    images: pathlib.Path | None = None,
+    drop_below: float | None = None,
+    dtype: str = "float32",
+) -> tuple[pathlib.Path, list[dropping.Link], dict[str, Change]]:
+    """Exports the model in the file `path` as the next version in `directory`.
+
+    Args:
+        path: A `.keras` file. `answers.json` beside it goes with the version.
+        directory: Of the served model.
+        from_jpeg: Whether to add signatures `<task>_from_jpeg`.
+        warmup: Number of requests that TF Serving replays, for every signature.
+        images: Folder of images, or `.npy` file, to measure and to warm up with.
+            Defaults to random ones.
+        drop_below: The most that outputs may change for links left out; see
+            `dropping.drop_below`. Needs `images`.
+        dtype: `"float32"`, or `"bfloat16"` to compute in.
+
+    Returns:
+        `(version, links left out, changes)`; the changes by signature, against the
+        model as it is in the file, where the version differs from that.
+    """
+    if drop_below is not None and images is None:
+        raise ValueError(
+            "--drop-below measures what may be dropped on --images: give a folder of "
+            "images such as the model will be asked about, or a .npy file"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {DTYPES}. Received: {dtype}")
+    model = inputs.load_model(path)
+    _check_warmup(warmup, len(model.output), from_jpeg)
+    examples = (
+        inputs.load_images(images, model)
+        if images
+        else inputs.random_inputs(model, RECORDED_EXAMPLES)
+    )
+    answers = inputs.answers_path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        changed = drop_below is not None or dtype != "float32"
+        before = export_saved_model(model, folder) if changed else None
+        links = []
+        if drop_below is not None:
+            links, _ = dropping.drop_below(model, drop_below, examples)
+        if dtype != "float32":
+            model = precision.lower(model, dtype)
+        if links:
+            model = dropping.without_zeros(model)
+        version = export_saved_model(
+            model,
+            directory,
+            from_jpeg=from_jpeg,
+            finish=functools.partial(_finish, examples, warmup, dtype, answers),
+        )
+        report = (
+            changes(before, version, examples, read_answers(answers)) if before else {}
+        )
+    return version, links, report
+
+
+def _check_warmup(warmup, tasks, from_jpeg):
+    records = warmup * (1 + tasks * (2 if from_jpeg else 1))
+    if not 0 <= records <= recorded.MOST_WARMUP_RECORDS:
+        raise ValueError(
+            f"--warmup must be at least 0, and TF Serving takes "
+            f"{recorded.MOST_WARMUP_RECORDS} requests for all signatures together. "
+            f"Received: --warmup {warmup}, which makes {records}"
+        )
+
+
+def _finish(examples, warmup, dtype, answers, version):
+    extra = version / "assets.extra"
+    extra.mkdir()
+    if answers.is_file():
+        shutil.copyfile(answers, extra / answers.name)
+    about = {
+        "dtype": dtype,
+        "tolerance": _TOLERANCES[dtype],
+        "versions": {name: metadata.version(name) for name in ("keras", "tensorflow")},
+    }
+    (extra / "export.json").write_text(json.dumps(about, indent=2))
+    few = max(warmup, RECORDED_EXAMPLES)
+    recorded.record(
+        version, {name: array[:few] for name, array in examples.items()}, warmup
+    )
