@@ -16,7 +16,7 @@ for library in ("absl", "tensorflow"):
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 console = Console()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -64,6 +64,7 @@ def savedmodel(
     (answers.json beside MODEL) goes with it, and predictions for `verify`.
     """
     with _known_errors_in_one_line():
+        from export.changes import BATCH
         from export.savedmodel import export
 
         written, links, changes = export(
@@ -78,7 +79,7 @@ def savedmodel(
     if drop_below is not None:
         _print_links(links, drop_below)
     if changes:
-        _print_changes(changes)
+        _print_changes(changes, BATCH)
     console.print(f"Wrote {written}", soft_wrap=True)
 
 
@@ -116,7 +117,8 @@ def bench(
         str | None, typer.Option(help="host:port of its server, to ask over gRPC too.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="The model's name there.  [the folder's]")
+        str | None,
+        typer.Option(help="The model's name there; the folder's, if not given."),
     ] = None,
     model: Annotated[
         Path | None,
@@ -158,33 +160,36 @@ def _print_error(error):
 
 
 def _print_links(links, bound):
-    table = Table("left out at", "task", "takes nothing from", "change by this alone")
+    if not links:
+        console.print(f"Nothing can be left out: each link changes more than {bound:g}")
+        return
+    table = Table("left out at", "task", "takes nothing from", "change, alone")
     for link in links:
         table.add_row(link.unit, link.task, link.source, f"{link.effect:.2g}")
     console.print(table)
-    console.print(f"Together they change no output by more than {bound:g}.")
 
 
-def _print_changes(changes):
-    batch = next(iter(changes.values())).examples
+def _print_changes(changes, batch):
     table = Table(
-        "signature",
+        Column("signature", no_wrap=True),
         "ops",
         "MB of weights",
         f"ms, batch {batch}",
-        "largest change of an output",
-        "changed answers",
+        "largest change",
+        "answers",
     )
     for name, x in changes.items():
+        before, after = x.before, x.after
         table.add_row(
             name,
-            f"{x.before.ops.total()} -> {x.after.ops.total()}",
-            f"{_mb(x.before.variable_bytes)} -> {_mb(x.after.variable_bytes)}",
+            f"{before.ops.total()} -> {after.ops.total()}",
+            f"{_mb(before.variable_bytes)} -> {_mb(after.variable_bytes)}",
             f"{1000 * x.seconds_before:.1f} -> {1000 * x.seconds_after:.1f}",
-            f"{x.largest:.2g} of its largest value",
+            f"{x.largest:.2g}",
             "\n".join(f"{task}: {metric}" for task, metric in x.metrics.items()),
         )
     console.print(table)
+    console.print("A change is of an output, in parts of its largest value.")
 
 
 def _print_version(version, others, report):
@@ -196,13 +201,19 @@ def _print_version(version, others, report):
         ),
         soft_wrap=True,
     )
-    table = Table("signature", "takes", "gives", "ops", "MB of weights", "difference")
+    table = Table(
+        Column("signature", no_wrap=True),
+        "takes, gives",
+        "ops",
+        "MB of weights",
+        "difference",
+    )
     for name, signature in report.signatures.items():
         differences = report.differences.get(name, {}).values()
+        tensors = [*signature.inputs.items(), *signature.outputs.items()]
         table.add_row(
             name,
-            "\n".join(f"{k}: {v}" for k, v in signature.inputs.items()),
-            "\n".join(f"{k}: {v}" for k, v in signature.outputs.items()),
+            "\n".join(f"{k}: {v}" for k, v in tensors),
             str(signature.ops.total()),
             _mb(signature.variable_bytes),
             f"{max(differences):.1g}" if differences else "not run",
@@ -223,15 +234,13 @@ def _print_times(report):
         )
     console.print(table)
     for batch, ratio in report.together.items():
-        line = f"batch {batch}: all tasks in one request cost {ratio:.2f} of one each"
+        line = f"batch {batch}: all tasks in one request take {ratio:.2f} of one by one"
         if batch in report.stitched:
             line += f"; stitched {report.stitched[batch]:.3f} of unstitched"
         console.print(line)
-    table = Table("signature", "ops", "MB of weights")
     for name, signature in report.signatures.items():
         mb = _mb(signature.variable_bytes)
-        table.add_row(name, str(signature.ops.total()), mb)
-    console.print(table)
+        console.print(f"{name}: {signature.ops.total()} ops, {mb} MB of weights")
 
 
 def _mb(size):

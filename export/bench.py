@@ -14,7 +14,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from export import recorded
 from export.inputs import load_model
 from export.signatures import Signature, signatures
-from export.timing import interleaved
+from export.timing import batch_of, interleaved
 from keras_cross_stitch import CrossStitch, export_saved_model
 
 BATCHES = (1, 8, 32)
@@ -87,7 +87,7 @@ def bench(
         for batch in batches:
             calls = {}
             for signature, inputs in given.items():
-                repeated = _repeated(inputs, batch)
+                repeated = batch_of(inputs, batch)
                 for way, ask in ways.items():
                     calls[signature, way] = functools.partial(ask, signature, repeated)
                 if model and signature == _ALL:
@@ -116,7 +116,7 @@ def unstitched(model) -> keras.Model:
 
 def _ratios(rows):
     together, stitched = {}, {}
-    for batch in {row.batch for row in rows}:
+    for batch in dict.fromkeys(row.batch for row in rows):
         medians = {
             row.signature: row.percentile(50)
             for row in rows
@@ -165,10 +165,3 @@ def _over_grpc(address, name):
         return {key: tf.make_ndarray(x) for key, x in response.outputs.items()}
 
     return ask
-
-
-def _repeated(inputs, batch):
-    return {
-        name: np.resize(array, (batch, *array.shape[1:]))
-        for name, array in inputs.items()
-    }

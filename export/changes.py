@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from export.signatures import Signature, signatures
-from export.timing import interleaved
+from export.timing import batch_of, interleaved
 
 _ROUNDS = 20
-_BATCH = 16
+BATCH = 16  # of a call that is timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,8 @@ class Change:
 
     before: Signature
     after: Signature
-    seconds_before: float  # median of a call
+    seconds_before: float  # median of a call of `BATCH` examples
     seconds_after: float
-    examples: int  # in such a call
     largest: float  # change of an output, relative to its largest value
     metrics: dict[str, str]  # {output: "1.2 % of the classes"}, by answers.json
 
@@ -37,15 +36,15 @@ def changes(before, after, inputs, answers) -> dict[str, Change]:
     """
     costs = signatures(before), signatures(after)
     loaded = tf.saved_model.load(str(before)), tf.saved_model.load(str(after))
-    small = {name: array[:_BATCH] for name, array in inputs.items()}
+    batch = batch_of(inputs, BATCH)
     found = {}
     for name in costs[0]:
         if set(costs[0][name].inputs) != set(inputs):
             continue  # takes files, and runs the same after them
         old, new = (model.signatures[name] for model in loaded)
         calls = {
-            "before": functools.partial(_run, old, small),
-            "after": functools.partial(_run, new, small),
+            "before": functools.partial(_run, old, batch),
+            "after": functools.partial(_run, new, batch),
         }
         seconds = interleaved(calls, _ROUNDS)
         pairs = _answers(old, new, inputs)
@@ -54,7 +53,6 @@ def changes(before, after, inputs, answers) -> dict[str, Change]:
             costs[1][name],
             float(np.median(seconds["before"])),
             float(np.median(seconds["after"])),
-            len(next(iter(small.values()))),
             max(_largest(pair) for pair in pairs.values()),
             {
                 task: metric
@@ -78,8 +76,8 @@ def _run(function, inputs):
 def _answers(old, new, inputs):
     """{output: (before, after)} of all examples."""
     batches = [
-        {name: array[i : i + _BATCH] for name, array in inputs.items()}
-        for i in range(0, len(next(iter(inputs.values()))), _BATCH)
+        {name: array[i : i + BATCH] for name, array in inputs.items()}
+        for i in range(0, len(next(iter(inputs.values()))), BATCH)
     ]
     both = [[_run(function, batch) for batch in batches] for function in (old, new)]
     return {

@@ -1,6 +1,7 @@
 """What a command is given, checked: a model's file, and images to try it on."""
 
 import pathlib
+import textwrap
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ def load_model(path) -> keras.Model:
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises all kinds on what is no model
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = textwrap.shorten(str(error), 300) or type(error).__name__
         raise ValueError(f"{expected}. Received: {path} ({why})") from error
     if not isinstance(getattr(model, "output", None), dict):
         raise ValueError(

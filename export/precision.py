@@ -8,7 +8,7 @@ def lower(model, dtype):
     """The model computing in `dtype`, with inputs and outputs as before.
 
     Weights and alphas stay float32, and the layers that give the outputs go on
-    computing in it. The layers are changed, not copied.
+    computing in it. The layers are those of `model`, changed.
     """
     outputs = {id(x) for x in keras.tree.flatten(model.output)}
     for layer in _layers(model):

@@ -16,22 +16,24 @@ from tensorflow_serving.apis import prediction_log_pb2
 WARMUP = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 RECORDED = pathlib.Path("assets.extra", "recorded_predictions")
 MOST_WARMUP_RECORDS = 1000  # TF Serving does not load a version with more
+EXAMPLES = 2  # in a recorded prediction
 _VALUES = 4096  # kept of an output: a map's would outweigh the model
 
 
 def record(version, inputs, warmup=0):
-    """Writes what every signature answers to `inputs`, {name: array with a batch axis}.
+    """Writes what every signature answers to the first of `inputs`, {name: array}.
 
-    With `warmup`, also so many requests of one example for every signature.
+    With `warmup`, also so many requests for every signature, each of one example.
     """
     loaded = tf.saved_model.load(str(version))
     (version / RECORDED).parent.mkdir(exist_ok=True)
     predictions, requests = [], []
     for signature, function in loaded.signatures.items():
-        given = _given(function, inputs)
+        given = _given(function, _first(inputs, EXAMPLES))
         outputs = _run(function, given)
         sampled = {name: _some(output) for name, output in outputs.items()}
         predictions.append(_log(signature, given, sampled))
+        given = _given(function, _first(inputs, warmup))
         for i in range(warmup):
             one = {name: array[[i % len(array)]] for name, array in given.items()}
             requests.append(_log(signature, one))
@@ -120,6 +122,10 @@ def _openvino(version):
         return {port.get_any_name(): array for port, array in outputs.items()}
 
     return run
+
+
+def _first(inputs, examples):
+    return {name: array[:examples] for name, array in inputs.items()}
 
 
 def _given(function, inputs):

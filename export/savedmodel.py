@@ -11,7 +11,6 @@ from export import dropping, inputs, precision, recorded
 from export.changes import Change, changes, read_answers
 from keras_cross_stitch import export_saved_model
 
-RECORDED_EXAMPLES = 2
 # Of a recorded output's largest value: what rounding may change on another machine.
 _TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-5}
 DTYPES = list(_TOLERANCES)
@@ -37,7 +36,7 @@ def export(
         images: Folder of images, or `.npy` file, to measure and to warm up with.
             Defaults to random ones.
         drop_below: The most that outputs may change for links left out; see
-            `dropping.drop_below`. Needs `images`.
+            `dropping.negligible_links`. Needs `images`.
         dtype: `"float32"`, or `"bfloat16"` to compute in.
 
     Returns:
@@ -56,28 +55,28 @@ def export(
     examples = (
         inputs.load_images(images, model)
         if images
-        else inputs.random_inputs(model, RECORDED_EXAMPLES)
+        else inputs.random_inputs(model, recorded.EXAMPLES)
     )
     answers = inputs.answers_path(path)
+    links = []
+    if drop_below is not None:
+        links = dropping.negligible_links(model, drop_below, examples)
+    changed = links or dtype != "float32"
     with tempfile.TemporaryDirectory() as folder:
-        changed = drop_below is not None or dtype != "float32"
         before = export_saved_model(model, folder) if changed else None
-        links = []
-        if drop_below is not None:
-            links, _ = dropping.drop_below(model, drop_below, examples)
         if dtype != "float32":
             model = precision.lower(model, dtype)
         if links:
-            model = dropping.without_zeros(model)
+            model = dropping.leave_out(model, links)
         version = export_saved_model(
             model,
             directory,
             from_jpeg=from_jpeg,
             finish=functools.partial(_finish, examples, warmup, dtype, answers),
         )
-        report = (
-            changes(before, version, examples, read_answers(answers)) if before else {}
-        )
+        report = {}
+        if before:
+            report = changes(before, version, examples, read_answers(answers))
     return version, links, report
 
 
@@ -102,7 +101,4 @@ def _finish(examples, warmup, dtype, answers, version):
         "versions": {name: metadata.version(name) for name in ("keras", "tensorflow")},
     }
     (extra / "export.json").write_text(json.dumps(about, indent=2))
-    few = max(warmup, RECORDED_EXAMPLES)
-    recorded.record(
-        version, {name: array[:few] for name, array in examples.items()}, warmup
-    )
+    recorded.record(version, examples, warmup)

@@ -1,4 +1,4 @@
-"""How long calls take, measured side by side."""
+"""How long calls take, measured in turns."""
 
 import time
 
@@ -20,3 +20,11 @@ def interleaved(calls, rounds):
             call()
             seconds[name][i] = time.perf_counter() - start
     return seconds
+
+
+def batch_of(inputs, size):
+    """{name: array} with its examples repeated, or left out, to a batch of `size`."""
+    return {
+        name: np.resize(array, (size, *array.shape[1:]))
+        for name, array in inputs.items()
+    }

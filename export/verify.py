@@ -4,6 +4,7 @@ Asks in a process that can import neither Keras nor our code.
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -46,6 +47,8 @@ def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
     """
     if engine not in ENGINES:
         raise ValueError(f"--engine must be one of {ENGINES}. Received: {engine}")
+    if engine == "openvino" and not importlib.util.find_spec("openvino"):
+        raise ValueError("--engine openvino needs OpenVINO: `pip install openvino`")
     found = signatures(version)
     about = version / "assets.extra" / "export.json"
     if not about.is_file():
