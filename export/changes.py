@@ -57,7 +57,7 @@ def changes(before, after, inputs, answers) -> dict[str, Change]:
             {
                 task: metric
                 for task, pair in pairs.items()
-                if (metric := _metric(pair, answers.get(task, {})))
+                if (metric := changed_answers(*pair, answers.get(task, {})))
             },
         )
     return found
@@ -66,6 +66,18 @@ def changes(before, after, inputs, answers) -> dict[str, Change]:
 def read_answers(path) -> dict:
     """The content of an `answers.json`, or nothing where there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def changed_answers(before, after, meaning) -> str:
+    """How many classes are others, or by what angle normals have turned."""
+    if meaning.get("kind") == "classes":
+        other = before.argmax(axis=-1) != after.argmax(axis=-1)
+        return f"{100 * other.mean():.2g} % other classes"
+    if meaning.get("kind") == "normals":
+        cosine = (before * after).sum(axis=-1)
+        angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+        return f"{angle.mean():.2g} degrees"
+    return ""
 
 
 def _run(function, inputs):
@@ -91,16 +103,3 @@ def _largest(pair):
     scale = np.abs(before).max()
     difference = np.abs(after.astype("float64") - before).max()
     return float(difference / scale if scale else difference)
-
-
-def _metric(pair, meaning):
-    """How much of what the answers mean has changed."""
-    before, after = pair
-    if meaning.get("kind") == "classes":
-        other = before.argmax(axis=-1) != after.argmax(axis=-1)
-        return f"{100 * other.mean():.2g} % other classes"
-    if meaning.get("kind") == "normals":
-        cosine = (before * after).sum(axis=-1)
-        angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
-        return f"{angle.mean():.2g} degrees"
-    return ""

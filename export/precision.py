@@ -14,8 +14,7 @@ def lower(model, dtype):
     for layer in _layers(model):
         if layer.dtype_policy.name == "float32" and not _gives(layer, outputs):
             layer.dtype_policy = f"mixed_{dtype}"
-    # Anew, for the dtypes between the layers.
-    lowered = keras.models.clone_model(model, clone_function=lambda layer: layer)
+    lowered = _anew(model)
     same_dtypes = keras.tree.map_structure(
         lambda x, before: x if x.dtype == before.dtype else ops.cast(x, before.dtype),
         lowered.output,
@@ -24,12 +23,24 @@ def lower(model, dtype):
     return keras.Model(lowered.input, same_dtypes)
 
 
+def _anew(layer):
+    """The same layers in a new graph, which knows the dtypes between them."""
+    if not _is_graph(layer):
+        return layer
+    return keras.models.clone_model(layer, clone_function=_anew)
+
+
 def _layers(model):
     for layer in model.layers:
-        if isinstance(layer, keras.Model):
+        if _is_graph(layer):
             yield from _layers(layer)
-        else:
+        elif not isinstance(layer, keras.Model):
             yield layer
+
+
+def _is_graph(layer):
+    functional = isinstance(layer, keras.Model) and hasattr(layer, "operations")
+    return functional or isinstance(layer, keras.Sequential)
 
 
 def _gives(layer, outputs):

@@ -108,8 +108,7 @@ def _needed(graph, outputs):
         if (scope, tensor) in seen:
             continue
         seen.add((scope, tensor))
-        # "node:2", in a function "node:output:2", and "^node" to wait for it.
-        name, *index = tensor.removeprefix("^").split(":")
+        name, *index = tensor.split(":")  # "node:2"; in a function "node:output:2"
         if name in scope.arguments:
             waiting.append((scope.caller, scope.arguments[name]))
             continue
@@ -117,21 +116,23 @@ def _needed(graph, outputs):
         function = functions.get(node.attr["f"].func.name)
         if function is None:
             needed[scope, name] = node
-            waiting += [(scope, x) for x in node.input]
-            continue
-        body = bodies.setdefault((scope, name), _body(function, node, scope))
-        results = [function.ret[x.name] for x in function.signature.output_arg]
-        if not tensor.startswith("^"):
-            results = [results[int(index[-1]) if index else 0]]
-        waiting += [(body, x) for x in [*results, *function.control_ret.values()]]
+            waiting += [(scope, x) for x in _tensors(node)]
+        else:
+            body = bodies.setdefault((scope, name), _body(function, node, scope))
+            result = function.signature.output_arg[int(index[-1]) if index else 0]
+            waiting.append((body, function.ret[result.name]))
     return list(needed.values())
 
 
 def _body(function, call, scope):
     names = [x.name for x in function.signature.input_arg]
-    tensors = [x for x in call.input if not x.startswith("^")]
     return _Scope(
         {node.name: node for node in function.node_def},
-        dict(zip(names, tensors, strict=True)),
+        dict(zip(names, _tensors(call), strict=True)),
         scope,
     )
+
+
+def _tensors(node):
+    # "^node" only waits for it.
+    return [x for x in node.input if not x.startswith("^")]

@@ -57,6 +57,12 @@ def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
             "`python -m export savedmodel`"
         )
     described = json.loads(about.read_text())
+    if engine == "openvino" and described["dtype"] != "float32":
+        raise ValueError(
+            "--engine openvino is for versions in float32, which OpenVINO by itself "
+            f"computes in bfloat16 where that is faster. '{version}' is in "
+            f"{described['dtype']}"
+        )
     tolerance = max(described["tolerance"], _TOLERANCE[engine])
     differences = _in_a_process_of_its_own(version, engine)
     return Report(
