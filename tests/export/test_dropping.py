@@ -51,7 +51,7 @@ def change(model, x, absent):
     return max(np.abs(after[t] - y).max() / np.abs(y).max() for t, y in before.items())
 
 
-@pytest.fixture(params=["channel", "layer"])
+@pytest.fixture(scope="module", params=["channel", "layer"])
 def model(request):
     return linear(request.param)
 
