@@ -85,7 +85,7 @@ def _in_a_process_of_its_own(version, engine):
     if done.returncode:
         why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"'{version}' cannot be run by {engine}: {why[-1]}")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _wrong(found, differences, tolerance, engine):

@@ -65,6 +65,8 @@ def test_links_are_left_out_as_far_as_the_outputs_stay_within_epsilon(model, eps
     left_out = [(link.i, link.j) for link in links]
     assert 0 < len(left_out) < 6
     assert change(model, X, left_out) <= epsilon
+    effects = [link.effect for link in links]
+    assert effects == sorted(effects)
     for link in links:
         assert link.effect == pytest.approx(
             change(model, X, [(link.i, link.j)]), rel=1e-2, abs=1e-6

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from export import recorded
 from export.changes import changed_answers
 from export.savedmodel import export
 from export.signatures import signatures
@@ -16,15 +17,24 @@ def test_what_answers_mean_goes_with_the_version(version, model_file):
     assert answers == model_file.with_name("answers.json").read_text()
 
 
-def test_a_model_without_answers_is_exported_without(tmp_path):
-    x = keras.Input((4,), name="x")
-    keras.Model(x, {"a": keras.layers.Dense(2)(x)}).save(tmp_path / "model.keras")
-    written, links, changes = export(tmp_path / "model.keras", tmp_path / "served")
+def test_a_model_of_two_inputs_without_answers(tmp_path):
+    inputs = [keras.Input((4,), name="right"), keras.Input((3,), name="left")]
+    outputs = {x.name: keras.layers.Dense(2)(x) for x in inputs}
+    keras.Model(inputs, outputs).save(tmp_path / "model.keras")
+    written, links, changes = export(
+        tmp_path / "model.keras", tmp_path / "served", warmup=1
+    )
     assert (links, changes) == ([], {})
     assert sorted(os.listdir(written / "assets.extra")) == [
         "export.json",
         "recorded_predictions",
+        "tf_serving_warmup_requests",
     ]
+    for _, given, _ in recorded.read(written / recorded.WARMUP):
+        assert {name: x.shape for name, x in given.items()} == {
+            "right": (1, 4),
+            "left": (1, 3),
+        }
 
 
 def test_how_it_was_made_goes_with_the_version(version):
