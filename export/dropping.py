@@ -30,7 +30,7 @@ def negligible_links(model, epsilon, inputs) -> list[Link]:
         model: A stitched model, not changed.
         epsilon: Float, the most that an output may change on `inputs`, relative to
             its largest value there, with all the links left out together.
-        inputs: {input name: array with a batch axis}.
+        inputs: As `model.predict` takes them.
     """
     units = [layer for layer in model.layers if isinstance(layer, CrossStitch)]
     if not units:
@@ -118,9 +118,7 @@ def _mix(unit, absent, maps):
 
 
 def _outputs(model, inputs):
-    ordered = [inputs[x.name] for x in model.inputs]
-    given = keras.tree.pack_sequence_as(model.input, ordered)
-    return keras.tree.flatten(model.predict(given, batch_size=_BATCH, verbose=0))
+    return keras.tree.flatten(model.predict(inputs, batch_size=_BATCH, verbose=0))
 
 
 def _relative_change(output, before):

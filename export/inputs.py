@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-_SIDE = 64  # pixels, of random images for a model of unknown height and width
 _ENDINGS = {".jpg", ".jpeg", ".png"}
 
 
@@ -31,8 +30,8 @@ def load_model(path) -> keras.Model:
     return model
 
 
-def load_images(path, model) -> dict[str, np.ndarray]:
-    """A folder of JPEG and PNG files, or an `.npy` array, as {input name: array}."""
+def load_images(path, model) -> np.ndarray:
+    """A folder of JPEG and PNG files, or an `.npy` file, as the model takes it."""
     if len(model.inputs) != 1:
         names = [x.name for x in model.inputs]
         raise ValueError(f"--images is for models with one input. Received: {names}")
@@ -47,19 +46,7 @@ def load_images(path, model) -> dict[str, np.ndarray]:
             f"Received: {path}"
         )
     _check_shape(array, spec, path)
-    return {spec.name: array.astype(spec.dtype)}
-
-
-def random_inputs(model, examples) -> dict[str, np.ndarray]:
-    """Arrays of whole numbers, as pixels are, the same ones each time."""
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for x in model.inputs:
-        shape = [examples, *(size or _SIDE for size in x.shape[1:])]
-        # Indices and masks only have 0 and 1 for sure.
-        high = 256 if x.dtype.startswith(("float", "bfloat")) else 2
-        arrays[x.name] = rng.integers(high, size=shape).astype(x.dtype)
-    return arrays
+    return array.astype(spec.dtype)
 
 
 def _read_folder(path, spec):

@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from importlib import metadata
 
+import keras
+
 from export import dropping, inputs, precision, recorded
 from export.changes import Change, changes, read_answers
 from keras_cross_stitch import export_saved_model
@@ -52,15 +54,12 @@ def export(
         raise ValueError(f"--dtype must be one of {DTYPES}. Received: {dtype}")
     model = inputs.load_model(path)
     _check_warmup(warmup, len(model.output), from_jpeg)
-    examples = (
-        inputs.load_images(images, model)
-        if images
-        else inputs.random_inputs(model, recorded.EXAMPLES)
-    )
+    examples = inputs.load_images(images, model) if images else None
     answers = inputs.answers_path(path)
     links = []
     if drop_below is not None:
-        links = dropping.negligible_links(model, drop_below, examples)
+        given = keras.tree.pack_sequence_as(model.input, [examples])
+        links = dropping.negligible_links(model, drop_below, given)
     changed = links or dtype != "float32"
     with tempfile.TemporaryDirectory() as folder:
         before = export_saved_model(model, folder) if changed else None
@@ -76,7 +75,10 @@ def export(
         )
         report = {}
         if before:
-            report = changes(before, version, examples, read_answers(answers))
+            predictions = recorded.read(version / recorded.RECORDED)
+            asked = {signature: given for signature, given, _ in predictions}
+            measured_on = _by_name(examples, asked["serving_default"])
+            report = changes(before, version, measured_on, read_answers(answers))
     return version, links, report
 
 
@@ -90,7 +92,7 @@ def _check_warmup(warmup, tasks, from_jpeg):
         )
 
 
-def _finish(examples, warmup, dtype, answers, version):
+def _finish(examples, warmup, dtype, answers, version, compared_on):
     extra = version / "assets.extra"
     extra.mkdir()
     if answers.is_file():
@@ -101,4 +103,11 @@ def _finish(examples, warmup, dtype, answers, version):
         "versions": {name: metadata.version(name) for name in ("keras", "tensorflow")},
     }
     (extra / "export.json").write_text(json.dumps(about, indent=2))
-    recorded.record(version, examples, warmup)
+    recorded.record(version, _by_name(examples, compared_on), warmup)
+
+
+def _by_name(examples, compared_on):
+    """The images given, if any, by the name that the signatures have for them."""
+    if examples is None:
+        return compared_on
+    return dict.fromkeys(compared_on, examples)

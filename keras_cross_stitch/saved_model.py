@@ -33,9 +33,10 @@ def export_saved_model(model, directory, *, version=None, from_jpeg=False, finis
         version: Positive integer. Defaults to one above the highest that is there.
         from_jpeg: Whether to add a signature `<task>_from_jpeg` per task that takes
             encoded images. The model must have one input, `(N, H, W, 3)`.
-        finish: Optional function of the version's folder, called when that is
-            compared and has not got its name yet: to add to `assets.extra/` what
-            is served with the model. What it raises ends the export.
+        finish: Optional function of the version's folder and of the inputs that it
+            was compared on, `{name in the signatures: array}`. Called before the
+            version gets its name: to add to `assets.extra/` what is served with the
+            model. What it raises ends the export.
 
     Returns:
         `pathlib.Path`, the folder written: `<directory>/<version>`.
@@ -92,9 +93,9 @@ def export_saved_model(model, directory, *, version=None, from_jpeg=False, finis
         _check_takes_images(model)
     with _published(pathlib.Path(directory), version) as (temporary, path):
         _write(model, temporary, from_jpeg)
-        _compare(model, temporary, from_jpeg)
+        inputs = _compare(model, temporary, from_jpeg)
         if finish is not None:
-            finish(temporary)
+            finish(temporary, inputs)
     return path
 
 
@@ -242,6 +243,7 @@ def _compare(model, path, from_jpeg):
             signature = f"{signature}_from_jpeg"
             served = loaded.signatures[signature](image_bytes=tf.stack(files))
             _check_equal(signature, served, expected)
+    return by_name
 
 
 def _random(x):

@@ -345,11 +345,11 @@ def test_other_users_may_read_the_version(model, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.usefixtures("unwritten")
 def test_finish_adds_files_before_the_version_has_its_name(model, tmp_path):
-    def finish(path):
-        assert (path / "saved_model.pb").exists()
+    def finish(path, inputs):
         assert not (tmp_path / "1").exists()
+        answer = tf.saved_model.load(str(path)).signatures["age"](**inputs)["age"]
+        assert answer.shape == (len(inputs["image"]), 1)
         (path / "assets.extra").mkdir()
         (path / "assets.extra" / "answers.json").write_text("{}")
 
@@ -360,7 +360,7 @@ def test_finish_adds_files_before_the_version_has_its_name(model, tmp_path):
 
 @pytest.mark.usefixtures("unwritten")
 def test_nothing_is_left_when_finish_fails(model, tmp_path):
-    def finish(path):
+    def finish(path, inputs):
         raise KeyError("a file is missing")
 
     with pytest.raises(KeyError, match="a file is missing"):

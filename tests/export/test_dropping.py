@@ -61,7 +61,7 @@ X = np.random.default_rng(3).normal(size=(7, 4)).astype("float32")
 
 @pytest.mark.parametrize("epsilon", [1e-4, 0.05])
 def test_links_are_left_out_as_far_as_the_outputs_stay_within_epsilon(model, epsilon):
-    links = negligible_links(model, epsilon, {"x": X})
+    links = negligible_links(model, epsilon, X)
     left_out = [(link.i, link.j) for link in links]
     assert 0 < len(left_out) < 6
     assert change(model, X, left_out) <= epsilon
@@ -78,14 +78,14 @@ def test_links_are_left_out_as_far_as_the_outputs_stay_within_epsilon(model, eps
 
 def test_the_model_is_as_it_was(model):
     before = model.get_weights()
-    links = negligible_links(model, 0.05, {"x": X})
+    links = negligible_links(model, 0.05, X)
     leave_out(model, links)
     for weights, weights_before in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weights, weights_before)
 
 
 def test_the_outputs_are_those_without_the_links(model):
-    links = [x for x in negligible_links(model, 10.0, {"x": X}) if x.task != "b"]
+    links = [x for x in negligible_links(model, 10.0, X) if x.task != "b"]
     assert len(links) >= 3
     outputs = leave_out(model, links).predict(X, verbose=0)
     expected = statement(model, X, [(link.i, link.j) for link in links])
@@ -94,7 +94,7 @@ def test_the_outputs_are_those_without_the_links(model):
 
 
 def test_a_tower_is_gone_from_where_a_task_takes_nothing_from_it(model):
-    links = [x for x in negligible_links(model, 10.0, {"x": X}) if x.task == "a"]
+    links = [x for x in negligible_links(model, 10.0, X) if x.task == "a"]
     assert [link.source for link in sorted(links, key=lambda x: x.j)] == ["b", "c"]
     without = leave_out(model, links)
     part = keras.Model(without.input, without.output["a"])
@@ -111,16 +111,16 @@ def test_channels_first_and_lists():
     rng = np.random.default_rng(4)
     alpha = rng.normal(size=(2, 2, 3)) * [[[1], [1e-5]], [[1], [1]]]
     unit.alpha.assign(alpha)
-    xs = {x.name: rng.normal(size=(2, 3, 5, 4)).astype("float32") for x in inputs}
+    xs = [rng.normal(size=(2, 3, 5, 4)).astype("float32") for _ in inputs]
     links = negligible_links(model, 1e-3, xs)
     assert [(link.unit, link.i, link.j) for link in links] == [("unit", 0, 1)]
-    outputs = leave_out(model, links).predict([xs["left"], xs["right"]], verbose=0)
+    outputs = leave_out(model, links).predict(xs, verbose=0)
     np.testing.assert_allclose(
-        outputs["left"], alpha[0, 0, :, None, None] * xs["left"], rtol=1e-5
+        outputs["left"], alpha[0, 0, :, None, None] * xs[0], rtol=1e-5
     )
     np.testing.assert_allclose(
         outputs["right"],
-        np.einsum("tc,tnchw->nchw", alpha[1], [xs["left"], xs["right"]]),
+        np.einsum("tc,tnchw->nchw", alpha[1], xs),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -130,10 +130,10 @@ def test_a_model_without_units_is_an_error():
     x = keras.Input((4,))
     model = keras.Model(x, {"a": layers.Dense(1, name="score")(x)})
     with pytest.raises(ValueError, match=r"model with CrossStitch layers.*'score'"):
-        negligible_links(model, 0.1, {})
+        negligible_links(model, 0.1, X)
 
 
 @pytest.mark.parametrize("epsilon", [0, -1.0, float("nan")])
 def test_epsilon_is_above_zero(model, epsilon):
     with pytest.raises(ValueError, match=f"above 0. Received: {epsilon}"):
-        negligible_links(model, epsilon, {"x": X})
+        negligible_links(model, epsilon, X)

@@ -3,13 +3,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from export.inputs import load_images, load_model, random_inputs
+from export.inputs import load_images, load_model
 
 
-def takes(*shapes, dtype="float32"):
-    inputs = [
-        keras.Input(shape, dtype=dtype, name=f"x{i}") for i, shape in enumerate(shapes)
-    ]
+def takes(*shapes):
+    inputs = [keras.Input(shape, name=f"x{i}") for i, shape in enumerate(shapes)]
     outputs = {
         x.name: keras.layers.Flatten()(x) for x in inputs if None not in x.shape[1:]
     }
@@ -26,7 +24,7 @@ def test_a_folder_of_images_is_resized_to_the_model_in_the_order_of_names(tmp_pa
     second = write(tmp_path / "b.png", 9, 7)
     first = write(tmp_path / "a.PNG", 20, 30)
     (tmp_path / "notes.txt").touch()
-    (images,) = load_images(tmp_path, takes((9, 7, 3))).values()
+    images = load_images(tmp_path, takes((9, 7, 3)))
     assert images.dtype == np.float32
     np.testing.assert_array_equal(images[1], second)
     resized = tf.image.resize(first, (9, 7), antialias=True)
@@ -36,7 +34,7 @@ def test_a_folder_of_images_is_resized_to_the_model_in_the_order_of_names(tmp_pa
 def test_images_keep_their_size_where_the_model_takes_any(tmp_path):
     image = write(tmp_path / "a.png", 20, 30)
     model = takes((None, None, 3))
-    np.testing.assert_array_equal(load_images(tmp_path, model)["x0"], [image])
+    np.testing.assert_array_equal(load_images(tmp_path, model), [image])
     write(tmp_path / "b.png", 20, 31)
     with pytest.raises(ValueError, match="needs images of one size"):
         load_images(tmp_path, model)
@@ -46,7 +44,7 @@ def test_an_array_is_taken_as_it_is(tmp_path):
     array = np.random.default_rng(0).normal(size=(3, 4, 5))
     np.save(tmp_path / "x.npy", array)
     loaded = load_images(tmp_path / "x.npy", takes((4, 5)))
-    np.testing.assert_array_equal(loaded["x0"], array.astype("float32"))
+    np.testing.assert_array_equal(loaded, array.astype("float32"))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6), (3, 4), (0, 4, 5)])
@@ -78,20 +76,6 @@ def test_a_folder_for_a_model_of_no_images_is_an_error(tmp_path):
 def test_images_for_a_model_of_two_inputs_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"one input. Received: \['x0', 'x1'\]"):
         load_images(tmp_path, takes((4,), (5,)))
-
-
-def test_random_inputs_are_of_the_models_shapes_and_dtypes_and_do_not_change():
-    inputs = random_inputs(takes((4, 5), (6,)), 3)
-    assert {name: x.shape for name, x in inputs.items()} == {
-        "x0": (3, 4, 5),
-        "x1": (3, 6),
-    }
-    again = random_inputs(takes((4, 5), (6,)), 3)
-    np.testing.assert_array_equal(inputs["x0"], again["x0"])
-    assert inputs["x0"].max() > 100
-    indices = random_inputs(takes((4,), dtype="int32"), 3)["x0"]
-    assert indices.dtype == np.int32
-    assert set(indices.ravel()) <= {0, 1}
 
 
 def test_a_model_that_is_none_is_told_in_one_line(tmp_path):
