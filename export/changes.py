@@ -56,8 +56,8 @@ def changes(before, after, inputs, answers) -> dict[str, Change]:
             max(_largest(pair) for pair in pairs.values()),
             {
                 task: metric
-                for task, pair in pairs.items()
-                if (metric := changed_answers(*pair, answers.get(task, {})))
+                for task, (x, y) in pairs.items()
+                if (metric := changed_answers(x, y, answers.get(task, {})))
             },
         )
     return found
