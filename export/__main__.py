@@ -16,6 +16,7 @@ for library in ("absl", "tensorflow"):
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 console = Console()
@@ -155,8 +156,8 @@ def _known_errors_in_one_line():
 
 
 def _print_error(error):
-    text = " ".join(str(error).split())
-    Console(stderr=True).print("[red]Error:[/red]", text, soft_wrap=True, markup=True)
+    text = escape(" ".join(str(error).split()))
+    Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
 
 
 def _print_links(links, bound):

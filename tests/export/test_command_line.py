@@ -111,6 +111,7 @@ def test_bad_input_ends_in_one_line(model_file, version, tmp_path):
         (("savedmodel", text, out), "Expected a multi-task model"),
         (("savedmodel", model_file, text), "must be a folder that can be written to"),
         (("savedmodel", model_file, out, "--dtype", "int4"), "--dtype must be one of"),
+        (("verify", tmp_path / "[red]"), "[red]"),
         (("verify", out), "Expected a folder of versions"),
         (("verify", version, "--engine", "onnx"), "--engine must be one of"),
         (("bench", out), "Expected a folder of versions"),
