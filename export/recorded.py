@@ -125,7 +125,7 @@ def _openvino(version):
 
 
 def _first(inputs, examples):
-    return {name: array[:examples] for name, array in inputs.items()}
+    return {name: np.asarray(array)[:examples] for name, array in inputs.items()}
 
 
 def _given(function, inputs):
