@@ -109,7 +109,7 @@ def _needed(graph, outputs):
             continue
         seen.add((scope, tensor))
         name, *index = tensor.split(":")  # "node:2"; in a function "node:output:2"
-        if name in scope.arguments:
+        if scope.caller and name in scope.arguments:
             waiting.append((scope.caller, scope.arguments[name]))
             continue
         node = scope.nodes[name]

@@ -28,7 +28,7 @@ def run(*arguments):
 def test_savedmodel_tells_what_it_left_out_and_what_that_changed(cheaper, monkeypatch):
     asked = []
 
-    def export(model, directory, **options):
+    def export(model, directory, progress=None, **options):
         asked.append((model, directory, options))
         return cheaper
 
