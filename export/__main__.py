@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from export import serving_commands
+
 console = Console()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -76,6 +78,7 @@ def savedmodel(
             images=images,
             drop_below=drop_below,
             dtype=dtype,
+            progress=typer.echo,
         )
     if drop_below is not None:
         _print_links(links, drop_below)
@@ -246,6 +249,10 @@ def _print_times(report):
 
 def _mb(size):
     return f"{size / 1e6:.2f}"
+
+
+app.command()(serving_commands.serve)
+app.command()(serving_commands.predict)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import keras
 
@@ -27,6 +29,7 @@ def export(
     images: pathlib.Path | None = None,
     drop_below: float | None = None,
     dtype: str = "float32",
+    progress: Callable[[str], Any] | None = None,
 ) -> tuple[pathlib.Path, list[dropping.Link], dict[str, Change]]:
     """Exports the model in the file `path` as the next version in `directory`.
 
@@ -40,6 +43,7 @@ def export(
         drop_below: The most that outputs may change for links left out; see
             `dropping.negligible_links`. Needs `images`.
         dtype: `"float32"`, or `"bfloat16"` to compute in.
+        progress: Function that is told of each signature; see `export_saved_model`.
 
     Returns:
         `(version, links left out, changes)`; the changes by signature, against the
@@ -55,6 +59,10 @@ def export(
     model = inputs.load_model(path)
     _check_warmup(warmup, len(model.output), from_jpeg)
     examples = inputs.load_images(images, model) if images else None
+    sample = None
+    if examples is not None:
+        few = examples[: recorded.EXAMPLES]
+        sample = keras.tree.pack_sequence_as(model.input, [few])
     answers = inputs.answers_path(path)
     links = []
     if drop_below is not None:
@@ -62,7 +70,7 @@ def export(
         links = dropping.negligible_links(model, drop_below, given)
     changed = links or dtype != "float32"
     with tempfile.TemporaryDirectory() as folder:
-        before = export_saved_model(model, folder) if changed else None
+        before = export_saved_model(model, folder, sample=sample) if changed else None
         if dtype != "float32":
             model = precision.lower(model, dtype)
         if links:
@@ -71,6 +79,8 @@ def export(
             model,
             directory,
             from_jpeg=from_jpeg,
+            sample=sample,
+            progress=progress,
             finish=functools.partial(_finish, examples, warmup, dtype, answers),
         )
         report = {}

@@ -1,24 +1,39 @@
 """Towers into one multi-task model: stitched, or split (hard sharing).
 
-Both rebuild the towers' graphs layer by layer on new inputs, with every layer
-cloned under a new name. The towers stay as they are.
+Both call copies of the towers' layers on new inputs, one after the other, every
+copy under a new name. The towers stay as they are.
 """
 
 import difflib
 import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
-import numpy as np
 
+from keras_cross_stitch.copying import alike, frozen_alike
 from keras_cross_stitch.cross_stitch import CrossStitch
+from keras_cross_stitch.joining import Call, Joined, Tower, built_once, with_purpose
 
 
-def stitch(towers, at, *, shared_input=True, name="cross_stitch", **unit):
+def stitch(
+    towers: Mapping[str, keras.Model],
+    at: Sequence[str | Mapping[str, str]],
+    *,
+    shared_input: bool = True,
+    share_frozen: bool = True,
+    name: str = "cross_stitch",
+    **unit: Any,
+) -> keras.Model:
     """Joins one model per task into one, with cross-stitch units between them.
 
     At each tap, the towers' outputs are replaced by their mix. Whatever else
-    reads a tap, such as a skip connection, reads the mix too. The weights are
-    carried over; with alpha = identity the model gives what the towers give.
+    reads a tap, such as a skip connection, reads the mix too. The towers are
+    copied whole, with weights, adapted state and frozen layers; with alpha =
+    identity the model gives what the towers give.
+
+    Nested models (`backbone(x)`, as in Keras's guide to transfer learning) are
+    opened: their layers are layers of the joined model, and can be tapped.
 
     Args:
         towers: Dict of task name to functional or Sequential model, at least
@@ -27,21 +42,31 @@ def stitch(towers, at, *, shared_input=True, name="cross_stitch", **unit):
             digits and underscores.
         at: List of taps from input to output, each the name of a layer, or a
             dict of task name to layer name where the towers' names differ. With
-            an empty list the towers stand side by side and share nothing.
+            an empty list the towers stand side by side and share nothing. Layers
+            of a nested model are named `"backbone/conv1"`, or `"conv1"` where
+            only one layer has that name; `"backbone"` is the model's output.
         shared_input: Whether all towers read the same input, which must then be
             of one shape. If `False`, the model takes a dict of task name to
             input (`<task>_<input name>` for towers of several inputs).
+        share_frozen: Whether layers of several towers that compute the same, now
+            and after training, are built once: frozen layers (or those without
+            weights) of one kind with equal weights that read the same tensors,
+            such as the frozen trunk of a backbone that the towers have in common.
         name: String, the model's name.
         **unit: Arguments of every `CrossStitch`, such as `per` or `same_task`.
 
     Returns:
         A functional `keras.Model` with a dict of task name to output. Tower
-        layers are named `<task>_<layer>`, units `cross_stitch_<layer>`.
+        layers are named `<task>_<layer>`, and `<task>_<model>_<layer>` where they
+        are nested; units `cross_stitch_<layer>`; layers that are built once
+        `shared_<layer>`. Inputs keep their names; one without a name of its own is
+        `input` (`input_1`, `input_2` ... where there are several), so that every
+        export has the same.
 
     Raises:
         ValueError: For an unknown layer, taps out of order, unequal shapes at a
-            tap, a layer that is used twice, an invalid task name, or inputs that
-            cannot be shared; it names the tower and the layer.
+            tap, a layer that is used twice or cannot be copied, an invalid task
+            name, or inputs that cannot be shared; it names the tower and the layer.
 
     Example:
 
@@ -60,55 +85,60 @@ def stitch(towers, at, *, shared_input=True, name="cross_stitch", **unit):
 
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), Figure 4
     """
-    towers = _checked_towers(towers)
-    taps = [_by_task(tap, towers) for tap in at]
-    inputs = _inputs(towers, shared_input)
-    rebuilt = {task: {} for task in towers}  # {task: {layer name: its new output}}
-    copies = []
-
-    def rebuild(task, outputs):
-        used = set()
-
-        def call(layer, *args, **kwargs):
-            _check_used_once(layer, used, task)
-            if layer.name not in rebuilt[task]:
-                copy = _renamed(layer, task)
-                rebuilt[task][layer.name] = copy(*args, **kwargs)
-                copies.append((layer, copy))
-            return rebuilt[task][layer.name]
-
-        return _run(towers[task], outputs, inputs, task, call)
-
-    for tap in taps:
+    opened = _opened(towers)
+    if isinstance(at, str) or not isinstance(at, Sequence):
+        raise ValueError(
+            "`at` must be a list of taps, each the name of a layer or a dict of "
+            f"them. Received: at={at!r}. For one tap: at=[{at!r}]"
+        )
+    taps = [_tap(tap, opened) for tap in at]
+    inputs = _inputs(opened, shared_input)
+    tapped = [call for tap in taps for call in tap.values()]
+    same = built_once(opened, inputs, tapped, _frozen) if share_frozen else {}
+    same = with_purpose(same, opened)
+    joined = Joined(opened, inputs, same)
+    for tap, received in zip(taps, at, strict=True):
         maps = {}
-        for task, layer in tap.items():
-            if layer in rebuilt[task]:
+        for task, call in tap.items():
+            if id(call.outputs[0]) in joined.tensors[task]:
                 raise ValueError(
                     "Taps must go from input to output, each once. In the tower of "
-                    f"'{task}', layer '{layer}' comes before an earlier tap, or is "
+                    f"'{task}', layer '{call.path}' comes before an earlier tap, or is "
                     f"one. Received: at={at}"
                 )
-            maps[task] = rebuild(task, _output(towers[task], layer, task))
-        mixed = _mix(maps, tap, towers, unit)
-        for task, layer in tap.items():
-            rebuilt[task][layer] = mixed[task]
-    outputs = {task: rebuild(task, tower.output) for task, tower in towers.items()}
-    return _model(inputs, outputs, copies, name)
+            maps[task] = joined.run(task, call.outputs)[0]
+        mix = _unit(joined, tap, unit)
+        try:
+            outputs = mix(maps)
+        except ValueError as error:
+            raise ValueError(f"At the tap {received!r}: {error}") from error
+        for task, call in tap.items():
+            joined.tensors[task][id(call.outputs[0])] = outputs[task]
+    return joined.model(name)
 
 
-def split(towers, at, *, name="split"):
+def split(
+    towers: Mapping[str, keras.Model],
+    at: str | Mapping[str, str],
+    *,
+    share_frozen: bool = True,
+    name: str = "split",
+) -> keras.Model:
     """Joins one model per task into one that shares its first layers.
 
     Hard parameter sharing, the alternative to stitching: the layers below `at`
     are the first tower's, for all tasks; the layer `at` and all above, that is,
     all that depend on it, are each task's own. With the last layer for `at` it is
-    the paper's MTL-shared. The weights are carried over.
+    the paper's MTL-shared. The towers are copied as `stitch` copies them.
 
     Args:
         towers: Dict of task name to functional or Sequential model, at least
             two, with the same input and the same layers below `at`.
         at: The name of the first layer that is not shared, or a dict of task
-            name to layer name where the towers' names differ.
+            name to layer name where the towers' names differ; nested models as
+            in `stitch`, where `"backbone"` is all of it.
+        share_frozen: Whether frozen layers above `at` that are the same in several
+            towers, and read the same tensors, are built once, too.
         name: String, the model's name.
 
     Returns:
@@ -117,7 +147,8 @@ def split(towers, at, *, name="split"):
 
     Raises:
         ValueError: For an unknown layer, towers that differ below `at`, a layer
-            that is used twice, an invalid task name, or inputs that differ.
+            that is used twice or cannot be copied, an invalid task name, or inputs
+            that differ.
 
     Example:
 
@@ -133,45 +164,26 @@ def split(towers, at, *, name="split"):
 
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), Figure 2
     """
-    towers = _checked_towers(towers)
-    first_own = _by_task(at, towers)
-    inputs = _inputs(towers, shared_input=True)
-    shared = []  # (layer, its new arguments and output), in the order of the graph
-    copies = []
+    opened = _opened(towers)
+    inputs = _inputs(opened, shared_input=True)
+    own = {
+        call
+        for task, name_ in _by_task(at, opened).items()
+        for call in _depending(opened[task], _path(name_, opened[task]))
+    }
 
-    def rebuild(task, unmatched):
-        used, own = set(), {}  # own: the tensors that depend on `at`, by id
+    def may_share(call: Call, other: Call) -> bool:
+        if call not in own and other not in own:
+            return alike(call.layer, other.layer)
+        return share_frozen and call in own and other in own and _frozen(call, other)
 
-        def call(layer, *args, **kwargs):
-            _check_used_once(layer, used, task)
-            arguments = keras.tree.flatten((args, kwargs))
-            is_own = layer.name == first_own[task] or any(
-                id(x) in own for x in arguments
-            )
-            if unmatched is not None and not is_own:
-                return _match(layer, arguments, unmatched, task)
-            copy = _renamed(layer, task if is_own else "shared")
-            outputs = copy(*args, **kwargs)
-            copies.append((layer, copy))
-            if is_own:
-                own.update((id(x), x) for x in keras.tree.flatten(outputs))
-            else:
-                shared.append((layer, arguments, outputs))
-            return outputs
-
-        return _run(towers[task], towers[task].output, inputs, task, call)
-
-    first, *others = towers
-    outputs = {first: rebuild(first, None)}
-    for task in others:
-        unmatched = list(shared)
-        outputs[task] = rebuild(task, unmatched)
-        if unmatched:
-            raise _differ(task, None, unmatched)
-    return _model(inputs, outputs, copies, name)
+    same = built_once(opened, inputs, [], may_share)
+    _check_alike_below(opened, own, same)
+    same = with_purpose(same, opened, own)
+    return Joined(opened, inputs, same).model(name)
 
 
-def check_task_names(tasks):
+def check_task_names(tasks: Iterable[str]) -> None:
     """Raises a ValueError where a task's name cannot be that of a signature."""
     for task in tasks:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", str(task)):
@@ -186,87 +198,96 @@ def check_task_names(tasks):
             )
 
 
-def _checked_towers(towers):
-    if not isinstance(towers, dict) or len(towers) < 2:
+def _opened(towers: Any) -> dict[str, Tower]:
+    if not isinstance(towers, Mapping) or len(towers) < 2:
         raise ValueError(
             "`towers` must be a dict of at least two: task name to model. "
             f"Received: towers={towers!r}"
         )
     check_task_names(towers)
-    return {task: _as_functional(task, tower) for task, tower in towers.items()}
+    return {task: Tower(task, model) for task, model in towers.items()}
 
 
-def _as_functional(task, tower):
-    if isinstance(tower, keras.Sequential) and tower.built:
-        return keras.Model(tower.inputs, tower.outputs[0])
-    if _is_functional(tower):
-        return tower
-    raise ValueError(
-        f"The tower of '{task}' must be a functional model, or a Sequential one that "
-        f"starts with `keras.Input`. Received: {tower!r}"
-    )
-
-
-def _is_functional(model):
-    return isinstance(model, keras.Model) and hasattr(model, "operations")
-
-
-def _by_task(tap, towers):
-    """A tap (a layer name, or a dict of them) as {task: layer name}, checked."""
+def _by_task(tap: Any, towers: Mapping[str, Tower]) -> dict[str, str]:
+    """A tap (a layer name, or a dict of them) as {task: layer name}."""
     if isinstance(tap, str):
         tap = dict.fromkeys(towers, tap)
-    if not isinstance(tap, dict) or set(tap) != set(towers):
+    if not isinstance(tap, Mapping) or set(tap) != set(towers):
         raise ValueError(
             "A tap must be the name of a layer, or a dict with one for each of "
             f"{sorted(towers)}. Received: {tap!r}"
         )
-    for task, name in tap.items():
-        layers = {layer.name: layer for layer in towers[task].layers}
-        if name not in layers:
-            near = difflib.get_close_matches(str(name), layers, n=3) or list(layers)
-            raise ValueError(
-                f"The tower of '{task}' has no layer '{name}'. "
-                f"Did you mean one of {near}?"
-            )
-        if isinstance(layers[name], keras.layers.InputLayer | keras.Model):
-            raise ValueError(
-                f"In the tower of '{task}', '{name}' is an input or a nested model, "
-                "which cannot be a tap. Name a layer of the tower itself (a tower "
-                "built on `nested.output` has the nested model's layers)"
-            )
     return {task: tap[task] for task in towers}
 
 
-def _output(tower, name, task):
-    """The layer's output in this tower: `layer.output` may be of a call elsewhere."""
-    nodes = [node for nodes in tower._nodes_by_depth.values() for node in nodes]
-    outputs = next(node.outputs for node in nodes if node.operation.name == name)
-    if len(outputs) > 1:
+def _tap(tap: Any, towers: Mapping[str, Tower]) -> dict[str, Call]:
+    """{task: the `Call` whose output is the tap}, checked."""
+    calls = {}
+    for task, name in _by_task(tap, towers).items():
+        tower = towers[task]
+        path = _path(name, tower)
+        call = next((call for call in tower.calls if call.path == path), None)
+        outputs = call.outputs if call else tower.nested[path]
+        if len(outputs) > 1:
+            raise ValueError(
+                f"In the tower of '{task}', layer '{path}' has several outputs, and so "
+                f"cannot be a tap. Received: outputs={outputs}"
+            )
+        calls[task] = call or tower.call_of(outputs[0])
+    return calls
+
+
+def _path(name: str, tower: Tower) -> str:
+    """The path of the tower's layer, or nested model, of that name or path."""
+    layers = [
+        call.path for call in tower.calls if isinstance(call.layer, keras.layers.Layer)
+    ]
+    paths = [*layers, *tower.nested]
+    if name in paths:
+        return name
+    found = [path for path in paths if path.rsplit("/", 1)[-1] == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
         raise ValueError(
-            f"In the tower of '{task}', layer '{name}' has several outputs, and so "
-            f"cannot be a tap. Received: outputs={outputs}"
+            f"The tower of '{tower.task}' has several layers '{name}': name one of "
+            f"{found}"
         )
-    return outputs[0]
+    if name in [layer.name for layer in tower.inputs]:
+        raise ValueError(
+            f"In the tower of '{tower.task}', '{name}' is an input, which cannot be a "
+            f"tap. Name one of {paths}"
+        )
+    near = difflib.get_close_matches(str(name), paths, n=3) or paths
+    raise ValueError(
+        f"The tower of '{tower.task}' has no layer '{name}'. Did you mean one of "
+        f"{near}?"
+    )
 
 
-def _inputs(towers, shared_input):
+def _inputs(towers: Mapping[str, Tower], shared_input: bool) -> dict[str, list]:
     """New inputs of the model: {task: list of `keras.Input`}."""
+    layers = {
+        task: {
+            name: layer
+            for name, layer in zip(_input_names(tower), tower.inputs, strict=True)
+        }
+        for task, tower in towers.items()
+    }
     if not shared_input:
         return {
             task: [
-                _new_input(x, f"{task}_{x.name}" if len(tower.inputs) > 1 else task)
-                for x in tower.inputs
+                _new_input(x, f"{task}_{name}" if len(of_task) > 1 else task)
+                for name, x in of_task.items()
             ]
-            for task, tower in towers.items()
+            for task, of_task in layers.items()
         }
     # Several inputs belong together by name; a single one may have any.
-    named = {
-        task: {x.name if len(tower.inputs) > 1 else "": x for x in tower.inputs}
-        for task, tower in towers.items()
-    }
     specs = {
-        task: {name: (x.shape, x.dtype) for name, x in of_task.items()}
-        for task, of_task in named.items()
+        task: {
+            name if len(of_task) > 1 else "": _spec(x) for name, x in of_task.items()
+        }
+        for task, of_task in layers.items()
     }
     first = next(iter(towers))
     if any(spec != specs[first] for spec in specs.values()):
@@ -275,144 +296,87 @@ def _inputs(towers, shared_input):
             "several inputs the same names; `stitch(..., shared_input=False)` gives "
             f"each its own. Received: inputs={specs}"
         )
-    shared = {name: _new_input(x, x.name) for name, x in named[first].items()}
-    return {task: [shared[name] for name in of_task] for task, of_task in named.items()}
+    shared = {
+        key: _new_input(x, name)
+        for key, (name, x) in zip(specs[first], layers[first].items(), strict=True)
+    }
+    return {task: [shared[key] for key in spec] for task, spec in specs.items()}
 
 
-def _new_input(x, name):
-    return keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name)
-
-
-def _run(tower, outputs, inputs, task, call):
-    """Runs a tower's graph as far as `outputs` on the model's inputs.
-
-    `clone_model` walks the graph; `call(layer, *args, **kwargs)` decides what
-    comes out of each layer, so no layer of the tower is ever called itself.
-    """
-    mine = inputs[task]
-    own = {id(x) for x in mine}
-    # The walk ends in a keras.Model, for which a map that other towers have
-    # been mixed into must not come from nowhere: so it gets their inputs too.
-    others = {id(x): x for xs in inputs.values() for x in xs if id(x) not in own}
-    part = keras.Model([*tower.inputs, *others.values()], outputs)
-    new_inputs = [*mine, *others.values()]
-    return keras.models.clone_model(
-        part,
-        input_tensors=new_inputs if isinstance(part.input, list) else new_inputs[0],
-        clone_function=lambda layer: layer,
-        call_function=call,
-    ).output
-
-
-def _check_used_once(layer, used, task):
-    if layer.name in used:
-        raise ValueError(
-            f"The tower of '{task}' uses its layer '{layer.name}' more than once; "
-            "only towers that use each layer once can be joined"
-        )
-    used.add(layer.name)
-
-
-def _renamed(layer, prefix):
-    """A copy of the layer, weights new, named `<prefix>_<layer>` throughout."""
-    name = f"{prefix}_{layer.name}"
-    if isinstance(layer, keras.Sequential) or _is_functional(layer):
-        copy = keras.models.clone_model(
-            layer, clone_function=lambda inner: _renamed(inner, name)
-        )
-        copy.name = name
-        return copy
-    return layer.__class__.from_config({**_unbuilt(layer.get_config()), "name": name})
-
-
-def _unbuilt(config):
-    """The config, without what builds a wrapped layer before its wrapper has a name."""
-    if isinstance(config, list):
-        return [_unbuilt(x) for x in config]
-    if isinstance(config, dict):
-        return {k: _unbuilt(x) for k, x in config.items() if k != "build_config"}
-    return config
-
-
-def _mix(maps, tap, towers, unit):
-    layers = {task: towers[task].get_layer(name) for task, name in tap.items()}
-    first = next(iter(layers.values()))
-    unit = {"dtype": first.dtype_policy, **unit}
-    mix = CrossStitch(name=f"cross_stitch_{first.name}", **unit)
-    try:
-        return mix(maps)
-    except ValueError as error:
-        raise ValueError(f"At the tap {tap}: {error}") from error
-
-
-def _match(layer, arguments, unmatched, task):
-    """The output of the shared layer that is and reads the same as `layer`."""
-    alike = [
-        shared
-        for shared in unmatched
-        if _kind(shared[0]) == _kind(layer) and _read_the_same(shared[1], arguments)
+def _input_names(tower: Tower) -> list[str]:
+    """The inputs' names, fixed where Keras made them up: it would count them on."""
+    made_up = r"(keras_tensor|input_layer|input)(_\d+)?"
+    several = len(tower.inputs) > 1
+    return [
+        (f"input_{k}" if several else "input")
+        if re.fullmatch(made_up, layer.output.name)
+        else layer.output.name
+        for k, layer in enumerate(tower.inputs, 1)
     ]
-    if not alike:
-        raise _differ(task, layer, unmatched)
-    # Of twin branches, the one of the same name.
-    match = next((shared for shared in alike if shared[0].name == layer.name), alike[0])
-    unmatched.remove(match)
-    return match[2]
 
 
-def _differ(task, layer, unmatched):
-    first = unmatched[0][0] if unmatched else None
-    names = [x.name if x is not None else "nothing" for x in (layer, first)]
-    return ValueError(
-        "The towers must have the same layers up to where they split. The tower "
-        f"of '{task}' has '{names[0]}' where the first has '{names[1]}', of "
-        "another kind, with other arguments or with other inputs"
-    )
+def _spec(layer: keras.layers.InputLayer) -> dict[str, Any]:
+    """What an input takes, as the arguments of `keras.Input`."""
+    spec = {"batch_shape": layer.batch_shape, "dtype": layer.dtype}
+    flags = {
+        "sparse": layer.output.sparse,
+        "ragged": layer.output.ragged,
+        "optional": layer.optional,
+    }
+    return {**spec, **{flag: True for flag, value in flags.items() if value}}
 
 
-def _read_the_same(arguments, others):
-    return len(arguments) == len(others) and all(
-        a is b
-        if isinstance(a, keras.KerasTensor) or isinstance(b, keras.KerasTensor)
-        else np.array_equal(a, b)
-        for a, b in zip(arguments, others, strict=True)
-    )
+def _new_input(layer: keras.layers.InputLayer, name: str) -> Any:
+    return keras.Input(name=name, **_spec(layer))
 
 
-def _kind(layer):
-    """What a layer is, whatever it and the layers in it are called."""
-    names = _names_within(layer)
-
-    def nameless(x):
-        if isinstance(x, dict):
-            return {key: nameless(value) for key, value in x.items() if key != "name"}
-        if isinstance(x, list | tuple):
-            return [nameless(value) for value in x]
-        return names.index(x) if isinstance(x, str) and x in names else x
-
-    return type(layer), nameless(layer.get_config())
-
-
-def _names_within(layer):
-    inner = getattr(layer, "operations", getattr(layer, "layers", ()))
-    return [name for x in inner for name in (x.name, *_names_within(x))]
+def _depending(tower: Tower, path: str) -> list[Call]:
+    """The calls of a layer, or within a nested model, and all that depend on them."""
+    calls: list[Call] = []
+    tensors: set[int] = set()
+    for call in tower.calls:
+        if (
+            call.path == path
+            or call.path.startswith(f"{path}/")
+            or any(id(x) in tensors for x in call.reads)
+        ):
+            calls.append(call)
+            tensors.update(id(x) for x in call.outputs)
+    return calls
 
 
-def _model(inputs, outputs, copies, name):
-    flat = {x.name: x for xs in inputs.values() for x in xs}
-    model = keras.Model(
-        flat if len(flat) > 1 else next(iter(flat.values())), outputs, name=name
-    )
-    for layer, copy in copies:
-        if isinstance(layer, keras.layers.Layer):
-            copy.set_weights(layer.get_weights())
-            _finalize(copy)
-    return model
+def _frozen(call: Call, other: Call) -> bool:
+    return frozen_alike(call.layer, other.layer)
 
 
-def _finalize(layer):
-    """Has adapted layers, such as `Normalization`, read their new weights."""
-    if hasattr(layer, "finalize_state"):
-        layer.finalize_state()
-    for inner in getattr(layer, "layers", ()):
-        _finalize(inner)
+def _check_alike_below(
+    towers: Mapping[str, Tower], own: Collection[Call], same: dict[Call, Call]
+) -> None:
+    """Raises a ValueError where the first tower and another differ below the split."""
+    below = [
+        [call for call in tower.calls if call not in own] for tower in towers.values()
+    ]
+    first = below[0]
+    for calls in below[1:]:
+        matched = {same.get(call) for call in calls}
+        extra = next((x.path for x in calls if same.get(x) not in first), None)
+        missed = next((x.path for x in first if x not in matched), None)
+        if extra or missed:
+            raise ValueError(
+                "The towers must have the same layers up to where they split. The "
+                f"tower of '{list(towers)[below.index(calls)]}' has "
+                f"'{extra or 'nothing'}' where the first has '{missed or 'nothing'}', "
+                "of another kind, with other arguments or with other inputs"
+            )
+
+
+def _unit(joined: Joined, tap: dict[str, Call], arguments: dict) -> CrossStitch:
+    """The unit of a tap, named after the first tower's layer, with its dtype."""
+    first = next(iter(tap.values()))
+    policy = getattr(first.layer, "dtype_policy", None)
+    if policy is not None and policy.quantization_mode:
+        # "int8_from_float32": the unit is not quantized.
+        policy = policy.name.split("_from_")[1]
+    name = f"cross_stitch_{first.path.replace('/', '_')}"
+    joined.claim(name, f"the unit at '{first.path}'")
+    return CrossStitch(name=name, **{"dtype": policy, **arguments})

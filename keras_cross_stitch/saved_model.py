@@ -5,58 +5,86 @@ the library runs on the other backends without it.
 """
 
 import contextlib
+import logging
+import os
 import pathlib
+import re
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_cross_stitch.networks import check_task_names
+from keras_cross_stitch.trial_input import from_sample, layer_named, tried
 
-_SIDE = 64  # pixels, to compare models of unknown height and width
 _TOLERANCE = 1e-5  # relative to the largest output
 
 
-def export_saved_model(model, directory, *, version=None, from_jpeg=False, finish=None):
+def export_saved_model(
+    model: keras.Model,
+    directory: str | os.PathLike,
+    *,
+    version: int | None = None,
+    from_jpeg: bool = False,
+    sample: Any = None,
+    finish: Callable[[pathlib.Path, dict[str, Any]], Any] | None = None,
+    progress: Callable[[str], Any] | None = None,
+) -> pathlib.Path:
     """Writes a multi-task model as the next version of a served model.
 
     Each task is a signature that runs only the layers which that task needs;
     `serving_default` runs all tasks. The model is written under a temporary name,
-    loaded back, compared with `predict` on random input, and only then renamed to
-    its version: TensorFlow Serving never sees half a model, nor a wrong one.
+    loaded back, compared with the one given, and only then renamed to its version:
+    TensorFlow Serving never sees half a model, nor a wrong one.
 
     Args:
         model: Functional `keras.Model` with a dict of task name to output, such as
             `stitch` returns. A task's output is a tensor or a dict of tensors.
-        directory: Local folder of the served model, made if it does not exist.
-            Versions are its subfolders.
+        directory: Local folder of the served model, made if it does not exist;
+            `~` is the home folder. Versions are its subfolders.
         version: Positive integer. Defaults to one above the highest that is there.
         from_jpeg: Whether to add a signature `<task>_from_jpeg` per task that takes
             encoded images. The model must have one input, `(N, H, W, 3)`.
+        sample: A batch of inputs to compare the models on, as the model is called
+            with: an array, or a list or dict of them. For a `tf.data.Dataset` of
+            `(inputs, labels)` it is `next(iter(dataset))[0]`. With `from_jpeg` it
+            is rounded to whole pixel values. Defaults to random input: words of
+            the vocabulary and indices in the range of the layers that read them,
+            whole numbers to 255 for other floats, or 0 and 1 where these are
+            refused, as for other integers.
         finish: Optional function of the version's folder and of the inputs that it
             was compared on, `{name in the signatures: array}`. Called before the
             version gets its name: to add to `assets.extra/` what is served with the
             model. What it raises ends the export.
+        progress: Function that is called with a line of text for each signature
+            as soon as its graph is made, such as `print`.
 
     Returns:
         `pathlib.Path`, the folder written: `<directory>/<version>`.
 
     Signatures:
-        `<task>`: from the model's inputs, by their names, with any batch size, to
-            the task's output under the task's name, or to those of its dict under
-            their keys.
+        `<task>`: from the model's inputs, by their names (`_` for what is not a
+            letter or digit), with any batch size, to the task's output under the
+            task's name, or to those of its dict under their keys. All inputs are
+            dense tensors and must be given, optional ones too.
         `serving_default`: the same for all tasks; the outputs of a task with a dict
             are named `<task>_<key>`.
         `<task>_from_jpeg`: from `image_bytes` `(N,)`, JPEG or PNG files as strings.
             They are decoded and resized (bilinear, antialiased, whatever the aspect
             ratio) to the model's input, as RGB in [0, 255]. Where the model's height
             or width is unknown, they stay as they are, and those of one batch must
-            be of one size.
+            be of one size. The orientation in a JPEG file's EXIF data is not
+            applied, as TensorFlow does not read it: photographs of phones must be
+            turned upright, and saved so, before they are sent.
 
     Raises:
-        ValueError: For a model without a dict of outputs, a version that exists, a
-            directory that cannot be written to, or images for a model that takes
-            none.
+        ValueError: For a model without a dict of outputs, with outputs that would
+            have one name, or with a stateful layer; a version that exists; a
+            directory that is not local or cannot be written to; images for a model
+            that takes none; a layer that cannot be exported or does not accept the
+            input to compare on.
         RuntimeError: With another backend than TensorFlow, or when the loaded model
             differs from the one given. Nothing is left in the directory then.
 
@@ -84,22 +112,26 @@ def export_saved_model(model, directory, *, version=None, from_jpeg=False, finis
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
             "A SavedModel is written by TensorFlow: save the model with "
-            "`model.save('model.keras')`, and load and export it with "
-            "KERAS_BACKEND=tensorflow. Received: backend="
-            f"{keras.backend.backend()!r}"
+            "`model.save('model.keras')`, and with KERAS_BACKEND=tensorflow load it, "
+            "`keras.saving.load_model('model.keras', compile=False)`, and export it. "
+            f"Received: backend={keras.backend.backend()!r}"
         )
     _check_model(model)
     if from_jpeg:
         _check_takes_images(model)
-    with _published(pathlib.Path(directory), version) as (temporary, path):
-        _write(model, temporary, from_jpeg)
-        inputs = _compare(model, temporary, from_jpeg)
+    inputs = None if sample is None else from_sample(sample, model, from_jpeg)
+    with _published(_local(directory), version) as (temporary, path):
+        run = _traced(model, model)
+        inputs, outputs = tried(run, model, inputs)
+        _check_dense(outputs)
+        _write(run, model, temporary, from_jpeg, progress or (lambda line: None))
+        compared_on = _compare(temporary, inputs, outputs, model, from_jpeg)
         if finish is not None:
-            finish(temporary, inputs)
+            finish(temporary, compared_on)
     return path
 
 
-def _check_model(model):
+def _check_model(model: keras.Model) -> None:
     # Only functional models have operations, and so a graph to cut by task.
     functional = isinstance(model, keras.Model) and hasattr(model, "operations")
     outputs = model.output if functional else model
@@ -111,15 +143,44 @@ def _check_model(model):
         )
     check_task_names(outputs)
     for task, values in outputs.items():
-        tensors = values.values() if isinstance(values, dict) else [values]
-        if not all(isinstance(x, keras.KerasTensor) for x in tensors):
+        named = values if isinstance(values, dict) else {task: values}
+        tensors = all(isinstance(x, keras.KerasTensor) for x in named.values())
+        if not tensors or not all(isinstance(name, str) for name in named):
             raise ValueError(
-                f"The output of task '{task}' must be a tensor or a dict of tensors. "
-                f"Received: {values}"
+                f"The output of task '{task}' must be a tensor or a dict of name to "
+                f"tensor. Received: {values}"
+            )
+    names = [name for of_task in _together(outputs).values() for name in of_task]
+    _check_unique("outputs in the signature 'serving_default'", names)
+    _check_unique("inputs in the signatures", [_served_name(x) for x in model.inputs])
+    _check_stateless(model)
+
+
+def _check_unique(what: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"The names of the model's {what} must differ. Rename a task, a key of its "
+            f"dict of outputs or a `keras.Input`. Received: {names}"
+        )
+
+
+def _layers(model: keras.Model) -> Iterator[Any]:
+    """All layers, those of nested models in the place of these."""
+    for layer in model.layers:
+        yield from _layers(layer) if isinstance(layer, keras.Model) else [layer]
+
+
+def _check_stateless(model: keras.Model) -> None:
+    for layer in _layers(model):
+        if getattr(layer, "stateful", False):
+            raise ValueError(
+                f"Layer '{layer.name}' is stateful: it would carry its state from one "
+                "client's request to the next. Build the model with `stateful=False`, "
+                "and copy the weights with `set_weights`"
             )
 
 
-def _check_takes_images(model):
+def _check_takes_images(model: keras.Model) -> None:
     shapes = [x.shape for x in model.inputs]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][-1] != 3:
         raise ValueError(
@@ -128,8 +189,30 @@ def _check_takes_images(model):
         )
 
 
+def _local(directory: str | os.PathLike) -> pathlib.Path:
+    # A remote store has no rename in one step, and pathlib would make a folder "gs:".
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(directory)):
+        raise ValueError(
+            "`directory` must be a local folder. Export to one, and copy the version "
+            "that was written to where it is served (`gcloud storage cp -r`, `aws s3 "
+            f"cp --recursive`). Received: directory='{directory}'"
+        )
+    try:
+        path = pathlib.Path(directory).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error} Received: directory='{directory}'") from error
+    if set(path.as_posix()) & set("*?[]\\"):
+        raise ValueError(
+            "`directory` must not contain any of * ? [ ] \\, since TensorFlow reads "
+            f"them as a pattern when it loads. Received: directory='{directory}'"
+        )
+    return path
+
+
 @contextlib.contextmanager
-def _published(directory, version):
+def _published(
+    directory: pathlib.Path, version: int | None
+) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
     """Gives a path to write to and the version's, which it becomes in the end."""
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
@@ -149,13 +232,13 @@ def _published(directory, version):
             yield temporary, path
             temporary.rename(path)
     except BaseException:
-        for folder in created:
+        for parent in created:
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                parent.rmdir()
         raise
 
 
-def _version_path(directory, version):
+def _version_path(directory: pathlib.Path, version: int | None) -> pathlib.Path:
     versions = {int(path.name) for path in directory.iterdir() if path.name.isdecimal()}
     if version is None:
         version = max(versions, default=0) + 1
@@ -171,52 +254,134 @@ def _version_path(directory, version):
     return directory / str(version)
 
 
-def _signatures(outputs):
+def _together(outputs: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names in `serving_default` of each task's outputs, in their order."""
+    return {
+        task: [f"{task}_{key}" for key in values]
+        if isinstance(values, dict)
+        else [task]
+        for task, values in outputs.items()
+    }
+
+
+def _signatures(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The model's outputs as {signature: {name: value}}, serving_default first."""
     by_task = {
         task: values if isinstance(values, dict) else {task: values}
         for task, values in outputs.items()
     }
     together = {
-        f"{task}_{key}" if isinstance(outputs[task], dict) else task: value
-        for task, values in by_task.items()
-        for key, value in values.items()
+        name: value
+        for task, names in _together(outputs).items()
+        for name, value in zip(names, by_task[task].values(), strict=True)
     }
     return {"serving_default": together, **by_task}
 
 
-def _write(model, path, from_jpeg):
+def _served_name(x: Any) -> str:
+    # What TensorFlow makes of an input's name, or should: it refuses some.
+    name = re.sub(r"\W", "_", x.name, flags=re.ASCII)
+    return name if name[0].isalpha() else f"arg_{name}"
+
+
+def _specs(model: keras.Model) -> Any:
     import tensorflow as tf
 
-    def spec(x):
-        return tf.TensorSpec((None, *x.shape[1:]), x.dtype, name=x.name)
+    def spec(x: Any) -> Any:
+        return tf.TensorSpec((None, *x.shape[1:]), x.dtype, name=_served_name(x))
+
+    return keras.tree.map_structure(spec, model.input)
+
+
+def _traced(part: keras.Model, model: keras.Model) -> Callable:
+    """`part`, of the model or the model itself, as a function of tensors.
+
+    Traced once, here: Keras and TensorFlow would do it twice when they write.
+    """
+    import tensorflow as tf
+
+    run = tf.function(lambda inputs: part(inputs, training=False), autograph=False)
+    with layer_named("cannot be exported by Keras"):
+        concrete = run.get_concrete_function(_specs(model))
+    return lambda inputs: concrete(inputs)
+
+
+def _check_dense(outputs: Mapping[str, Any]) -> None:
+    import tensorflow as tf
+
+    for task, values in outputs.items():
+        for value in keras.tree.flatten(values):
+            if not isinstance(value, tf.Tensor):
+                raise ValueError(
+                    f"The output of task '{task}' must be dense to be served (see "
+                    "`sparse=` and `ragged=` of the layer that gives it). Received: "
+                    f"{type(value).__name__}"
+                )
+
+
+def _write(
+    run: Callable,
+    model: keras.Model,
+    path: pathlib.Path,
+    from_jpeg: bool,
+    progress: Callable[[str], Any],
+) -> None:
+    import tensorflow as tf
 
     archive = keras.export.ExportArchive()
-    inputs = keras.tree.map_structure(spec, model.input)
-    for signature, outputs in _signatures(model.output).items():
-        part = keras.Model(model.input, outputs)
-        run = archive.add_endpoint(signature, part.__call__, [inputs])
-        if from_jpeg and signature != "serving_default":
-            archive.add_endpoint(
-                f"{signature}_from_jpeg",
-                _from_jpeg(run, model),
-                [tf.TensorSpec((None,), "string", name="image_bytes")],
-            )
-    archive.write_out(str(path), verbose=False)
+    # Not the model, which would be traced again, nor what only has variables, which
+    # would be written twice.
+    for layer in filter(_may_hold_tables, _layers(model)):
+        archive.track(layer)
+    specs = _specs(model)
+
+    def add(
+        signature: str, function: Callable, inputs: Any, outputs: Mapping[str, Any]
+    ) -> None:
+        archive.add_endpoint(signature, function, [inputs])
+        names = [
+            ", ".join(x.name for x in keras.tree.flatten(inputs)),
+            ", ".join(outputs),
+        ]
+        progress(f"{signature}: {names[0]} -> {names[1]}")
+
+    def together(inputs: Any) -> dict[str, Any]:
+        return _signatures(run(inputs))["serving_default"]
+
+    parts = _signatures(model.output)
+    add("serving_default", together, specs, parts.pop("serving_default"))
+    for task, outputs in parts.items():
+        part = _traced(keras.Model(model.input, outputs), model)
+        add(task, part, specs, outputs)
+        if from_jpeg:
+            image_bytes = tf.TensorSpec((None,), "string", name="image_bytes")
+            function = _from_jpeg(part, model)
+            add(f"{task}_from_jpeg", function, image_bytes, outputs)
+    # The gradients of custom gradients are not served, and take minutes to trace.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    archive.write_out(str(path), options=options, verbose=False)
 
 
-def _from_jpeg(run, model):
+def _may_hold_tables(layer: Any) -> bool:
+    import tensorflow as tf
+
+    holders = (keras.layers.Layer, tf.saved_model.experimental.TrackableResource)
+    held = keras.tree.flatten(list(vars(layer).values()))
+    return any(isinstance(x, holders) for x in held)
+
+
+def _from_jpeg(run: Callable, model: keras.Model) -> Callable:
     import tensorflow as tf
 
     size = model.inputs[0].shape[1:3]
 
-    def decode(image_bytes):
+    def decode(image_bytes: Any) -> Any:
         image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
         if None not in size:
             image = tf.image.resize(image, size, antialias=True)
         return tf.cast(image, model.inputs[0].dtype)
 
-    def run_from_jpeg(image_bytes):
+    def run_from_jpeg(image_bytes: Any) -> Any:
         spec = tf.TensorSpec((*size, 3), model.inputs[0].dtype)
         images = tf.map_fn(decode, image_bytes, fn_output_signature=spec)
         return run(keras.tree.pack_sequence_as(model.input, [images]))
@@ -224,45 +389,72 @@ def _from_jpeg(run, model):
     return run_from_jpeg
 
 
-def _compare(model, path, from_jpeg):
+def _compare(
+    path: pathlib.Path,
+    inputs: Any,
+    outputs: Mapping[str, Any],
+    model: keras.Model,
+    from_jpeg: bool,
+) -> dict[str, Any]:
+    """Raises where they differ; returns the inputs by their names in signatures."""
     import tensorflow as tf
 
-    loaded = tf.saved_model.load(str(path))
-    inputs = keras.tree.map_structure(_random, model.input)
-    arrays = keras.tree.flatten(inputs)
-    by_name = {x.name: array for x, array in zip(model.inputs, arrays, strict=True)}
-    # Without XLA, which rounds otherwise than the loaded graph does.
-    reference = keras.Model(model.input, model.output)
-    reference.jit_compile = False
-    outputs = reference.predict(inputs, verbose=0)
+    with _quiet():
+        loaded = tf.saved_model.load(str(path))
+    tensors = keras.tree.flatten(inputs)
+    names = [_served_name(x) for x in model.inputs]
+    by_name = dict(zip(names, tensors, strict=True))
     for signature, expected in _signatures(outputs).items():
         _check_equal(signature, loaded.signatures[signature](**by_name), expected)
         if from_jpeg and signature != "serving_default":
             # PNG is lossless, and the size is the model's: the same pixels arrive.
-            files = [tf.io.encode_png(image.astype("uint8")) for image in arrays[0]]
+            files = [tf.io.encode_png(image) for image in tf.cast(tensors[0], "uint8")]
             signature = f"{signature}_from_jpeg"
             served = loaded.signatures[signature](image_bytes=tf.stack(files))
             _check_equal(signature, served, expected)
     return by_name
 
 
-def _random(x):
-    shape = [size or (2 if axis == 0 else _SIDE) for axis, size in enumerate(x.shape)]
-    # Whole numbers, as pixels are; indices and masks only have 0 and 1 for sure.
-    high = 256 if x.dtype.startswith(("float", "bfloat")) else 2
-    return np.random.default_rng().integers(high, size=shape).astype(x.dtype)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # TensorFlow warns of each custom gradient that was not written.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def _check_equal(signature, served, expected):
+def _check_equal(
+    signature: str, served: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
     for name, value in expected.items():
-        value = value.astype("float64")
-        difference = np.abs(served[name].numpy().astype("float64") - value).max()
-        scale = np.abs(value).max()
-        # Written so that a NaN is a failure.
-        if not difference <= _TOLERANCE * scale:
+        difference = _difference(served[name], value)
+        if difference:
             raise RuntimeError(
                 f"Signature '{signature}' of the exported model gives another "
-                f"'{name}' than `model.predict`: they differ by {difference:.2g} "
-                f"where the largest value is {scale:.2g}. Nothing was written. Look "
-                "for a layer that is random when it predicts, and for NaN weights"
+                f"'{name}' than the model: {difference}. Nothing was written. Look for "
+                "a layer that is random or keeps a state when it predicts, and for NaN "
+                "weights"
             )
+
+
+def _difference(served: Any, expected: Any) -> str:
+    """How two tensors differ, in words; empty where they do not."""
+    is_float = expected.dtype.is_floating
+    served, expected = served.numpy(), expected.numpy()
+    if served.shape != expected.shape:
+        return f"its shape is {served.shape} where {expected.shape} is expected"
+    if not is_float:
+        count = np.count_nonzero(served != expected)
+        return f"{count} of {expected.size} values differ" if count else ""
+    served, expected = served.astype("float64"), expected.astype("float64")
+    unequal = served != expected  # equal infinities have no difference; NaN has
+    difference = np.abs(served[unequal] - expected[unequal]).max(initial=0)
+    scale = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+    # Written so that a NaN is a failure.
+    if not difference <= _TOLERANCE * scale:
+        return f"they differ by {difference:.2g} where the largest is {scale:.2g}"
+    return ""

@@ -1,6 +1,7 @@
-"""python -m training: the command line."""
+"""python -m training: the command line. It parses and prints; all else is elsewhere."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -31,15 +32,28 @@ prepare_app = typer.Typer(
 )
 app.add_typer(prepare_app, name="prepare")
 
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="scenes, nyuv2 or nyuv2_pretrained; scenes-labels10 is the recipe with "
+        "segmentation labels on 10 % of the train images."
+    ),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs and prepared data.")]
 Data = Annotated[
     Path | None, typer.Option(help="Folder with the data set's files (nyuv2).")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of weights, order and flips.")]
+Backbone = Annotated[
+    Path | None, typer.Option(help="A saved Keras model (nyuv2_pretrained).")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, order and flips.")]
 Toy = Annotated[bool, typer.Option("--toy", help="The recipe's toy size: seconds.")]
 Replicas = Annotated[
     int | None, typer.Option(min=2, help="Mirror over N logical CPUs, for testing.")
 ]
+
+DEMO = ("one_task_whole", "shared", "cross_stitch_from_start")
+METHODS = ("one_task", "one_task_longer", "cross_stitch")
 
 
 @app.callback(invoke_without_command=True)
@@ -52,25 +66,28 @@ def demo(
     """Train cross-stitch networks, and compare them with one-task networks.
 
     Without a command, this runs the **scenes** demo whole, in a few minutes on two
-    cores: it renders rooms, trains a segmentation and a surface normals network,
-    trains them on (the control), stitches them and trains that on, and writes a
-    table, pictures and a SavedModel.
+    cores: it renders rooms, of which a tenth get segmentation labels and all get
+    surface normals; trains a network per task, one that shares all but its last
+    layers, and a cross-stitch network; and writes a table, pictures and a SavedModel.
 
     What was stopped goes on where it was; what is finished is not run again.
     """
     if context.invoked_subcommand is None:
-        fit("scenes", seed=seed, runs=runs, toy=toy)
+        fit("scenes-labels10", method=list(DEMO), seed=seed, runs=runs, toy=toy)
 
 
 @app.command()
 def fit(
-    recipe: Annotated[str, typer.Argument(help="scenes or nyuv2.")],
+    recipe: RecipeName,
     data: Data = None,
+    backbone: Backbone = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="one_task, one_task_longer (the control) or cross_stitch; repeat "
-            "for several. Without it: all."
+            help="one_task, one_task_longer (its control), one_task_whole, ensemble, "
+            "shared, split@LAYER, cross_stitch, cross_stitch_from_start, or one of the "
+            "last two with options, as in cross_stitch@same_task=0.5; repeat for "
+            f"several. Without it: {', '.join(METHODS)}."
         ),
     ] = None,
     seed: Seed = 0,
@@ -80,45 +97,33 @@ def fit(
 ):
     """Train a recipe's methods and compare them.
 
-    Writes `RUNS/RECIPE/METHOD/seedS/` (model.keras, metrics.json, history.csv,
-    alpha.npz, recipe.json) and `RUNS/RECIPE/comparison/seedS/` (metrics.csv,
-    metrics.md, predictions.png, alpha.png, serving/1).
+    Writes `RUNS/RECIPE/METHOD/seedS/` (model.keras, answers.json, metrics.json,
+    history.csv, alpha.npz, recipe.json) and `RUNS/RECIPE/comparison/seedS/`
+    (metrics.csv, metrics.md, predictions.png, alpha.png, serving/1).
 
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
-        from training import comparison, fitting
+        from training import comparison, distribution, fitting
+        from training.runs import open_experiment
 
-        strategy = fitting.strategy(replicas)
-        settings, tasks, builder = _open(recipe, data, runs, toy)
-        methods = list(method or fitting.METHODS)
-        fitting.check(settings, methods, tasks)
-    if "one_task" not in methods:
-        methods.insert(0, "one_task")  # what the others start from
-
-    metrics = {}
-    with _progress() as progress:
-        for name in sorted(methods, key=fitting.METHODS.index):
-            metrics[name] = fitting.fit(
-                settings,
-                name,
-                seed,
-                tasks=tasks,
-                builder=builder,
-                runs=runs,
-                strategy=strategy,
-                progress=progress,
-            )
-        line = progress.add_task("table, pictures, SavedModel", total=None)
-        target = comparison.compare(
-            settings, list(metrics), seed, tasks=tasks, builder=builder, runs=runs
-        )
-        progress.update(line, total=1, completed=1)
+        strategy = distribution.strategy(replicas)
+        methods = list(dict.fromkeys(method or METHODS))
+        chosen = _recipe(recipe, backbone, toy, methods)
+        experiment = open_experiment(chosen, data, runs)
+        fitting.check(experiment, methods)
+        with _progress() as progress:
+            metrics = {
+                name: fitting.fit(
+                    experiment, name, seed, strategy=strategy, progress=progress
+                )
+                for name in methods
+            }
+            line = progress.add_task("table, pictures, SavedModel", total=None)
+            target = comparison.compare(experiment, methods, seed)
+            progress.update(line, total=1, completed=1)
     header, rows = comparison.rows(metrics)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    _print_table(header, rows)
     console.print(
         "segmentation and within: %, higher is better; angles: degrees, lower is"
     )
@@ -126,31 +131,92 @@ def fit(
 
 
 @app.command()
-def bench(
-    recipe: Annotated[str, typer.Argument(help="scenes or nyuv2.")] = "scenes",
+def study(
+    recipe: RecipeName,
+    table: Annotated[
+        str,
+        typer.Argument(
+            help="methods, init, alpha-rate, tower-init, alpha, splits, per-class, "
+            "label-budget or all."
+        ),
+    ],
     data: Data = None,
+    backbone: Backbone = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1.")] = 1,
+    shard: Annotated[
+        str, typer.Option(help="k/n: the k-th of n machines that share RUNS.")
+    ] = "1/1",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what is missing, and how long.")
+    ] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")] = Path(
+        "docs/results"
+    ),
+    runs: Runs = Path("runs"),
+    toy: Toy = False,
+):
+    """Train all runs of one of the paper's tables, and write their raw values.
+
+    Runs that exist are used, and a stopped study goes on. Writes
+    `RESULTS/RECIPE/TABLE.csv`: method, seed, task, metric, value.
+
+    Example: `python -m training study scenes methods --seeds 3`
+    """
+    with _errors_in_a_line():
+        from training import distribution, fitting
+        from training.runs import Experiment, open_experiment
+        from training.study import studies
+
+        chosen = _recipe(recipe, backbone, toy)
+        planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
+        mine = studies.shard(planned, shard)
+        if dry_run:
+            _print_missing(mine)
+            return
+        experiment = open_experiment(chosen, data, runs)
+        planned = studies.plan(experiment, table, range(seeds))
+        mine = studies.shard(planned, shard)
+        fitting.check(experiment, list(dict.fromkeys(run.method for run in planned)))
+        with _progress() as progress:
+            for run in mine:
+                fitting.fit(
+                    run.experiment,
+                    run.method,
+                    run.seed,
+                    strategy=distribution.strategy(),
+                    progress=progress,
+                )
+        for path in studies.write(planned, results):
+            console.print(f"Wrote {path}")
+
+
+@app.command()
+def bench(
+    recipe: RecipeName = "scenes",
+    data: Data = None,
+    backbone: Backbone = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
     steps: Annotated[int, typer.Option(min=3, help="Measured steps of each.")] = 30,
 ):
     """Measure what stitching costs, and that the pipeline keeps up.
 
-    Train step of the stitched towers against the same towers unstitched, and the
-    input pipeline alone against pipeline and step; interleaved, medians.
+    Train step of the stitched towers against the same towers unstitched, in float32
+    and in mixed_bfloat16, and the input pipeline alone against pipeline and step;
+    interleaved, medians.
     """
     with _errors_in_a_line():
         from training import benchmark
+        from training.runs import open_experiment
 
-        settings, tasks, builder = _open(recipe, data, runs, toy)
-    table = Table("", "ms, median", "ratio")
-    for row in benchmark.measure(settings, tasks, builder, steps):
-        table.add_row(*row)
-    console.print(table)
+        experiment = open_experiment(_recipe(recipe, backbone, toy), data, runs)
+        rows = benchmark.measure(experiment, steps)
+    _print_table(("", "ms, median", "ratio"), rows)
 
 
-@prepare_app.command()
-def nyuv2(
-    directory: Annotated[Path, typer.Argument(help="New folder to write.")],
+@prepare_app.command("nyuv2")
+def prepare_nyuv2(
+    directory: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
     mat: Annotated[Path, typer.Option(help="nyu_depth_v2_labeled.mat")],
     splits: Annotated[Path, typer.Option(help="splits.mat")],
     mapping: Annotated[Path, typer.Option(help="classMapping40.mat")],
@@ -163,16 +229,53 @@ def nyuv2(
     console.print(f"Now: python -m training fit nyuv2 --data {directory}")
 
 
-def _open(recipe, data, runs, toy):
-    """The recipe, its tasks and its prepared data."""
+def _recipe(name, backbone, toy, spelled=()):
+    """The recipe, checked with its methods before any data are prepared, and shown."""
+    from training import methods, towers
     from training import recipe as recipes
-    from training.datasets import pipeline
-    from training.tasks import TASKS
 
-    settings = recipes.find(recipe, toy)
-    console.print(settings)
-    builder = pipeline.prepare(settings, data, runs)
-    return settings, {name: TASKS[name].of(builder) for name in settings.tasks}, builder
+    recipe = recipes.find(name, toy)
+    if backbone is not None:
+        if not isinstance(recipe.tower, recipes.SavedBackbone):
+            raise ValueError(f"The recipe '{name}' has no backbone: leave --backbone")
+        recipe = recipes.change(recipe, "tower", backbone=backbone)
+    towers.identity(recipe.tower)
+    for method in spelled:
+        methods.plan(method, recipe)
+    _print_recipe(recipe)
+    return recipe
+
+
+def _print_recipe(recipe):
+    for field in dataclasses.fields(recipe):
+        console.print(f"{field.name}: {getattr(recipe, field.name)}", highlight=False)
+
+
+def _print_table(header, rows):
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_missing(planned):
+    from training.study import studies
+
+    missing = studies.missing(planned)
+    seconds = [studies.duration(run) for run in missing]
+    rows = [
+        (run.experiment.recipe.name, run.method, str(run.seed), _about(duration))
+        for run, duration in zip(missing, seconds, strict=True)
+    ]
+    _print_table(("recipe", "method", "seed", "time"), rows)
+    total = "unknown" if None in seconds else _about(sum(seconds))
+    console.print(f"Missing: {len(missing)} runs, time: {total}")
+
+
+def _about(seconds):
+    if seconds is None:
+        return "unknown: nothing of this recipe has run here"
+    return f"about {seconds / 60:.0f} minutes"
 
 
 def _progress():
@@ -187,11 +290,12 @@ def _progress():
 
 @contextlib.contextmanager
 def _errors_in_a_line():
-    """Bad input ends the program with one line; it is found before any training."""
+    """Every known error ends the program with one line and exit code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", soft_wrap=True)
+    except (ValueError, OSError, FloatingPointError) as error:
+        text = " ".join(str(error).split())
+        Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
         sys.exit(2)
 
 

@@ -1,68 +1,86 @@
-"""What stitching costs a step, and whether a step ever waits for its data."""
+"""What stitching and bfloat16 do to a step, and whether a step waits for its data."""
 
 import statistics
 import time
 
-from training import fitting
-from training.datasets import pipeline
+from training import fitting, methods, towers
+from training import recipe as recipes
+from training.batches import dense
+
+DTYPES = ("float32", "mixed_bfloat16")
 
 
-def measure(recipe, tasks, builder, steps):
+def measure(experiment, steps):
     """Times train steps, interleaved, and returns the rows of a table.
 
     Args:
-        recipe: The `Recipe`.
-        tasks: Dict of task name to `Task`.
-        builder: The prepared TFDS builder.
+        experiment: The `Experiment`.
         steps: Integer, measured steps of each kind.
 
     Returns:
         List of rows `(what, median in ms, ratio)`.
     """
-    epoch = pipeline.train_batches(builder, recipe, tasks, seed=0)
-    stream = iter(epoch.repeat())
+    own = experiment.recipe.training.dtype
+    recipe, tasks = experiment.recipe, experiment.tasks
+    batches = dense.train_batches(
+        experiment.train_examples, recipe, tasks, seed=0, steps=range(10**4)
+    )
+    stream, alone = iter(batches), iter(batches)
     fixed = next(stream)
-    stitched = fitting.compiled(recipe, "cross_stitch", tasks, learning_rate=1e-4)
-    unstitched = fitting.compiled(recipe, "one_task", tasks, learning_rate=1e-4)
-
-    def one_pass():
-        for _ in epoch:
-            pass
-
-    measured = {
-        "unstitched": lambda: unstitched.train_on_batch(*fixed),
-        "stitched": lambda: stitched.train_on_batch(*fixed),
-        "pipeline": one_pass,
-        "both": lambda: stitched.train_on_batch(*next(stream)),
+    models = {
+        (dtype, method): _model(experiment, method, dtype)
+        for dtype in DTYPES
+        for method in ("one_task", "cross_stitch")
     }
-    for step in measured.values():  # traces the steps and fills the caches
+    measured = {
+        key: lambda model=model: model.train_on_batch(*fixed)
+        for key, model in models.items()
+    }
+    both = models[own, "cross_stitch"]
+    measured["pipeline"] = lambda: next(alone)
+    measured["both"] = lambda: both.train_on_batch(*next(stream))
+    for step in measured.values():  # traces the steps
         step()
-    times = {name: [] for name in measured}
+    times = {key: [] for key in measured}
     for _ in range(steps):
-        for name, step in measured.items():
+        for key, step in measured.items():
             start = time.perf_counter()
             step()
-            times[name].append(1000 * (time.perf_counter() - start))
-    times["pipeline"] = [t / len(epoch) for t in times["pipeline"]]
+            times[key].append(1000 * (time.perf_counter() - start))
+    return _rows({key: statistics.median(x) for key, x in times.items()}, own)
 
-    unstitched_ms, stitched_ms, pipeline_ms, both_ms = map(
-        statistics.median, times.values()
-    )
+
+def _model(experiment, method, dtype):
+    recipe = recipes.change(experiment.recipe, "training", dtype=dtype)
+    of_tasks = towers.build(recipe, experiment.tasks, seed=0)
+    model = methods.plan(method, recipe).join(of_tasks)
+    return fitting.compiled(model, experiment.tasks, recipe, 1e-4)
+
+
+def _rows(ms, own):
+    base = ms["float32", "one_task"]
+    rows = []
+    for dtype in DTYPES:
+        apart, stitched = ms[dtype, "one_task"], ms[dtype, "cross_stitch"]
+        rows += [
+            (f"{dtype}, unstitched", f"{apart:.1f}", f"{apart / base:.3f} of float32"),
+            (
+                f"{dtype}, stitched",
+                f"{stitched:.1f}",
+                f"{stitched / apart:.3f} of unstitched",
+            ),
+        ]
+    stitched, pipeline, both = ms[own, "cross_stitch"], ms["pipeline"], ms["both"]
     return [
-        ("two towers, unstitched", f"{unstitched_ms:.1f}", "1"),
-        (
-            "two towers, stitched",
-            f"{stitched_ms:.1f}",
-            f"{stitched_ms / unstitched_ms:.3f} of unstitched",
-        ),
+        *rows,
         (
             "pipeline alone, a batch",
-            f"{pipeline_ms:.1f}",
-            f"{pipeline_ms / stitched_ms:.3f} of a stitched step",
+            f"{pipeline:.1f}",
+            f"{pipeline / stitched:.3f} of a stitched step in {own}",
         ),
         (
             "pipeline and stitched step",
-            f"{both_ms:.1f}",
-            f"{both_ms / stitched_ms:.3f} of the step on a batch in memory",
+            f"{both:.1f}",
+            f"{both / stitched:.3f} of the step on a batch in memory",
         ),
     ]

@@ -1,71 +1,63 @@
 """What the runs of one seed come to: a table, two pictures and a SavedModel."""
 
-import csv
-import json
 import shutil
 
 import keras
 import numpy as np
 from matplotlib.figure import Figure
 
-from keras_cross_stitch import export_saved_model, plot_alpha
-from training import fitting
-from training.datasets import pipeline
+from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
+from training import runs
+from training.batches import dense
 
 PICTURES = 5
 
 
-def compare(recipe, methods, seed, *, tasks, builder, runs):
+def compare(experiment, methods, seed):
     """Writes the comparison of finished runs beside them.
 
     In `<runs>/<recipe>/comparison/seed<seed>/`: `metrics.csv` (tidy: method, seed,
-    task, metric, value), `metrics.md`, `predictions.png`, and of cross_stitch,
-    where it is among the methods, `alpha.png` and `serving/1`, the SavedModel.
+    task, metric, value), `metrics.md`, `predictions.png`, and, of the last method
+    if it has units, `alpha.png` and `serving/1`, the SavedModel.
 
     Args:
-        recipe: The `Recipe`.
+        experiment: The `Experiment`.
         methods: List of methods whose runs are finished.
         seed: Integer.
-        tasks: Dict of task name to `Task`.
-        builder: The prepared TFDS builder.
-        runs: Path of all runs.
 
     Returns:
         The path of the folder.
     """
-    target = fitting.folder(runs, recipe, "comparison", seed)
+    target = experiment.folder("comparison", seed)
     target.mkdir(parents=True, exist_ok=True)
-    folders = {m: fitting.folder(runs, recipe, m, seed) for m in methods}
-    metrics = {
-        method: json.loads((path / "metrics.json").read_text())
-        for method, path in folders.items()
-    }
-    with open(target / "metrics.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("method", "seed", "task", "metric", "value"))
-        for method, by_task in metrics.items():
-            for task, values in by_task.items():
-                for metric, value in values.items():
-                    writer.writerow((method, seed, task, metric, value))
-    (target / "metrics.md").write_text(markdown(metrics))
+    folders = {method: experiment.folder(method, seed) for method in methods}
+    metrics = {method: runs.metrics(path) for method, path in folders.items()}
+    tidy = [
+        row
+        for method, of_run in metrics.items()
+        for row in runs.rows(method, seed, of_run)
+    ]
+    runs.write_csv(target / "metrics.csv", runs.Row._fields, tidy)
+    runs.write(target / "metrics.md", markdown(metrics))
 
     models = {
-        method: keras.models.load_model(path / "model.keras")
+        method: keras.models.load_model(path / "model.keras", compile=False)
         for method, path in folders.items()
-        if method in ("one_task", "cross_stitch")
     }
-    test = pipeline.test_batches(builder, recipe, tasks)
-    count = builder.info.splits[recipe.test_split].num_examples
+    builder, recipe, tasks = experiment.builder, experiment.recipe, experiment.tasks
+    test = dense.test_batches(builder, recipe, tasks)
+    count = builder.info.splits[recipe.data.test_split].num_examples
     figure = predictions(models, tasks, test, count)
     figure.savefig(target / "predictions.png", dpi=110)
-    if "cross_stitch" in models:
-        plot_alpha(models["cross_stitch"]).savefig(target / "alpha.png", dpi=110)
-        trained = (folders["cross_stitch"] / "model.keras").stat().st_mtime
+    last = methods[-1]
+    if any(isinstance(layer, CrossStitch) for layer in models[last].layers):
+        plot_alpha(models[last]).savefig(target / "alpha.png", dpi=110)
+        trained = (folders[last] / "model.keras").stat().st_mtime
         exported = target / "serving" / "1"
         if exported.exists() and exported.stat().st_mtime < trained:
             shutil.rmtree(exported)
         if not exported.exists():
-            export_saved_model(models["cross_stitch"], target / "serving", version=1)
+            export_saved_model(models[last], target / "serving", version=1)
     return target
 
 

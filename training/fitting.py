@@ -1,17 +1,5 @@
-"""One training run: (recipe, method, seed) to a folder with a trained model.
+"""Fits and evaluates one run; knows no method, tower or data set by name."""
 
-A run's folder, `<runs>/<recipe>/<method>/seed<seed>/`, holds
-
-    recipe.json    what was run
-    history.csv    losses (and mean alphas) by epoch
-    model.keras    the trained model, which answers as it does when served
-    alpha.npz      the units' alphas, where there are units
-    metrics.json   {task: {metric: value}} on the test split; written last
-
-and, while the run is going on, `backup/`, from which it resumes.
-"""
-
-import dataclasses
 import json
 import os
 import shutil
@@ -20,85 +8,78 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cross_stitch import (
-    AlphaHistory,
-    CrossStitch,
-    LearningRateGroups,
-    fcn_alexnet,
-    stitch,
-)
-from training.datasets import pipeline
-
-# All methods train the tasks' towers side by side, in one model. Without units
-# the towers share nothing, so that is each net trained alone.
-METHODS = (
-    "one_task",
-    "one_task_longer",  # the one-task nets trained on as long as the rest: the control
-    "cross_stitch",  # the one-task nets, stitched, and trained on
-)
+from keras_cross_stitch import AlphaHistory, CrossStitch, LearningRateGroups
+from training import methods, runs, towers
+from training.batches import dense
+from training.callbacks import Backup, History, ShowProgress, StopAtNaN
 
 
-def strategy(replicas=None):
-    """The `tf.distribute` strategy to train under.
+def check(experiment, spelled):
+    """Raises a ValueError for methods that would only fail once others are done."""
+    fresh = None
+    for name in spelled:
+        plan = methods.plan(name, experiment.recipe)
+        if plan.method.join:
+            fresh = fresh or towers.build(experiment.recipe, experiment.tasks, 0)
+            plan.join(fresh)
+
+
+def fit(experiment, method, seed, *, strategy, progress):
+    """Trains and evaluates a run, and first those that it starts from.
+
+    What is finished is not run again; what was stopped goes on where it was.
 
     Args:
-        replicas: Integer, a number of logical CPUs to mirror the model over, for
-            testing; `None` for the GPUs that there are.
+        experiment: The `Experiment`.
+        method: String, a method as `methods.plan` reads it.
+        seed: Integer.
+        strategy: A `tf.distribute` strategy, see `distribution.strategy`.
+        progress: A started `rich.progress.Progress`.
 
     Returns:
-        A `MirroredStrategy` where there are several devices, else the default.
+        Dict `{task: {metric: value}}` on the test split.
     """
-    if replicas:
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0],
-            [tf.config.LogicalDeviceConfiguration()] * replicas,
-        )
-        return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
-    if len(tf.config.list_physical_devices("GPU")) > 1:
-        return tf.distribute.MirroredStrategy()
-    return tf.distribute.get_strategy()
+    plan = methods.plan(method, experiment.recipe)
+    depends = experiment.depends_on(method, seed)
+    run = experiment.folder(method, seed)
+    starts = []
+    if plan.method.start:
+        for offset in plan.method.seeds:
+            before = (plan.method.start, seed + offset)
+            fit(experiment, *before, strategy=strategy, progress=progress)
+            starts.append(experiment.folder(*before) / "model.keras")
+    runs.claim(run, depends)
+    if not (run / "model.keras").exists():
+        keras.backend.clear_session()
+        with strategy.scope():
+            if plan.schedule:
+                model = _train(experiment, plan, seed, starts, run, progress)
+            else:
+                model = _averaged(starts, experiment.tasks)
+        _save(model, experiment.tasks, run)
+    metrics = runs.metrics(run)
+    if metrics is None:
+        metrics = _evaluate(experiment, run)
+    shutil.rmtree(run / "backup", ignore_errors=True)
+    return metrics
 
 
-def folder(runs, recipe, method, seed):
-    """The folder of a run."""
-    return runs / recipe.name / method / f"seed{seed}"
+def evaluate(model, tasks, test):
+    """The scores of a model that gives answers, {task: `Scores`}."""
+    scores = {name: task.scores() for name, task in tasks.items()}
+    for image, targets in test:
+        answers = model.predict_on_batch(image)
+        for name in tasks:
+            scores[name].update(targets[name].numpy(), answers[name])
+    return scores
 
 
-def check(recipe, methods, tasks):
-    """Raises a ValueError for what would only fail once other runs are done."""
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(
-                f"There is no method '{method}'. There are: {', '.join(METHODS)}"
-            )
-    build(dataclasses.replace(recipe, width=1 / 64), "cross_stitch", tasks)
-
-
-def build(recipe, method, tasks):
-    """The method's model, untrained: image to {task: logits}."""
-    towers = {
-        name: fcn_alexnet(
-            task.outputs,
-            (*recipe.image_size, 3),
-            width=recipe.width,
-            normalization=recipe.normalization,
-            dropout=recipe.dropout,
-            upsampling=32 * recipe.target_size[0] // recipe.image_size[0],
-            # L2 adds the sum of squares, whose gradient is twice the weight.
-            kernel_regularizer=keras.regularizers.L2(recipe.weight_decay / 2),
-        )
-        for name, task in tasks.items()
-    }
-    at = recipe.at if method == "cross_stitch" else ()
-    return stitch(towers, at=at, per=recipe.per, same_task=recipe.same_task)
-
-
-def compiled(recipe, method, tasks, learning_rate):
-    """The method's model, untrained, with its losses and its optimizer."""
-    model = build(recipe, method, tasks)
-    optimizer = keras.optimizers.SGD(learning_rate, momentum=recipe.momentum)
-    if method == "cross_stitch":
-        optimizer = LearningRateGroups(optimizer, {"alpha": recipe.alpha_multiplier})
+def compiled(model, tasks, recipe, schedule):
+    """The model with its losses and its optimizer."""
+    optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
+    if any(isinstance(layer, CrossStitch) for layer in model.layers):
+        multipliers = {"cross_stitch.*/alpha": recipe.units.alpha_multiplier}
+        optimizer = LearningRateGroups(optimizer, multipliers)
     model.compile(
         optimizer,
         loss={name: task.loss() for name, task in tasks.items()},
@@ -108,147 +89,101 @@ def compiled(recipe, method, tasks, learning_rate):
     return model
 
 
-def fit(recipe, method, seed, *, tasks, builder, runs, strategy, progress):
-    """Trains and evaluates one run; goes on with one that was stopped.
+def answering(model, tasks):
+    """The model with each task's answer in place of its logits."""
+    logits = model.output
+    answers = {name: task.answer(logits[name], name) for name, task in tasks.items()}
+    return keras.Model(model.inputs, answers)
 
-    Args:
-        recipe: The `Recipe`.
-        method: String, one of `METHODS`.
-        seed: Integer.
-        tasks: Dict of task name to `Task`.
-        builder: The prepared TFDS builder.
-        runs: Path of all runs. The methods that start from the one-task nets
-            expect the run `one_task` of the same seed there.
-        strategy: A `tf.distribute` strategy, see `strategy()`.
-        progress: A started `rich.progress.Progress`.
 
-    Returns:
-        Dict `{task: {metric: value}}` on the test split.
-    """
-    run = folder(runs, recipe, method, seed)
-    _claim(run, recipe)
-    if (run / "metrics.json").exists():
-        return json.loads((run / "metrics.json").read_text())
-
+def _train(experiment, plan, seed, starts, run, progress):
+    recipe, tasks = plan.recipe, experiment.tasks
+    if starts:
+        start = keras.models.load_model(starts[0], compile=False)
+        of_tasks = {name: towers.take_out(start, name) for name in tasks}
+    else:
+        of_tasks = towers.build(recipe, tasks, seed)
     keras.utils.set_random_seed(seed)
-    train = pipeline.train_batches(builder, recipe, tasks, seed)
-    first = method == "one_task"
-    epochs = recipe.epochs if first else recipe.extra_epochs
-    rate = recipe.learning_rate if first else recipe.extra_learning_rate
+    model = plan.join(of_tasks)
 
-    with strategy.scope():
-        schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(train))
-        model = compiled(recipe, method, tasks, schedule)
-        if not first:
-            start = folder(runs, recipe, "one_task", seed) / "model.keras"
-            _copy_weights(keras.models.load_model(start), model)
-        served = keras.Model(
-            model.inputs,
-            {
-                name: task.answer(model.output[name], name)
-                for name, task in tasks.items()
-            },
-        )
-
+    epochs = plan.schedule.epochs
+    steps = len(experiment.train_examples[0]) // recipe.training.batch_size
+    schedule = keras.optimizers.schedules.CosineDecay(
+        plan.schedule.learning_rate, epochs * steps
+    )
+    compiled(model, tasks, recipe, schedule)
+    backup = Backup(run / "backup" / "latest.weights.h5", steps, seed)
+    first = backup.restore(model)
+    batches = dense.train_batches(
+        experiment.train_examples,
+        recipe,
+        tasks,
+        seed,
+        range(first * steps, epochs * steps),
+    )
+    units = any(isinstance(layer, CrossStitch) for layer in model.layers)
     callbacks = [
-        keras.callbacks.BackupAndRestore(run / "backup", delete_checkpoint=False),
-        *([AlphaHistory()] if method == "cross_stitch" else []),
-        keras.callbacks.CSVLogger(run / "history.csv", append=True),
-        _StopAtNaN(),
-        _Progress(progress, f"{recipe.name} {method}, seed {seed}"),
+        StopAtNaN(),
+        *([AlphaHistory()] if units else []),
+        History(run / "history.csv"),
+        backup,
+        ShowProgress(progress, f"{recipe.name} {plan.spelled}, seed {seed}"),
     ]
-    model.fit(train, epochs=epochs, callbacks=callbacks, shuffle=False, verbose=0)
+    model.fit(
+        batches,
+        epochs=epochs,
+        initial_epoch=first,
+        steps_per_epoch=steps,
+        shuffle=False,  # the batches are in their order already
+        callbacks=callbacks,
+        verbose=0,
+    )
+    return answering(model, tasks)
 
-    served.save(run / "unfinished.keras")
-    os.replace(run / "unfinished.keras", run / "model.keras")
+
+def _averaged(starts, tasks):
+    """The models' answers, averaged."""
+    models = [keras.models.load_model(path, compile=False) for path in starts]
+    image = keras.Input(models[0].input_shape[1:], name="image")
+    answers = []
+    for index, model in enumerate(models):
+        model.name = f"net{index}"
+        answers.append(model(image))
+    return keras.Model(
+        image,
+        {
+            name: task.average([answer[name] for answer in answers], name)
+            for name, task in tasks.items()
+        },
+    )
+
+
+def _save(model, tasks, run):
     units = {x.name: x.alpha for x in model.layers if isinstance(x, CrossStitch)}
     if units:
         np.savez(run / "alpha.npz", **units)
-    metrics = evaluate(
-        run / "model.keras", tasks, pipeline.test_batches(builder, recipe, tasks)
-    )
-    _write(run / "metrics.json", json.dumps(metrics, indent=2))
-    shutil.rmtree(run / "backup")
-    return metrics
+    answers = {name: task.describe() for name, task in tasks.items()}
+    runs.write(run / "answers.json", json.dumps(answers, indent=2))
+    model.save(run / "unfinished.keras")
+    os.replace(run / "unfinished.keras", run / "model.keras")
 
 
-def evaluate(path, tasks, test):
-    """The metrics of a saved model, `{task: {metric: value}}`."""
-    model = keras.models.load_model(path)
-    metrics = {name: task.metrics() for name, task in tasks.items()}
-    model.compile(loss=None, metrics=metrics, jit_compile=False)
-    results = model.evaluate(test, verbose=0, return_dict=True)
-    return {
-        name: {x.name: round(float(results[f"{name}_{x.name}"]), 3) for x in of_task}
-        for name, of_task in metrics.items()
+def _evaluate(experiment, run):
+    model = keras.models.load_model(run / "model.keras", compile=False)
+    test = dense.test_batches(experiment.builder, experiment.recipe, experiment.tasks)
+    scores = evaluate(model, experiment.tasks, test)
+    per_class = [
+        (task, name, metric, round(value, 3))
+        for task, of_task in scores.items()
+        for name, values in of_task.per_class().items()
+        for metric, value in values.items()
+    ]
+    if per_class:
+        header = ("task", "class", "metric", "value")
+        runs.write_csv(run / "per_class.csv", header, per_class)
+    metrics = {
+        task: {name: round(float(value), 3) for name, value in of_task.result().items()}
+        for task, of_task in scores.items()
     }
-
-
-def _claim(run, recipe):
-    """Writes the recipe down, or checks that it is the one that was begun."""
-    settings = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    path = run / "recipe.json"
-    if not path.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(settings, indent=2))
-    begun = json.loads(path.read_text())
-    if begun != settings:
-        changed = [
-            key for key in {**begun, **settings} if begun.get(key) != settings.get(key)
-        ]
-        raise ValueError(
-            f"{run} was begun with another recipe: {', '.join(changed)} changed. "
-            "Remove that folder, or give another one with --runs"
-        )
-
-
-def _write(path, text):
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
-def _copy_weights(source, target):
-    """Copies the weights of the layers that both models have."""
-    names = {layer.name for layer in target.layers}
-    for layer in source.layers:
-        if layer.weights and layer.name in names:
-            target.get_layer(layer.name).set_weights(layer.get_weights())
-
-
-class _StopAtNaN(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        if not np.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"The loss became {logs['loss']} at step {batch} of the epoch: a "
-                "learning rate is too high. The last epoch's backup is kept"
-            )
-
-
-class _Progress(keras.callbacks.Callback):
-    """Shows the run on a rich progress bar, with the time that is left."""
-
-    def __init__(self, bar, description):
-        super().__init__()
-        self.bar = bar
-        self.description = description
-
-    def on_train_begin(self, logs=None):
-        total = self.params["epochs"] * self.params["steps"]
-        self.line = self.bar.add_task(self.description, total=total)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.bar.update(self.line, completed=epoch * self.params["steps"])
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.bar.advance(self.line)
-
-    def on_epoch_end(self, epoch, logs=None):
-        losses = ", ".join(
-            f"{key} {value:.3f}" for key, value in logs.items() if key.endswith("loss")
-        )
-        text = f"{self.description}, epoch {epoch + 1}/{self.params['epochs']}"
-        if self.bar.console.is_terminal:
-            self.bar.update(self.line, description=f"{text}: {losses}")
-        else:
-            self.bar.console.print(f"{text}: {losses}")
+    runs.write(run / "metrics.json", json.dumps(metrics, indent=2))
+    return metrics

@@ -3,18 +3,16 @@
 import dataclasses
 import importlib
 import pkgutil
+from pathlib import Path
 
 from training import recipes
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One experiment. Every number that a result depends on stands here."""
+class Data:
+    """Which examples, at what size, and how they are varied."""
 
-    name: str
-
-    # Input
-    dataset: str
+    dataset: str  # a module of training.datasets
     config: str  # of the data set's builder: "full" or "toy"
     train_split: str
     test_split: str
@@ -23,24 +21,77 @@ class Recipe:
     target_size: tuple[int, int]  # every so many-th pixel of the stored targets
     smallest_crop: float  # of a train image, by its side; 1.0 is the whole image
     colour: float  # how far brightness and tint of a train image vary, e.g. 0.2
+    # The task that may lack labels, and the share of the train images that have them.
+    # Below 1, half of each batch are images that have them.
+    label_budget: tuple[str, float]
 
-    # Model
+
+@dataclasses.dataclass(frozen=True)
+class FcnAlexNet:
+    """FCN-32s on AlexNet, from scratch."""
+
     width: float
     normalization: str | None
     dropout: float
+    weight_decay: float
+    common_start: bool  # all towers from one initialisation
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedBackbone:
+    """An FCN head on a saved Keras model; all towers start from its weights."""
+
+    backbone: Path  # of the .keras file
+    frozen_to: str  # the layer up to which nothing is trained
+    dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Where the cross-stitch units stand, and how they start and learn."""
+
     at: tuple[str, ...]  # the taps
     per: str
     same_task: float
+    alpha_multiplier: float
 
-    # Optimization: SGD with momentum, cosine decay to zero
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """SGD with momentum."""
+
     batch_size: int
     momentum: float
-    weight_decay: float
-    epochs: int  # one-task nets
+    dtype: str  # a Keras dtype policy; "auto" is mixed_bfloat16 where the CPU has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long, and the rate that a cosine takes to zero in that time."""
+
+    epochs: int
     learning_rate: float
-    extra_epochs: int  # cross-stitch from the one-task nets, and the control
-    extra_learning_rate: float
-    alpha_multiplier: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One experiment. Every number that a result depends on stands here."""
+
+    name: str
+    data: Data
+    tower: FcnAlexNet | SavedBackbone
+    units: Units
+    splits: tuple[str, ...]  # first own layers that `study splits` tries
+    best_split: str  # the one of them that `study methods` compares
+    training: Training
+    one_task: Schedule
+    extra: Schedule  # from the one-task nets on
+
+    @property
+    def whole(self):
+        """As long as one-task and extra epochs, in one schedule from the start."""
+        epochs = self.one_task.epochs + self.extra.epochs
+        return Schedule(epochs, self.one_task.learning_rate)
 
 
 def names():
@@ -49,18 +100,61 @@ def names():
 
 
 def find(name, toy=False):
-    """The recipe of that name, or its toy size, which runs whole in seconds."""
-    if name not in names():
-        raise ValueError(f"There is no recipe '{name}'. There are: {names()}")
-    recipe = importlib.import_module(f"training.recipes.{name}").RECIPE
-    if not toy:
-        return recipe
-    return dataclasses.replace(
+    """The recipe of that name, or its toy size, which runs whole in seconds.
+
+    `<recipe>-labels10` is the recipe with a label budget of 10 %.
+    """
+    base, _, budget = name.partition("-labels")
+    if base not in names():
+        raise ValueError(f"There is no recipe '{base}'. There are: {names()}")
+    recipe = importlib.import_module(f"training.recipes.{base}").RECIPE
+    recipe = change(recipe, "training", dtype=_dtype(recipe.training.dtype))
+    if toy:
+        recipe = _toy(recipe)
+    return recipe if name == base else with_labels(recipe, budget)
+
+
+def with_labels(recipe, percent):
+    """The recipe with labels of its `label_budget` task on so many per cent."""
+    if not str(percent).isdigit() or not 1 <= int(percent) <= 99:
+        raise ValueError(
+            "The label budget must be a whole number of per cent, from 1 to 99, as in "
+            f"'{recipe.name}-labels10'. Received: {percent!r}"
+        )
+    task, share = recipe.data.label_budget
+    if share < 1:
+        raise ValueError(f"The recipe '{recipe.name}' has a label budget already")
+    changed = change(recipe, "data", label_budget=(task, int(percent) / 100))
+    return dataclasses.replace(changed, name=f"{recipe.name}-labels{percent}")
+
+
+def change(recipe, part, **values):
+    """The recipe with other values in one of its parts."""
+    changed = dataclasses.replace(getattr(recipe, part), **values)
+    return dataclasses.replace(recipe, **{part: changed})
+
+
+def _toy(recipe):
+    rows, columns = recipe.data.target_size
+    recipe = change(
         recipe,
-        name=f"{name}-toy",
+        "data",
         config="toy",
-        width=1 / 32,
-        batch_size=4,
-        epochs=2,
-        extra_epochs=1,
+        image_size=(rows, columns),
+        target_size=(rows // 2, columns // 2),
     )
+    recipe = change(recipe, "training", batch_size=4)
+    recipe = change(recipe, "one_task", epochs=2)
+    recipe = change(recipe, "extra", epochs=1)
+    if isinstance(recipe.tower, FcnAlexNet):
+        recipe = change(recipe, "tower", width=1 / 32)
+    return dataclasses.replace(recipe, name=f"{recipe.name}-toy")
+
+
+def _dtype(dtype):
+    """What "auto" is on this machine: bfloat16 pays where the CPU multiplies it."""
+    if dtype != "auto":
+        return dtype
+    cpuinfo = Path("/proc/cpuinfo")
+    fast = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
+    return "mixed_bfloat16" if fast else "float32"

@@ -1,16 +1,17 @@
-"""A run small enough to train in a test, on real code from end to end."""
+"""Runs small enough to train in a test, on real code from end to end."""
 
 import dataclasses
 import os
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from rich.progress import Progress
 
-from training import fitting, recipe
-from training.datasets import pipeline
-from training.tasks import TASKS
+from training import distribution, fitting, recipe
+from training.runs import open_experiment
 
 tfds.disable_progress_bar()
 
@@ -26,60 +27,87 @@ def nyuv2_folder():
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    """The scenes recipe, tiny."""
-    return dataclasses.replace(
-        recipe.find("scenes", toy=True),
-        name="tiny",
-        image_size=(96, 128),
-        target_size=(48, 64),
-        width=1 / 64,
-        at=("pool1", "fc7"),
-        epochs=3,
-        extra_epochs=2,
-    )
+def backbone(tmp_path_factory):
+    """A saved model of few layers, with the names that `nyuv2_pretrained` asks for."""
+    image = keras.Input((None, None, 3), name="image")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="rescaling")(image)
+    for index, stride in ((4, 8), (7, 4)):
+        x = keras.layers.Conv2D(8, 9, stride, padding="same", name=f"conv{index}")(x)
+        x = keras.layers.BatchNormalization(name=f"block{index}_output")(x)
+        x = keras.layers.ReLU(name=f"relu{index}")(x)
+    for index in (10, 14, 15):
+        x = keras.layers.Activation("linear", name=f"block{index}_output")(x)
+    model = keras.Model(image, x)
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.01, 0.1, w.shape) for w in model.get_weights()])
+    path = tmp_path_factory.mktemp("models") / "backbone.keras"
+    model.save(path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def runs_with_data(tmp_path_factory, tiny):
-    """A folder of runs with the toy scenes prepared; to be copied from."""
-    runs = tmp_path_factory.mktemp("runs")
-    pipeline.prepare(tiny, None, runs)
-    return runs
+def tiny(backbone):
+    """The scenes recipe on that backbone, with dropout."""
+    small = recipe.find("scenes", toy=True)
+    small = recipe.change(small, "training", dtype="float32", batch_size=8)
+    small = recipe.change(small, "one_task", epochs=3)
+    small = recipe.change(small, "units", at=("relu4", "relu7"))
+    tower = recipe.SavedBackbone(backbone, frozen_to="rescaling", dropout=0.5)
+    return dataclasses.replace(small, name="tiny", tower=tower)
+
+
+@pytest.fixture(scope="session")
+def alexnet(tiny):
+    """The same recipe with the towers of `scenes`, narrow."""
+    tower = recipe.find("scenes", toy=True).tower
+    small = recipe.change(tiny, "units", at=("pool1", "fc7"))
+    return dataclasses.replace(small, name="alexnet", tower=tower)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny):
+    """The experiment whose runs are trained once for all tests: only to be read."""
+    return open_experiment(tiny, None, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def one_task(finished):
+    """The folder of a finished run of `one_task`."""
+    train(finished, "one_task")
+    return finished.folder("one_task", 0)
+
+
+@pytest.fixture(scope="session")
+def cross_stitch(finished, one_task):
+    """The folder of a finished run of `cross_stitch`."""
+    train(finished, "cross_stitch")
+    return finished.folder("cross_stitch", 0)
 
 
 @pytest.fixture
-def runs(tmp_path, runs_with_data):
-    """An empty folder of runs, in which the toy scenes are prepared."""
-    (tmp_path / "datasets").symlink_to(runs_with_data / "datasets")
-    return tmp_path
+def experiment(tmp_path, finished):
+    """The same experiment, with an empty folder of runs."""
+    (tmp_path / "datasets").symlink_to(finished.runs / "datasets")
+    return dataclasses.replace(finished, runs=tmp_path)
 
 
-@pytest.fixture
-def builder(tiny, runs):
-    return pipeline.prepare(tiny, None, runs)
+@pytest.fixture(scope="session")
+def tasks(finished):
+    return finished.tasks
 
 
-@pytest.fixture
-def tasks(tiny, builder):
-    return {name: TASKS[name].of(builder) for name in tiny.tasks}
+def train(experiment, method, seed=0):
+    """Trains a run of the experiment, and returns its metrics."""
+    with Progress() as progress:
+        return fitting.fit(
+            experiment,
+            method,
+            seed,
+            strategy=distribution.strategy(),
+            progress=progress,
+        )
 
 
-@pytest.fixture
-def fit(tiny, runs, builder, tasks):
-    """`fit(method)` trains the tiny recipe."""
-
-    def fit(method, settings=tiny, seed=0):
-        with Progress() as progress:
-            return fitting.fit(
-                settings,
-                method,
-                seed,
-                tasks=tasks,
-                builder=builder,
-                runs=runs,
-                strategy=fitting.strategy(),
-                progress=progress,
-            )
-
-    return fit
+@pytest.fixture(scope="session", name="train")
+def train_fixture():
+    return train

@@ -1,28 +1,23 @@
-import os
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
-import matplotlib.image
 import pytest
 import tensorflow as tf
 from typer.testing import CliRunner
 
+from training import benchmark, fitting
 from training.__main__ import app
 
 ROOT = Path(__file__).parents[2]
 
 
 def training(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "training", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {"COLUMNS": "120"}
+    return CliRunner().invoke(app, [str(x) for x in arguments], env=environment)
 
 
 # Tests of one group run in one process, and so share the demo.
@@ -33,118 +28,170 @@ shares_the_demo = pytest.mark.xdist_group("demo")
 def demo(tmp_path_factory):
     """`python -m training --toy`, from nothing."""
     runs = tmp_path_factory.mktemp("demo")
-    return training("--toy", "--runs", runs), runs / "scenes-toy"
+    return training("--toy", "--runs", runs), runs / "scenes-toy-labels10"
 
 
 @shares_the_demo
 def test_the_demo_trains_every_method_and_shows_a_table(demo):
     result, folder = demo
 
-    assert result.returncode == 0, result.stderr
-    for method in ("one_task", "one_task_longer", "cross_stitch"):
+    assert result.exit_code == 0, result.output
+    for method in ("one_task_whole", "shared", "cross_stitch_from_start"):
         assert (folder / method / "seed0" / "metrics.json").exists()
     assert "segmentation mean iu" in result.stdout
-    assert "one task longer" in result.stdout
-    # What the README's pictures and tables are made of.
-    tidy = (folder / "comparison/seed0/metrics.csv").read_text().splitlines()
-    assert tidy[0] == "method,seed,task,metric,value"
-    assert len(tidy) == 1 + 3 * 8
-    table = (folder / "comparison/seed0/metrics.md").read_text().splitlines()
-    assert table[0] == "|  | one task | one task longer | cross stitch |"
-    assert len(table) == 2 + 8
-
-
-@shares_the_demo
-def test_the_demo_draws_predictions_and_alphas(demo):
-    _, folder = demo
-
-    for name in ("predictions.png", "alpha.png"):
-        picture = matplotlib.image.imread(folder / "comparison/seed0" / name)
-        assert picture.shape[0] > 300
-        assert picture.std() > 0.1
+    assert "cross stitch from start" in result.stdout
 
 
 @shares_the_demo
 def test_the_demo_exports_one_signature_per_task(demo):
     _, folder = demo
     served = tf.saved_model.load(folder / "comparison/seed0/serving/1")
-    model = keras.models.load_model(folder / "cross_stitch/seed0/model.keras")
-    image = tf.random.uniform((2, 192, 256, 3), 0, 255)
+    run = folder / "cross_stitch_from_start/seed0"
+    model = keras.models.load_model(run / "model.keras")
+    image = tf.random.uniform((2, 96, 128, 3), 0, 255)
     expected = model.predict(image, verbose=0)
 
     assert set(served.signatures) == {"serving_default", "segmentation", "normals"}
     for task in ("segmentation", "normals"):
         answer = served.signatures[task](image=image)[task]
-        tf.debugging.assert_near(answer, expected[task], atol=1e-5)
+        # In bfloat16, where the CPU has it.
+        tf.debugging.assert_near(answer, expected[task], atol=1e-2)
 
 
 @shares_the_demo
-def test_what_is_finished_is_not_run_again(demo):
+def test_a_study_uses_the_runs_that_there_are(demo, tmp_path, monkeypatch):
     _, folder = demo
-    models = list(folder.glob("*/seed0/model.keras"))
-    before = [path.stat().st_mtime_ns for path in models]
-    result = training("--toy", "--runs", folder.parent)
+    study = ("study", "scenes-labels10", "tower-init", "--toy")
+    options = ("--runs", folder.parent, "--results", tmp_path)
+    listed = training(*study, *options, "--dry-run")
+    trained = []
+    monkeypatch.setattr(
+        fitting, "fit", lambda experiment, method, seed, **_: trained.append(method)
+    )
+    result = training(*study, *options)
+
+    assert listed.exit_code == 0, listed.output
+    assert "Missing: 4 runs, time: about 0 minutes" in listed.stdout
+    assert "one_task_whole" not in listed.stdout
+    assert result.exit_code == 0, result.output
+    assert trained[0] == "one_task_longer"
+    table = (tmp_path / "scenes-toy-labels10/tower-init.csv").read_text()
+    assert table.count("\none_task_whole,0,") == 8
+
+
+@shares_the_demo
+def test_what_is_claimed_otherwise_ends_in_one_line(demo, tmp_path):
+    _, folder = demo
+    run = shutil.copytree(
+        folder / "shared/seed0", tmp_path / folder.name / "shared/seed0"
+    )
+    (tmp_path / "datasets").symlink_to(folder.parent / "datasets")
+    depends = json.loads((run / "recipe.json").read_text())
+    depends["schedule"]["epochs"] = 99
+    (run / "recipe.json").write_text(json.dumps(depends))
+    result = training(
+        "fit", "scenes-labels10", "--method=shared", "--toy", "--runs", tmp_path
+    )
+
+    assert result.exit_code == 2
+    assert "another recipe: schedule.epochs changed" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@shares_the_demo
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (["fit", "scenes"], FloatingPointError("The loss became nan")),
+        (["study", "scenes", "per-class"], ValueError("refused:\n- the export")),
+    ],
+)
+def test_errors_of_long_work_end_in_one_line_too(demo, monkeypatch, command, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(fitting, "fit", fail)
+    result = training(*command, "--toy", "--runs", demo[1].parent)
+
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: {' '.join(str(error).split())}\n"
+
+
+def test_two_replicas_train_and_save_what_one_device_loads(tmp_path, backbone):
+    """In a process of its own, since TensorFlow splits a CPU before it is used."""
+    script = f"""
+import dataclasses
+import pathlib
+from rich.progress import Progress
+from training import distribution, fitting, recipe, runs
+strategy = distribution.strategy(replicas=2)
+scenes = recipe.change(recipe.find("scenes", toy=True), "units", at=("relu7",))
+tower = recipe.SavedBackbone(pathlib.Path({str(backbone)!r}), "rescaling", 0.5)
+scenes = dataclasses.replace(scenes, tower=tower)
+experiment = runs.open_experiment(scenes, None, pathlib.Path({str(tmp_path)!r}))
+with Progress() as progress:
+    fitting.fit(
+        experiment, "cross_stitch_from_start", 0, strategy=strategy, progress=progress
+    )
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
     assert result.returncode == 0, result.stderr
-    assert "epoch 1/" not in result.stdout
-    assert [path.stat().st_mtime_ns for path in models] == before
-
-
-def test_two_replicas_train_and_save_what_one_device_loads(tmp_path):
-    options = ("--toy", "--runs", tmp_path, "--replicas", 2)
-    result = training("fit", "scenes", "--method", "cross_stitch", *options)
-
-    assert result.returncode == 0, result.stderr
-    run = tmp_path / "scenes-toy/cross_stitch/seed0"
+    run = tmp_path / "scenes-toy/cross_stitch_from_start/seed0"
     assert keras.models.load_model(run / "model.keras").count_params() > 0
     assert (run / "metrics.json").exists()
 
 
-def test_nyuv2_runs_whole_on_the_real_data(tmp_path, nyuv2_folder):
+def test_nyuv2_runs_whole_on_the_real_data(tmp_path, nyuv2_folder, backbone):
     options = ("--data", nyuv2_folder, "--toy", "--runs", tmp_path)
-    result = training("fit", "nyuv2", *options)
+    result = training(
+        "fit", "nyuv2_pretrained", "--backbone", backbone, "--method=shared", *options
+    )
 
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "nyuv2-toy/comparison/seed0/serving/1").exists()
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "nyuv2_pretrained-toy/comparison/seed0/metrics.md").exists()
 
 
-def test_bench_measures_stitching_and_pipeline(tmp_path):
-    result = training("bench", "--toy", "--runs", tmp_path, "--steps", 3)
+def test_bench_measures_both_dtypes_stitching_and_pipeline(finished):
+    rows = benchmark.measure(finished, 3)
+    names = " ".join(row[0] for row in rows)
 
-    assert result.returncode == 0, result.stderr
-    for line in ("stitched", "unstitched", "pipeline alone"):
-        assert line in result.stdout
+    for line in ("float32, unstitched", "mixed_bfloat16, stitched", "pipeline alone"):
+        assert line in names
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["fit", "kitti"],
-            "There is no recipe 'kitti'. There are: ['nyuv2', 'scenes']",
-        ),
+        (["fit", "kitti"], "There is no recipe 'kitti'. There are: ['nyuv2', "),
         (["fit", "scenes", "--toy", "--method", "stich"], "no method 'stich'"),
+        (["study", "scenes", "table5", "--toy"], "no study 'table5'"),
+        (["fit", "scenes", "--backbone", "x.keras"], "has no backbone"),
+        (["fit", "nyuv2", "--data=.", "--method", "stich"], "no method 'stich'"),
+        (["fit", "nyuv2_pretrained", "--backbone", "x.keras"], "no backbone x.keras"),
+        (["study", "nyuv2", "splits", "--shard", "2"], "--shard must be k/n"),
         (["fit", "nyuv2"], "give it with --data DIR"),
         (["fit", "nyuv2", "--data", "/nowhere"], "Missing: /nowhere"),
-        (
-            ["prepare", "nyuv2", "new", "--mat=a", "--splits=b", "--mapping=c"],
-            "a",
-        ),
+        (["prepare", "nyuv2", "new", "--mat=a", "--splits=b", "--mapping=c"], "a"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, arguments)
+    result = training(*arguments)
 
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("runs/*/*/seed0"))
 
 
 def test_help_says_what_there_is():
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100"})
+    result = training("--help")
 
     assert result.exit_code == 0
-    for command in ("fit", "bench", "prepare", "scenes", "SavedModel"):
+    for command in ("fit", "study", "bench", "prepare", "scenes", "SavedModel"):
         assert command in result.stdout

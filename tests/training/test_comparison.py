@@ -1,27 +1,39 @@
 import os
 
+import matplotlib.image
+
 from training import comparison
 
 
-def test_a_retrained_model_is_exported_anew_and_an_unchanged_one_is_not(
-    fit, runs, tiny, tasks, builder
+def test_a_comparison_is_a_table_pictures_and_a_model_that_is_exported_once(
+    finished, cross_stitch, monkeypatch
 ):
-    def modified():
-        comparison.compare(
-            tiny,
-            ["one_task", "cross_stitch"],
-            0,
-            tasks=tasks,
-            builder=builder,
-            runs=runs,
-        )
-        return exported.stat().st_mtime_ns
+    monkeypatch.setattr(
+        comparison,
+        "export_saved_model",
+        lambda model, directory, version: (directory / str(version)).mkdir(
+            parents=True
+        ),
+    )
 
-    exported = runs / "tiny/comparison/seed0/serving/1"
-    fit("one_task")
-    fit("cross_stitch")
-    first = modified()
+    def compare():
+        return comparison.compare(finished, ["one_task", "cross_stitch"], 0)
 
-    assert modified() == first
+    target = compare()
+    tidy = (target / "metrics.csv").read_text().splitlines()
+    assert tidy[0] == "method,seed,task,metric,value"
+    assert len(tidy) == 1 + 2 * 8
+    table = (target / "metrics.md").read_text().splitlines()
+    assert table[0] == "|  | one task | cross stitch |"
+    assert len(table) == 2 + 8
+    for name in ("predictions.png", "alpha.png"):
+        picture = matplotlib.image.imread(target / name)
+        assert picture.shape[0] > 300
+        assert picture.std() > 0.1
+    exported = target / "serving/1"
+    before = exported.stat().st_mtime_ns
+    compare()
+    assert exported.stat().st_mtime_ns == before
     os.utime(exported, (0, 0))  # as if the model had been trained after it
-    assert modified() > first
+    compare()
+    assert exported.stat().st_mtime_ns > before

@@ -1,16 +1,18 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import keras
 import numpy as np
 import pytest
 
-from training import fitting
+from training import callbacks, fitting, methods, runs, towers
+from training import recipe as recipes
 
 
 def rows(path):
-    with open(path) as file:
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -18,19 +20,27 @@ def snapshot(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_a_run_leaves_what_its_folder_promises(fit, runs):
-    fit("one_task")
-    metrics = fit("cross_stitch")
-    run = runs / "tiny" / "cross_stitch" / "seed0"
+def load(folder):
+    return keras.models.load_model(folder / "model.keras", compile=False)
 
-    assert set(snapshot(run)) == {
+
+def with_(experiment, part, **values):
+    """The experiment, its recipe changed in one part."""
+    recipe = recipes.change(experiment.recipe, part, **values)
+    return dataclasses.replace(experiment, recipe=recipe)
+
+
+def test_a_run_leaves_what_its_folder_promises(cross_stitch):
+    assert set(snapshot(cross_stitch)) == {
         "recipe.json",
         "history.csv",
         "model.keras",
         "alpha.npz",
+        "answers.json",
+        "per_class.csv",
         "metrics.json",
     }
-    assert json.loads((run / "metrics.json").read_text()) == metrics
+    metrics = json.loads((cross_stitch / "metrics.json").read_text())
     assert list(metrics["segmentation"]) == ["pixel_accuracy", "mean_iu", "fw_iu"]
     assert list(metrics["normals"]) == [
         "mean_angle",
@@ -39,16 +49,29 @@ def test_a_run_leaves_what_its_folder_promises(fit, runs):
         "within_22.5",
         "within_30",
     ]
-    history = rows(run / "history.csv")
-    assert [int(row["epoch"]) for row in history] == [0, 1]
-    assert "alpha/cross_stitch_pool1/normals_from_segmentation" in history[0]
-    assert set(np.load(run / "alpha.npz")) == {"cross_stitch_pool1", "cross_stitch_fc7"}
+    history = rows(cross_stitch / "history.csv")
+    assert [int(row["epoch"]) for row in history] == [0]
+    assert float(history[0]["seconds"]) > 0
+    assert "alpha/cross_stitch_relu4/normals_from_segmentation" in history[0]
+    units = {"cross_stitch_relu4", "cross_stitch_relu7"}
+    assert set(np.load(cross_stitch / "alpha.npz")) == units
+    answers = json.loads((cross_stitch / "answers.json").read_text())
+    assert answers["segmentation"]["names"][0] == "floor"
+    assert len(answers["segmentation"]["colours"]) == 19
+    assert answers["normals"]["kind"] == "normals"
 
 
-def test_the_saved_model_answers_with_probabilities_and_unit_normals(fit, runs):
-    fit("one_task")
-    model = keras.models.load_model(runs / "tiny/one_task/seed0/model.keras")
-    answer = model.predict(np.full((2, 96, 128, 3), 100.0), verbose=0)
+def test_the_scores_by_class_are_those_of_the_mean(one_task):
+    by_class = rows(one_task / "per_class.csv")
+    metrics = json.loads((one_task / "metrics.json").read_text())
+    iu = [float(row["value"]) for row in by_class if row["metric"] == "iu"]
+
+    assert list(by_class[0]) == ["task", "class", "metric", "value"]
+    assert np.mean(iu) == pytest.approx(metrics["segmentation"]["mean_iu"], abs=2e-3)
+
+
+def test_the_saved_model_answers_with_probabilities_and_unit_normals(one_task):
+    answer = load(one_task).predict(np.full((2, 96, 128, 3), 100.0), verbose=0)
 
     assert {task: x.shape for task, x in answer.items()} == {
         "segmentation": (2, 48, 64, 19),
@@ -58,127 +81,213 @@ def test_the_saved_model_answers_with_probabilities_and_unit_normals(fit, runs):
     np.testing.assert_allclose(np.linalg.norm(answer["normals"], axis=-1), 1, rtol=1e-5)
 
 
-def test_what_follows_starts_from_the_one_task_nets(fit, runs, tiny, tasks):
-    still = dataclasses.replace(tiny, extra_learning_rate=0.0)
-    fit("one_task", still)
-    fit("one_task_longer", still)
-    fit("cross_stitch", still)
-    models = {
-        method: keras.models.load_model(runs / "tiny" / method / "seed0/model.keras")
-        for method in fitting.METHODS
-    }
-    kernels = {
-        method: model.get_layer("normals_fc6").get_weights()[0]
-        for method, model in models.items()
-    }
+def test_what_follows_starts_from_the_one_task_nets(experiment, one_task, train):
+    shutil.copytree(one_task, experiment.folder("one_task", 0))
+    still = with_(experiment, "extra", learning_rate=0.0)
+    train(still, "cross_stitch")
+    start, end = load(one_task), load(experiment.folder("cross_stitch", 0))
 
-    np.testing.assert_array_equal(kernels["one_task_longer"], kernels["one_task"])
-    np.testing.assert_array_equal(kernels["cross_stitch"], kernels["one_task"])
-    assert kernels["one_task"].std() > 0
-    alpha = models["cross_stitch"].get_layer("cross_stitch_fc7").get_weights()[0]
+    for name in ("normals_conv7", "segmentation_conv4", "segmentation_score"):
+        kernel = start.get_layer(name).get_weights()[0]
+        assert kernel.std() > 0
+        np.testing.assert_array_equal(end.get_layer(name).get_weights()[0], kernel)
+    alpha = end.get_layer("cross_stitch_relu7").get_weights()[0]
     np.testing.assert_allclose(alpha[0, 1], 0.1, rtol=1e-5)
 
 
-def test_training_lowers_the_loss_and_moves_alpha(fit, runs):
-    fit("one_task")
-    fit("cross_stitch")
-    losses = [float(r["loss"]) for r in rows(runs / "tiny/one_task/seed0/history.csv")]
-    alpha = np.load(runs / "tiny/cross_stitch/seed0/alpha.npz")["cross_stitch_fc7"]
+def test_training_lowers_the_loss_and_moves_alpha(one_task, cross_stitch):
+    losses = [float(row["loss"]) for row in rows(one_task / "history.csv")]
+    alpha = np.load(cross_stitch / "alpha.npz")["cross_stitch_relu7"]
 
     assert losses[-1] < losses[0]
     assert np.all(np.abs(alpha[0, 1] - 0.1) > 0)
 
 
-def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(tiny, tasks):
-    settings = dataclasses.replace(
-        tiny, momentum=0.75, weight_decay=0.02, alpha_multiplier=7
-    )
-    model = fitting.compiled(settings, "cross_stitch", tasks, learning_rate=0.125)
+def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
+    recipe = recipes.change(alexnet, "training", momentum=0.75)
+    recipe = recipes.change(recipe, "tower", weight_decay=0.02)
+    recipe = recipes.change(recipe, "units", alpha_multiplier=7)
+
+    def compiled(method):
+        model = methods.plan(method, recipe).join(towers.build(recipe, tasks, 0))
+        return fitting.compiled(model, tasks, recipe, 0.125)
+
+    model = compiled("cross_stitch")
     kernels = [
         layer.kernel for layer in model.layers if isinstance(layer, keras.layers.Conv2D)
     ]
 
     assert float(model.optimizer.learning_rate) == 0.125
     assert model.optimizer.inner_optimizer.momentum == 0.75
-    assert model.optimizer.multipliers == {"alpha": 7}
+    assert list(model.optimizer.multipliers.values()) == [7]
     # The gradient of this is the decay times the kernel.
     penalty = 0.02 / 2 * sum(np.sum(np.square(kernel)) for kernel in kernels)
     np.testing.assert_allclose(sum(model.losses), penalty, rtol=1e-5)
-    control = fitting.compiled(settings, "one_task_longer", tasks, 0.125)
-    assert isinstance(control.optimizer, keras.optimizers.SGD)
+    assert isinstance(compiled("one_task_longer").optimizer, keras.optimizers.SGD)
 
 
-def test_a_finished_run_is_not_run_again(fit, runs):
-    first = fit("one_task")
-    before = snapshot(runs / "tiny/one_task/seed0")
+def test_a_finished_run_is_not_run_again(finished, cross_stitch, train):
+    before = snapshot(cross_stitch)
 
-    assert fit("one_task") == first
-    assert snapshot(runs / "tiny/one_task/seed0") == before
+    assert train(finished, "cross_stitch") == runs.metrics(cross_stitch)
+    assert snapshot(cross_stitch) == before
 
 
 class Stopped(Exception):
     """Stands for the power going off."""
 
 
-# Keras's CSVLogger leaves its file to the garbage collector when fit is stopped.
-leaves_a_file_open = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
-)
-
-
-@leaves_a_file_open
-def test_a_stopped_run_goes_on_where_it_was(fit, runs, monkeypatch):
+def stop_in_a_step(monkeypatch):
+    """In the middle of the third epoch, whose first step is lost."""
     begun = []
-    begin = fitting._Progress.on_epoch_begin
 
-    def stop_in_the_third_epoch(self, epoch, logs=None):
-        begun.append(epoch)
-        if begun == [0, 1, 2]:
+    def on_train_batch_begin(self, batch, logs=None):
+        begun.append(batch)
+        if len(begun) == 6:
             raise Stopped
-        begin(self, epoch, logs)
 
-    monkeypatch.setattr(fitting._Progress, "on_epoch_begin", stop_in_the_third_epoch)
-    with pytest.raises(Stopped):
-        fit("one_task")
-    assert not (runs / "tiny/one_task/seed0/metrics.json").exists()
-    metrics = fit("one_task")
-
-    assert begun == [0, 1, 2, 2]
-    history = rows(runs / "tiny/one_task/seed0/history.csv")
-    assert [int(row["epoch"]) for row in history] == [0, 1, 2]
-    assert not (runs / "tiny/one_task/seed0/backup").exists()
-    assert np.isfinite(metrics["normals"]["mean_angle"])
+    monkeypatch.setattr(
+        callbacks.ShowProgress, "on_train_batch_begin", on_train_batch_begin
+    )
 
 
-def test_a_run_stopped_in_evaluation_does_not_train_again(fit, runs, monkeypatch):
-    def stop(*args):
-        raise Stopped
+def stop_in_a_backup(monkeypatch):
+    """When the second epoch's is half written, its row in the history is."""
+    replace = callbacks.os.replace
 
+    def stop(unfinished, path):
+        if path.name == "latest.weights.h5" and path.exists():
+            unfinished.write_bytes(unfinished.read_bytes()[:1000])
+            raise Stopped
+        replace(unfinished, path)
+
+    monkeypatch.setattr(callbacks.os, "replace", stop)
+
+
+@pytest.mark.parametrize("stop", [stop_in_a_step, stop_in_a_backup])
+def test_a_stopped_run_ends_as_one_that_never_stopped(
+    experiment, one_task, train, monkeypatch, stop
+):
+    run = experiment.folder("one_task", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "evaluate", stop)
+        stop(patch)
         with pytest.raises(Stopped):
-            fit("one_task")
-    before = (runs / "tiny/one_task/seed0/history.csv").read_text()
-    fit("one_task")
+            train(experiment, "one_task")
+    assert not (run / "model.keras").exists()
+    train(experiment, "one_task")
 
-    assert (runs / "tiny/one_task/seed0/history.csv").read_text() == before
-
-
-def test_another_recipe_in_the_folder_of_a_run_is_refused(fit, tiny):
-    fit("one_task")
-
-    with pytest.raises(ValueError, match="begun with another recipe: momentum changed"):
-        fit("one_task", dataclasses.replace(tiny, momentum=0.5))
-
-
-@leaves_a_file_open
-def test_a_diverging_run_stops_with_a_message(fit, tiny):
-    with pytest.raises(FloatingPointError, match="learning rate is too high"):
-        fit("one_task", dataclasses.replace(tiny, learning_rate=1e30))
+    expected, resumed = load(one_task).get_weights(), load(run).get_weights()
+    for one, other in zip(expected, resumed, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert runs.metrics(run) == runs.metrics(one_task)
+    histories = rows(one_task / "history.csv"), rows(run / "history.csv")
+    assert [r["loss"] for r in histories[0]] == [r["loss"] for r in histories[1]]
+    assert not (run / "backup").exists()
 
 
-def test_what_would_fail_late_is_found_before_training(tiny, tasks):
+def test_a_run_stopped_in_evaluation_does_not_train_again(
+    experiment, one_task, train, monkeypatch
+):
+    run = experiment.folder("one_task", 0)
+    shutil.copytree(one_task, run)
+    (run / "metrics.json").unlink()
+    monkeypatch.setattr(fitting, "_train", None)
+
+    assert train(experiment, "one_task") == runs.metrics(one_task)
+
+
+def test_another_recipe_in_the_folder_of_a_run_is_refused(finished, one_task, train):
+    other = with_(finished, "training", momentum=0.5)
+
+    with pytest.raises(ValueError, match=r"another recipe: training\.momentum changed"):
+        train(other, "one_task")
+    # Through the run that it starts from, too, before anything is claimed.
+    with pytest.raises(ValueError, match="one_task/seed0 was begun with another"):
+        train(other, "one_task_longer")
+    assert not other.folder("one_task_longer", 0).exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "voided"),
+    [
+        ("extra", {"epochs": 9}, {"one_task_longer", "cross_stitch", "shared"}),
+        ("units", {"same_task": 0.8}, {"cross_stitch"}),
+        ("tower", {"dropout": 0.4}, {"all"}),
+        ("data", {"colour": 0.5}, {"all"}),
+        ("one_task", {"epochs": 9}, {"all"}),
+    ],
+)
+def test_a_run_is_claimed_with_what_it_depends_on(finished, part, values, voided):
+    spelled = {"one_task", "one_task_longer", "cross_stitch", "shared", "ensemble"}
+    other = with_(finished, part, **values)
+    changed = {
+        method
+        for method in spelled
+        if finished.depends_on(method, 0) != other.depends_on(method, 0)
+    }
+
+    assert changed == (spelled if voided == {"all"} else voided)
+
+
+def test_a_diverging_run_stops_with_a_message(experiment, train):
+    diverging = with_(experiment, "one_task", learning_rate=1e30)
+
+    with pytest.raises(FloatingPointError, match=r"rate is too high.*first variable"):
+        train(diverging, "one_task")
+    assert not (experiment.folder("one_task", 0) / "model.keras").exists()
+
+
+def test_what_would_fail_late_is_found_before_training(finished):
     with pytest.raises(ValueError, match="There is no method 'stich'"):
-        fitting.check(tiny, ["stich"], tasks)
+        fitting.check(finished, ["one_task", "stich"])
     with pytest.raises(ValueError, match="no layer 'pool9'"):
-        fitting.check(dataclasses.replace(tiny, at=("pool9",)), ["cross_stitch"], tasks)
+        fitting.check(with_(finished, "units", at=("pool9",)), ["cross_stitch"])
+    with pytest.raises(ValueError, match="no layer 'conv9'"):
+        fitting.check(finished, ["split@conv9"])
+
+
+def test_an_ensemble_answers_with_the_average_of_two_nets(experiment, one_task, train):
+    # Another net, without its training: the same, mirrored in one layer.
+    other = load(one_task)
+    score = other.get_layer("segmentation_score")
+    score.set_weights([-weights for weights in score.get_weights()])
+    for seed, model in ((0, load(one_task)), (1000, other)):
+        folder = experiment.folder("one_task", seed)
+        shutil.copytree(one_task, folder)
+        depends = experiment.depends_on("one_task", seed)
+        (folder / "recipe.json").write_text(json.dumps(depends))
+        model.save(folder / "model.keras")
+    metrics = train(experiment, "ensemble")
+    ensemble = load(experiment.folder("ensemble", 0))
+    image = np.random.default_rng(0).uniform(0, 255, (2, 96, 128, 3))
+    answers = [x.predict(image, verbose=0) for x in (load(one_task), other, ensemble)]
+    first, second, both = (answer["segmentation"] for answer in answers)
+
+    assert np.abs(first - second).max() > 0.01
+    np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
+    np.testing.assert_allclose(answers[2]["normals"], answers[0]["normals"], atol=1e-6)
+    assert metrics["normals"] == runs.metrics(one_task)["normals"]
+
+
+def test_any_score_of_any_model_can_be_evaluated(finished):
+    """The model has no loss, no regularizer; the score is no Keras metric."""
+
+    class Largest:
+        def __init__(self):
+            self.values = []
+
+        def update(self, target, answer):
+            self.values.append((target.max(), answer.max()))
+
+        def result(self):
+            return {"largest": max(answer for _, answer in self.values)}
+
+    class Task:
+        scores = Largest
+
+    image = keras.Input((2,), name="image")
+    model = keras.Model(image, {"age": keras.layers.Rescaling(2.0)(image)})
+    data = [(np.float32([[1, x]]), {"age": keras.ops.ones(1)}) for x in (5, 7, 3)]
+    scores = fitting.evaluate(model, {"age": Task()}, data)
+
+    assert scores["age"].result() == {"largest": 14.0}

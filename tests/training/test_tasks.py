@@ -1,9 +1,11 @@
+import json
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.tasks import Normals, Segmentation
+from training.tasks import Normals, Segmentation, normals
 from training.tasks.segmentation import VOID
 
 CLASSES = tuple(f"class{i}" for i in range(7))
@@ -24,11 +26,11 @@ def some_codewords(rng):
     return random_normals(rng, (20,)).astype("float32")
 
 
-def results(metrics, batches):
-    for metric in metrics:
-        for truth, answer in batches:
-            metric.update_state(tf.constant(truth), tf.constant(answer))
-    return {metric.name: float(metric.result()) for metric in metrics}
+def results(task, batches):
+    scores = task.scores()
+    for truth, answer in batches:
+        scores.update(truth, answer)
+    return scores.result()
 
 
 @pytest.fixture
@@ -58,12 +60,35 @@ def test_segmentation_metrics_agree_with_counting_pixels(classified):
             ious.append(np.sum((truth == c) & (predicted == c)) / union)
             shares.append(np.mean(truth == c))
 
-    values = results(Segmentation(CLASSES).metrics(), classified)
+    values = results(Segmentation(CLASSES), classified)
 
     assert len(ious) == 6  # a class that never occurs does not count as 0
     assert values["pixel_accuracy"] == pytest.approx(100 * np.mean(truth == predicted))
     assert values["mean_iu"] == pytest.approx(100 * np.mean(ious))
     assert values["fw_iu"] == pytest.approx(100 * np.dot(ious, shares))
+
+
+def test_the_scores_of_a_class_are_its_iu_and_its_true_pixels(classified):
+    scores = Segmentation(CLASSES).scores()
+    for truth, answer in classified:
+        scores.update(truth, answer)
+    truth = np.concatenate([t.ravel() for t, _ in classified])
+    predicted = np.concatenate([p.argmax(-1).ravel() for _, p in classified])
+    true, answered = truth == 2, (predicted == 2) & (truth != VOID)
+    by_class = scores.per_class()
+
+    assert list(by_class) == [f"class{i}" for i in range(6)]  # 6 is nowhere
+    assert by_class["class2"]["pixels"] == true.sum()
+    assert by_class["class2"]["iu"] == pytest.approx(
+        100 * (true & answered).sum() / (true | answered).sum()
+    )
+
+
+def test_without_a_labelled_pixel_every_score_is_zero(classified, rng):
+    truth, answer = classified[0]
+    nothing = results(Segmentation(CLASSES), [(np.full_like(truth, VOID), answer)])
+
+    assert nothing == {"pixel_accuracy": 0, "mean_iu": 0, "fw_iu": 0}
 
 
 def test_segmentation_metrics_do_not_see_void(classified, rng):
@@ -74,7 +99,7 @@ def test_segmentation_metrics_do_not_see_void(classified, rng):
         answer[truth == VOID] = np.roll(answer[truth == VOID], 1, axis=-1)
         elsewhere.append((truth, answer))
 
-    assert results(task.metrics(), elsewhere) == results(task.metrics(), classified)
+    assert results(task, elsewhere) == results(task, classified)
 
 
 def test_segmentation_loss_is_the_mean_over_labelled_pixels(classified, rng):
@@ -125,7 +150,7 @@ def angles(batches):
 
 
 def test_normals_metrics_agree_with_all_the_angles(oriented, rng):
-    values = results(Normals(some_codewords(rng)).metrics(), oriented)
+    values = results(Normals(some_codewords(rng)), oriented)
     expected = angles(oriented)
 
     assert values["mean_angle"] == pytest.approx(expected.mean(), abs=0.01)
@@ -136,17 +161,6 @@ def test_normals_metrics_agree_with_all_the_angles(oriented, rng):
         )
 
 
-def test_normals_metrics_count_by_sample_weight(oriented, rng):
-    keep = rng.random(SHAPE) < 0.5
-    truth, answer = oriented[0]
-    for metric in Normals(some_codewords(rng)).metrics():
-        metric.update_state(truth, answer, sample_weight=keep)
-        weighted = float(metric.result())
-        metric.reset_state()
-        metric.update_state(truth * keep[..., None], answer)
-        assert weighted == pytest.approx(float(metric.result()))
-
-
 def test_normals_metrics_do_not_see_undefined_normals(oriented, rng):
     task = Normals(some_codewords(rng))
     elsewhere = [
@@ -154,7 +168,7 @@ def test_normals_metrics_do_not_see_undefined_normals(oriented, rng):
         for truth, answer in oriented
     ]
 
-    assert results(task.metrics(), elsewhere) == results(task.metrics(), oriented)
+    assert results(task, elsewhere) == results(task, oriented)
 
 
 def test_normals_loss_is_cross_entropy_with_the_nearest_codeword(oriented, rng):
@@ -233,16 +247,19 @@ def test_normals_decode_to_unit_vectors_and_undefined_ones_to_zero(rng):
     normals = random_normals(rng, (4, 5))
     stored = np.round((normals + 1) * 127.5).astype("uint8")
     stored[0, 0] = 0
-    decoded = Normals(some_codewords(rng)).target(tf.constant(stored)).numpy()
+    decoded = (
+        Normals(some_codewords(rng)).target({"normals": tf.constant(stored)}).numpy()
+    )
 
     assert not decoded[0, 0].any()
     np.testing.assert_allclose(np.linalg.norm(decoded[1:], axis=-1), 1, rtol=1e-6)
     np.testing.assert_allclose(decoded[1:], normals[1:], atol=0.01)
 
 
-def test_the_codewords_are_unit_directions_spread_over_the_data(builder, rng):
-    codewords = Normals.of(builder).codewords
-    stored = next(iter(builder.as_dataset(split="train")))["normals"].numpy()
+def test_the_codewords_are_unit_directions_spread_over_the_data(finished, rng):
+    codewords = Normals.of(finished.builder).codewords
+    train = finished.builder.as_dataset(split="train")
+    stored = next(iter(train))["normals"].numpy()
     normals = stored[stored.any(-1)] / 127.5 - 1
     nearest = (normals @ codewords.T).max(axis=-1)
     at_random = (normals @ some_codewords(rng).T).max(axis=-1)
@@ -250,6 +267,23 @@ def test_the_codewords_are_unit_directions_spread_over_the_data(builder, rng):
     assert codewords.shape == (20, 3)
     np.testing.assert_allclose(np.linalg.norm(codewords, axis=-1), 1, rtol=1e-5)
     assert nearest.mean() > max(0.95, at_random.mean())
+
+
+def test_the_codewords_are_kept_with_the_data(finished, monkeypatch):
+    first = Normals.of(finished.builder).codewords
+    monkeypatch.setattr(normals, "cluster", None)
+
+    np.testing.assert_array_equal(Normals.of(finished.builder).codewords, first)
+
+
+@pytest.mark.parametrize("name", ["segmentation", "normals"])
+def test_what_answers_mean_is_said_in_json(tasks, name):
+    said = json.loads(json.dumps(tasks[name].describe()))
+
+    assert set(said) == {"kind", "names", "colours", "units", "description"}
+    if name == "segmentation":
+        picture = tasks[name].draw(np.arange(19)[None])
+        np.testing.assert_array_equal(picture[0], said["colours"])
 
 
 def test_drawings_are_rgb_images(classified, oriented, rng):

@@ -17,6 +17,7 @@ import cv2
 import h5py
 import numpy as np
 import scipy.io
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from rich.progress import track
 
@@ -228,7 +229,7 @@ class Nyuv2(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [  # noqa: RUF012, TFDS's own way
         Nyuv2Config(name="full", description="All images."),
-        Nyuv2Config(name="toy", description="For tests.", train=16, test=8),
+        Nyuv2Config(name="toy", description="For tests.", train=8, test=4),
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "NYUv2 is for research use and must be fetched by hand: get "
@@ -285,6 +286,9 @@ class Nyuv2(tfds.core.GeneratorBasedBuilder):
             yield from zip(ids, examples, strict=True)
 
 
+BUILDER = Nyuv2
+
+
 def read_example(folder: Path, image_id: str) -> dict[str, Any]:
     """Reads one image of the folder as an example of `Nyuv2`, its images encoded."""
     rgb, labels, depth = (
@@ -312,14 +316,24 @@ def read_example(folder: Path, image_id: str) -> dict[str, Any]:
 
 def read_image(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """Reads an image as it is stored, and checks that it is what is expected."""
-    image = cv2.imread(os.fspath(path), cv2.IMREAD_UNCHANGED)
+    encoded = path.read_bytes()
+    array = np.frombuffer(encoded, np.uint8)
+    image = cv2.imdecode(array, cv2.IMREAD_UNCHANGED) if encoded else None
     if image is None or image.dtype != dtype or image.shape != shape:
         received = "no image" if image is None else f"{image.dtype} {image.shape}"
         raise ValueError(
             f"Expected a {np.dtype(dtype)} image of shape {shape} in {path}. "
             f"Received: {received}. Write the file anew."
         )
-    return image
+    try:
+        # Training decodes with TensorFlow, which refuses files that OpenCV mends.
+        decoded = tf.io.decode_image(encoded, dtype=tf.as_dtype(dtype)).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(
+            f"Expected a whole image in {path}, which is truncated or damaged: "
+            f"{error.message.splitlines()[0]}. Write the file anew."
+        ) from error
+    return decoded.reshape(shape)
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -387,3 +387,6 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
                     "id": name,
                 },
             )
+
+
+BUILDER = Scenes

@@ -5,6 +5,8 @@ down, z away from the camera); (0, 0, 0) is undefined and counts nowhere.
 """
 
 import dataclasses
+import types
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,6 +14,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from keras import ops
 from sklearn.cluster import KMeans
+
+from training.metric import Metric
 
 _UNDEFINED = 255  # as a codeword's number
 
@@ -22,30 +26,33 @@ class Normals:
 
     codewords: np.ndarray  # (K, 3), unit length
     feature = "normals"
+    void = 0.0
+    metrics = types.MappingProxyType(
+        {
+            "mean_angle": Metric("mean angle", "degrees", False),
+            "median_angle": Metric("median angle", "degrees", False),
+            "within_11.25": Metric("within 11.25 degrees", "%", True),
+            "within_22.5": Metric("within 22.5 degrees", "%", True),
+            "within_30": Metric("within 30 degrees", "%", True),
+        }
+    )
 
     @classmethod
     def of(cls, builder):
-        """The task with 20 codewords, k-means of the train split's normals."""
-        sampled = []
-        # Sixty-four pixels of each of up to 1000 images are 64000 normals.
-        train = builder.as_dataset(
-            split="train", decoders=tfds.decode.PartialDecoding({"normals": True})
-        )
-        for example in train.take(1000):
-            normals = decode(example["normals"]).numpy().reshape(-1, 3)
-            normals = normals[normals.any(axis=-1)]
-            sampled.append(normals[:: max(1, len(normals) // 64)][:64])
-        kmeans = KMeans(20, n_init=3, random_state=0).fit(np.concatenate(sampled))
-        centers = kmeans.cluster_centers_
-        centers /= np.linalg.norm(centers, axis=-1, keepdims=True)
-        return cls(centers.astype("float32"))
+        """The task with the data set's codewords, which are kept with the data."""
+        path = Path(builder.data_path) / "codewords.npy"
+        if not path.exists():
+            unfinished = path.with_name("unfinished.npy")
+            np.save(unfinished, cluster(builder))
+            unfinished.replace(path)
+        return cls(np.load(path))
 
     @property
     def outputs(self):
         return len(self.codewords)
 
-    def target(self, encoded):
-        return decode(encoded)
+    def target(self, example):
+        return decode(example[self.feature])
 
     def flip(self, target):
         """Mirrors the map and, with it, the x axis that the normals refer to."""
@@ -76,12 +83,26 @@ class Normals:
             axis=-1, dtype="float32", name=f"{name}_unit"
         )(mean_normal)
 
-    def metrics(self):
-        return [
-            AngularError("mean", name="mean_angle"),
-            AngularError("median", name="median_angle"),
-            *(AngularError(t, name=f"within_{t}") for t in (11.25, 22.5, 30)),
-        ]
+    def average(self, answers, name):
+        total = keras.layers.Add(name=f"{name}_sum", dtype="float32")(answers)
+        return keras.layers.UnitNormalization(
+            axis=-1, dtype="float32", name=f"{name}_average"
+        )(total)
+
+    def describe(self):
+        return {
+            "kind": "normals",
+            "names": ["x", "y", "z"],
+            "colours": [],
+            "units": "unit vector",
+            "description": (
+                "The surface normal at each pixel in camera coordinates: x right, y "
+                "down, z away from the camera, pointing to the camera's side"
+            ),
+        }
+
+    def scores(self):
+        return AngleHistogram()
 
     def draw(self, target_or_answer):
         normals = np.asarray(target_or_answer)
@@ -89,6 +110,23 @@ class Normals:
         image = (normals * (1, -1, -1) + 1) / 2 * 255
         image[~normals.any(axis=-1)] = 0
         return image.round().clip(0, 255).astype("uint8")
+
+
+def cluster(builder):
+    """Twenty codewords: k-means of the train split's normals, (20, 3), unit length."""
+    sampled = []
+    # Sixty-four pixels of each of up to 1000 images are 64000 normals.
+    train = builder.as_dataset(
+        split="train", decoders=tfds.decode.PartialDecoding({"normals": True})
+    )
+    for example in train.take(1000):
+        normals = decode(example["normals"]).numpy().reshape(-1, 3)
+        normals = normals[normals.any(axis=-1)]
+        sampled.append(normals[:: max(1, len(normals) // 64)][:64])
+    kmeans = KMeans(20, n_init=3, random_state=0).fit(np.concatenate(sampled))
+    centers = kmeans.cluster_centers_
+    centers /= np.linalg.norm(centers, axis=-1, keepdims=True)
+    return centers.astype("float32")
 
 
 def decode(encoded):
@@ -127,51 +165,39 @@ class CodewordCrossentropy(keras.losses.Loss):
         return {**super().get_config(), "codewords": self.codewords.tolist()}
 
 
-@keras.saving.register_keras_serializable("training")
-class AngularError(keras.metrics.Metric):
-    """A statistic of the angle between true and predicted normals, over all pixels.
+class AngleHistogram:
+    """Counts the angles between true and predicted normals, over the whole data set.
 
-    It is read from a histogram in steps of 0.01 degrees, so the median needs no
-    list of all pixels.
-
-    Args:
-        statistic: `"mean"` or `"median"`, in degrees, or a number of degrees,
-            for the percentage of the pixels within it.
+    In steps of 0.01 degrees, so the median needs no list of all pixels.
     """
 
     BINS_PER_DEGREE = 100
 
-    def __init__(self, statistic, name=None, dtype=None):
-        super().__init__(name=name, dtype=dtype)
-        self.statistic = statistic
-        self.bins = 180 * self.BINS_PER_DEGREE + 1
-        self.counts = self.add_variable((self.bins,), initializer="zeros")
+    def __init__(self):
+        self.counts = np.zeros(180 * self.BINS_PER_DEGREE + 1, "int64")
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        y_true = ops.cast(y_true, "float32")
-        cosine = ops.sum(y_true * ops.cast(y_pred, "float32"), axis=-1)
-        angle = ops.arccos(ops.clip(cosine, -1.0, 1.0)) * (180.0 / np.pi)
-        weight = ops.cast(ops.any(ops.not_equal(y_true, 0.0), axis=-1), "float32")
-        if sample_weight is not None:
-            weight = weight * ops.cast(sample_weight, "float32")
-        counts = ops.bincount(
-            ops.reshape(ops.cast(angle * self.BINS_PER_DEGREE, "int32"), [-1]),
-            weights=ops.reshape(weight, [-1]),
-            minlength=self.bins,
-        )
-        self.counts.assign_add(counts)
+    def update(self, target, answer):
+        """Adds a batch of normals, both (N, H, W, 3)."""
+        defined = target.any(axis=-1)
+        cosine = (target[defined].astype("float64") * answer[defined]).sum(axis=-1)
+        angle = np.degrees(np.arccos(cosine.clip(-1, 1)))
+        bins = (angle * self.BINS_PER_DEGREE).astype("int64")
+        self.counts += np.bincount(bins, minlength=len(self.counts))
 
     def result(self):
-        total = ops.sum(self.counts)
-        if self.statistic == "mean":
-            centres = (np.arange(self.bins) + 0.5) / self.BINS_PER_DEGREE
-            return ops.divide_no_nan(ops.sum(self.counts * centres), total)
-        below = ops.cumsum(self.counts)
-        if self.statistic == "median":
-            passed = ops.cast(ops.sum(ops.cast(below < total / 2, "int32")), "float32")
-            return (passed + 0.5) / self.BINS_PER_DEGREE
-        within = below[round(self.statistic * self.BINS_PER_DEGREE) - 1]
-        return 100.0 * ops.divide_no_nan(within, total)
+        """Mean and median in degrees, and the percentage within some degrees."""
+        total = max(self.counts.sum(), 1)
+        centres = (np.arange(len(self.counts)) + 0.5) / self.BINS_PER_DEGREE
+        below = self.counts.cumsum()
+        within = {
+            f"within_{t}": 100 * below[round(t * self.BINS_PER_DEGREE) - 1] / total
+            for t in (11.25, 22.5, 30)
+        }
+        return {
+            "mean_angle": (self.counts * centres).sum() / total,
+            "median_angle": centres[np.searchsorted(below, total / 2)],
+            **within,
+        }
 
-    def get_config(self):
-        return {**super().get_config(), "statistic": self.statistic}
+    def per_class(self):
+        return {}

@@ -1,12 +1,14 @@
 """Semantic segmentation: one class per pixel; 255 is void and counts nowhere."""
 
 import dataclasses
+import types
 
 import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
-from keras import ops
+
+from training.metric import Metric
 
 VOID = 255
 
@@ -17,6 +19,17 @@ class Segmentation:
 
     classes: tuple[str, ...]
     feature = "segmentation"
+    void = VOID
+    metrics = types.MappingProxyType(
+        {
+            "pixel_accuracy": Metric("pixel accuracy", "%", True),
+            "mean_iu": Metric("mean IU", "%", True),
+            "fw_iu": Metric("fw IU", "%", True),
+            # By class:
+            "iu": Metric("IU", "%", True),
+            "pixels": Metric("true pixels", "", None),
+        }
+    )
 
     @classmethod
     def of(cls, builder):
@@ -27,8 +40,8 @@ class Segmentation:
     def outputs(self):
         return len(self.classes)
 
-    def target(self, encoded):
-        return tf.cast(encoded[..., 0], "int32")
+    def target(self, example):
+        return tf.cast(example[self.feature][..., 0], "int32")
 
     def flip(self, target):
         return tf.reverse(target, axis=[2])
@@ -43,72 +56,76 @@ class Segmentation:
             logits
         )
 
-    def metrics(self):
-        return [
-            PixelAccuracy(len(self.classes), name="pixel_accuracy"),
-            MeanIU(len(self.classes), name="mean_iu"),
-            FrequencyWeightedIU(len(self.classes), name="fw_iu"),
-        ]
+    def average(self, answers, name):
+        return keras.layers.Average(name=f"{name}_average", dtype="float32")(answers)
+
+    def describe(self):
+        return {
+            "kind": "classes",
+            "names": list(self.classes),
+            "colours": self._colours().tolist(),
+            "units": "probability",
+            "description": "The probability of each class at each pixel",
+        }
+
+    def scores(self):
+        return ConfusionMatrix(self.classes)
 
     def draw(self, target_or_answer):
         classes = np.asarray(target_or_answer)
         if classes.ndim == 3:
             classes = classes.argmax(axis=-1)
+        image = self._colours()[np.where(classes == VOID, 0, classes)]
+        image[classes == VOID] = 0
+        return image
+
+    def _colours(self):
         colours = np.array(
             matplotlib.colormaps["tab20b"].colors
             + matplotlib.colormaps["tab20c"].colors
             + matplotlib.colormaps["tab20"].colors
         )
         # Neighbours in these maps are shades of one hue; steps of 7 part them.
-        image = 255 * colours[7 * classes.astype(int) % len(colours)]
-        image[classes == VOID] = 0
-        return image.round().astype("uint8")
+        steps = 7 * np.arange(self.outputs) % len(colours)
+        return (255 * colours[steps]).round().astype("uint8")  # (classes, 3)
 
 
-@keras.saving.register_keras_serializable("training")
-class MeanIU(keras.metrics.MeanIoU):
-    """Mean over the classes of intersection over union, in percent.
+class ConfusionMatrix:
+    """Counts pixels by (true class, predicted class), over the whole data set."""
 
-    Classes that are neither in the truth nor in the predictions do not count.
-    All sums run over the whole data set, so it is not a mean over images.
-    """
+    def __init__(self, classes):
+        self.classes = classes
+        self.counts = np.zeros((len(classes), len(classes)), "int64")
 
-    def __init__(self, num_classes, name=None, dtype=None):
-        super().__init__(
-            num_classes,
-            name=name,
-            dtype=dtype,
-            ignore_class=VOID,
-            sparse_y_pred=False,
-        )
-
-    def get_config(self):
-        config = super().get_config()
-        return {key: config[key] for key in ("num_classes", "name", "dtype")}
+    def update(self, target, answer):
+        """Adds a batch: classes (N, H, W) and probabilities (N, H, W, classes)."""
+        labelled = target != VOID
+        pairs = target[labelled] * len(self.classes) + answer.argmax(-1)[labelled]
+        added = np.bincount(pairs, minlength=self.counts.size)
+        self.counts += added.reshape(self.counts.shape)
 
     def result(self):
-        return 100.0 * super().result()
+        """In percent. Classes neither in the truth nor in the answers do not count."""
+        true, right, union = self._pixels()
+        occurs = union > 0
+        iu = right[occurs] / union[occurs]
+        # Without a labelled pixel, all are 0.
+        total = max(true.sum(), 1)
+        return {
+            "pixel_accuracy": 100 * right.sum() / total,
+            "mean_iu": 100 * iu.mean() if len(iu) else 0.0,
+            "fw_iu": 100 * (true[occurs] * iu).sum() / total,
+        }
 
+    def per_class(self):
+        """{class: {"iu": percent, "pixels": in the truth}} of those that occur."""
+        true, right, union = self._pixels()
+        return {
+            name: {"iu": 100 * right[i] / union[i], "pixels": int(true[i])}
+            for i, name in enumerate(self.classes)
+            if union[i]
+        }
 
-@keras.saving.register_keras_serializable("training")
-class PixelAccuracy(MeanIU):
-    """Share of the pixels whose class is right, in percent."""
-
-    def result(self):
-        confusion = ops.cast(self.total_cm, "float32")
-        return 100.0 * ops.divide_no_nan(ops.trace(confusion), ops.sum(confusion))
-
-
-@keras.saving.register_keras_serializable("training")
-class FrequencyWeightedIU(MeanIU):
-    """Intersection over union, weighted by the class's true pixels, in percent."""
-
-    def result(self):
-        # (true class, predicted class), in whole pixels
-        confusion = ops.cast(self.total_cm, "float32")
-        true = ops.sum(confusion, axis=1)
-        right = ops.diagonal(confusion)
-        union = true + ops.sum(confusion, axis=0) - right
-        return 100.0 * ops.divide_no_nan(
-            ops.sum(true * ops.divide_no_nan(right, union)), ops.sum(true)
-        )
+    def _pixels(self):
+        true, right = self.counts.sum(axis=1), self.counts.diagonal()
+        return true, right, true + self.counts.sum(axis=0) - right

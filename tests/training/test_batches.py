@@ -1,11 +1,31 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from training import recipe
-from training.datasets import pipeline
+from training import recipe as recipes
+from training.batches import dense
+
+
+@pytest.fixture
+def builder(finished):
+    return finished.builder
+
+
+@pytest.fixture(scope="module")
+def pass_(finished):
+    """`pass_(**data)`: the batches of one pass over the train split, seed 1."""
+
+    def batches(seed=1, steps=range(2), examples=None, **data):
+        recipe = recipes.change(finished.recipe, "data", **data)
+        if examples is None:
+            examples = dense.load(
+                finished.builder, "train", recipe.data, finished.tasks
+            )
+        return collect(
+            dense.train_batches(examples, recipe, finished.tasks, seed, steps)
+        )
+
+    return batches
 
 
 def stored(builder, split):
@@ -20,7 +40,7 @@ def collect(batches):
 
 def test_test_batches_are_the_examples_in_order(tiny, builder, tasks):
     examples = stored(builder, "test")
-    images, targets = collect(pipeline.test_batches(builder, tiny, tasks))
+    images, targets = collect(dense.test_batches(builder, tiny, tasks))
 
     np.testing.assert_array_equal(images, [x["image"] for x in examples])
     np.testing.assert_array_equal(
@@ -32,9 +52,9 @@ def test_test_batches_are_the_examples_in_order(tiny, builder, tasks):
 
 
 def test_images_are_resized_to_the_recipe(tiny, builder, tasks):
-    doubled = dataclasses.replace(tiny, image_size=(192, 256))
-    images, _ = collect(pipeline.test_batches(builder, doubled, tasks))
-    original, _ = collect(pipeline.test_batches(builder, tiny, tasks))
+    doubled = recipes.change(tiny, "data", image_size=(192, 256))
+    images, _ = collect(dense.test_batches(builder, doubled, tasks))
+    original, _ = collect(dense.test_batches(builder, tiny, tasks))
 
     assert images.shape[1:] == (192, 256, 3)
     means = images.reshape(len(images), 96, 2, 128, 2, 3).mean((2, 4))
@@ -50,8 +70,8 @@ def found(images, examples):
     return [known[image.astype("uint8").tobytes()] for image in images]
 
 
-def test_train_batches_hold_each_example_once_or_mirrored(tiny, builder, tasks):
-    images, targets = collect(pipeline.train_batches(builder, tiny, tasks, seed=1))
+def test_train_batches_hold_each_example_once_or_mirrored(builder, pass_):
+    images, targets = pass_()
     indices, mirrored = zip(*found(images, stored(builder, "train")), strict=True)
 
     assert sorted(indices) == list(range(16))
@@ -60,13 +80,12 @@ def test_train_batches_hold_each_example_once_or_mirrored(tiny, builder, tasks):
     assert (as_they_are[..., 0] > 0).any(axis=(1, 2)).all()
 
 
-def test_targets_are_mirrored_with_their_image(tiny, builder, tasks):
-    full = dataclasses.replace(tiny, target_size=(96, 128))
+def test_targets_are_mirrored_with_their_image(builder, pass_):
     by_image = {
         x["image"].tobytes(): (x["segmentation"][..., 0], x["normals"])
         for x in stored(builder, "train")
     }
-    images, targets = collect(pipeline.train_batches(builder, full, tasks, seed=1))
+    images, targets = pass_(target_size=(96, 128))
     mirrored = 0
     for image, classes, normals in zip(
         images.astype("uint8"), targets["segmentation"], targets["normals"], strict=True
@@ -85,16 +104,13 @@ def test_targets_are_mirrored_with_their_image(tiny, builder, tasks):
     assert 0 < mirrored < 16
 
 
-def test_a_crop_takes_the_same_part_of_image_and_targets(
-    tiny, builder, tasks, monkeypatch
-):
+def test_a_crop_takes_the_same_part_of_image_and_targets(pass_, monkeypatch):
     box = np.array([0.21, 0.13, 0.94, 0.86])  # top, left, bottom, right
     monkeypatch.setattr(
-        pipeline, "_boxes", lambda count, *_: np.tile(box, (count, 1)).astype("float32")
+        dense, "_boxes", lambda count, *_: np.tile(box, (count, 1)).astype("float32")
     )
-    whole = collect(pipeline.train_batches(builder, tiny, tasks, seed=1))
-    cropping = dataclasses.replace(tiny, smallest_crop=0.5)
-    images, targets = collect(pipeline.train_batches(builder, cropping, tasks, seed=1))
+    whole = pass_()
+    images, targets = pass_(smallest_crop=0.5)
 
     def nearest(maps):
         height, width = maps.shape[1:3]
@@ -109,7 +125,7 @@ def test_a_crop_takes_the_same_part_of_image_and_targets(
 
 
 def test_crops_lie_inside_the_image_and_keep_its_shape():
-    top, left, bottom, right = pipeline._boxes(1000, 0.5, (1, 2)).numpy().T
+    top, left, bottom, right = dense._boxes(1000, 0.5, (1, 2)).numpy().T
     side = bottom - top
 
     np.testing.assert_allclose(right - left, side, atol=1e-6)
@@ -120,10 +136,9 @@ def test_crops_lie_inside_the_image_and_keep_its_shape():
     assert np.abs(np.corrcoef(top / (1 - side), left / (1 - side))[0, 1]) < 0.1
 
 
-def test_colour_scales_each_channel_of_an_image(tiny, builder, tasks):
-    plain = collect(pipeline.train_batches(builder, tiny, tasks, seed=1))
-    coloured = dataclasses.replace(tiny, colour=0.2)
-    images, targets = collect(pipeline.train_batches(builder, coloured, tasks, seed=1))
+def test_colour_scales_each_channel_of_an_image(pass_):
+    plain = pass_()
+    images, targets = pass_(colour=0.2)
 
     inside = (images > 0) & (images < 255)
     gains = np.where(inside, images / np.maximum(plain[0], 1), np.nan)
@@ -137,26 +152,62 @@ def test_colour_scales_each_channel_of_an_image(tiny, builder, tasks):
         np.testing.assert_array_equal(targets[name], plain[1][name])
 
 
-def test_every_epoch_has_other_order_and_flips_and_a_seed_repeats_them(
-    tiny, builder, tasks
-):
+def test_each_pass_has_other_order_and_flips_and_a_seed_repeats_them(builder, pass_):
     examples = stored(builder, "train")
 
-    def epochs(seed):
-        batches = pipeline.train_batches(builder, tiny, tasks, seed)
-        return [found(collect(batches)[0], examples) for _ in range(2)]
+    def passes(seed):
+        images, _ = pass_(seed, range(4))
+        both = found(images, examples)
+        return both[:16], both[16:]
 
-    first, second = epochs(seed=1)
+    first, second = passes(seed=1)
+    assert sorted(index for index, _ in second) == list(range(16))
     assert [index for index, _ in first] != [index for index, _ in second]
     assert [mirrored for _, mirrored in first] != [mirrored for _, mirrored in second]
-    assert epochs(seed=1) == [first, second]
-    assert epochs(seed=2) != [first, second]
+    assert passes(seed=1) == (first, second)
+    assert passes(seed=2) != (first, second)
 
 
-def test_nyuv2_needs_a_folder(tmp_path):
-    settings = recipe.find("nyuv2", toy=True)
+def test_a_batch_is_that_of_its_step_wherever_the_steps_begin(pass_):
+    varied = {"smallest_crop": 0.8, "colour": 0.2, "label_budget": ("normals", 0.5)}
+    images, targets = pass_(steps=range(5), **varied)
+    later_images, later_targets = pass_(steps=range(3, 5), **varied)
 
-    with pytest.raises(ValueError, match="give it with --data DIR"):
-        pipeline.prepare(settings, None, tmp_path)
-    with pytest.raises(ValueError, match=r"Missing: .*nowhere"):
-        pipeline.prepare(settings, tmp_path / "nowhere", tmp_path)
+    np.testing.assert_array_equal(later_images, images[24:])
+    for name in targets:
+        np.testing.assert_array_equal(later_targets[name], targets[name][24:])
+
+
+def test_half_of_each_batch_are_images_with_labels(builder, pass_, tiny):
+    examples = stored(builder, "train")
+    data = recipes.change(tiny, "data", label_budget=("segmentation", 0.25)).data
+    labelled = set(dense.budget(data, 16, seed=1).nonzero()[0].tolist())
+    images, targets = pass_(label_budget=("segmentation", 0.25), steps=range(3))
+    indices = [index for index, _ in found(images, examples)]
+
+    assert len(labelled) == 4
+    for index, classes in zip(indices, targets["segmentation"], strict=True):
+        assert (classes != 255).any() == (index in labelled)
+    for batch in np.reshape(indices, (3, 8)):
+        assert sum(index in labelled for index in batch) == 4
+    assert len(set(indices)) == 16
+    assert targets["normals"].any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(("task", "void"), [("segmentation", 255), ("normals", 0)])
+def test_images_without_labels_are_void(pass_, task, void):
+    _, targets = pass_(label_budget=(task, 0.25))
+
+    share = np.mean([(target == void).all() for target in targets[task]])
+    assert share == 0.5
+
+
+def test_a_small_label_budget_is_part_of_a_larger_one(tiny):
+    def chosen(share, seed):
+        data = recipes.change(tiny, "data", label_budget=("normals", share)).data
+        return dense.budget(data, 795, seed)
+
+    for small, large in ((0.05, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.0)):
+        assert chosen(small, 0).sum() == round(small * 795)
+        assert not (chosen(small, 0) & ~chosen(large, 0)).any()
+    assert (chosen(0.1, 0) != chosen(0.1, 1)).any()

@@ -1,0 +1,826 @@
+"""Towers copied whole: state, frozen parts, functions, inputs, nested models."""
+
+from fractions import Fraction
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+from keras_cross_stitch import CrossStitch, split, stitch
+from keras_cross_stitch.joining import Tower
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.normal(1, 2, (7, 5)).astype("float32")
+WORDS = np.array([["cat", "dog"], ["emu", "cat"], ["yak", "dog"]])
+NUMBERS = np.array([[3, 5], [7, 3], [9, 5]])
+
+
+def _tower(first, *, shape=(5,), dtype="float32", outputs=2, units=4):
+    """Input, the layers given, `tap`, `score`."""
+    x = inputs = keras.Input(shape, dtype=dtype, name="features")
+    for layer in first:
+        x = layer(x)
+    x = layers.Dense(units, name="tap")(x)
+    return keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+
+
+def _assert_as_apart(model, towers, data):
+    together = model(data)
+    for task, tower in towers.items():
+        expected = ops.convert_to_numpy(tower(data))
+        np.testing.assert_array_equal(ops.convert_to_numpy(together[task]), expected)
+        assert expected.std() > 0
+
+
+def _joined(towers, join="stitch"):
+    """The towers joined so that they compute as apart."""
+    if join == "split":
+        return split(towers, next(iter(towers.values())).layers[1].name)
+    return stitch(towers, ["tap"], same_task=1.0)
+
+
+# Adapted state
+
+
+def _adapted(layer, data):
+    layer.adapt(data)
+    return layer
+
+
+def _as_floats(x):
+    return ops.cast(x, "float32")
+
+
+ADAPTED = {
+    "discretization to int": lambda: [
+        _adapted(layers.Discretization(num_bins=4, name="adapted"), FEATURES),
+        layers.Rescaling(0.5),
+    ],
+    "discretization to one hot": lambda: [
+        _adapted(
+            layers.Discretization(num_bins=3, output_mode="one_hot", name="adapted"),
+            FEATURES,
+        ),
+        layers.Flatten(),
+    ],
+    "normalization": lambda: [_adapted(layers.Normalization(name="adapted"), FEATURES)],
+}
+LOOKUPS = {
+    "strings": (
+        lambda: [_adapted(layers.StringLookup(name="adapted"), WORDS), _Floats()],
+        WORDS,
+    ),
+    "strings to multi hot": (
+        lambda: [
+            _adapted(
+                layers.StringLookup(output_mode="multi_hot", name="adapted"), WORDS
+            )
+        ],
+        WORDS,
+    ),
+    "a string to one hot": (
+        lambda: [
+            _adapted(layers.StringLookup(output_mode="one_hot", name="adapted"), WORDS)
+        ],
+        WORDS[:, :1],
+    ),
+    "text to multi hot": (
+        lambda: [
+            _adapted(
+                layers.TextVectorization(output_mode="multi_hot", name="adapted"),
+                WORDS[:, 0],
+            )
+        ],
+        WORDS[:, :1],
+    ),
+    "strings to tf-idf": (
+        lambda: [
+            _adapted(layers.StringLookup(output_mode="tf_idf", name="adapted"), WORDS)
+        ],
+        WORDS,
+    ),
+    "integers": (
+        lambda: [_adapted(layers.IntegerLookup(name="adapted"), NUMBERS), _Floats()],
+        NUMBERS,
+    ),
+    "a vocabulary that was given": (
+        lambda: [layers.StringLookup(vocabulary=["cat", "emu"]), _Floats()],
+        WORDS,
+    ),
+    "text": (
+        lambda: [
+            _adapted(
+                layers.TextVectorization(
+                    output_mode="count", name="adapted", pad_to_max_tokens=False
+                ),
+                WORDS[:, 0],
+            )
+        ],
+        WORDS[:, :1],
+    ),
+}
+
+
+@keras.saving.register_keras_serializable("test_copying")
+class _Floats(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+
+    def call(self, x):
+        return ops.cast(x, "float32")
+
+
+@pytest.mark.parametrize("join", ["stitch", "split"])
+@pytest.mark.parametrize("build", ADAPTED.values(), ids=ADAPTED.keys())
+def test_an_adapted_layer_stays_adapted(build, join):
+    towers = {"a": _tower(build()), "b": _tower(build())}
+
+    model = _joined(towers, join)
+
+    _assert_as_apart(model, towers, FEATURES)
+
+
+@pytest.mark.parametrize(("build", "data"), LOOKUPS.values(), ids=LOOKUPS.keys())
+def test_a_vocabulary_comes_along(build, data):
+    dtype = "string" if data.dtype.kind == "U" else "int64"
+    towers = {task: _tower(build(), shape=data.shape[1:], dtype=dtype) for task in "ab"}
+    data = ops.convert_to_tensor(data)
+
+    model = _joined(towers)
+
+    _assert_as_apart(model, towers, data)
+
+
+def test_layers_adapted_to_other_words_are_not_built_once():
+    def build(words):
+        lookup = _adapted(layers.StringLookup(output_mode="multi_hot"), words)
+        frozen = layers.Dense(3, trainable=False, kernel_initializer="ones")
+        return _tower([lookup, frozen], shape=(2,), dtype="string")
+
+    towers = {"a": build(WORDS), "b": build(WORDS[::-1, ::-1].copy()[:, 1:])}
+    data = ops.convert_to_tensor(WORDS)
+
+    model = stitch(towers, [], same_task=1.0)
+
+    _assert_as_apart(model, towers, data)
+
+
+# Frozen parts
+
+
+@keras.saving.register_keras_serializable("test_copying")
+class _Block(layers.Layer):
+    """A composite layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = layers.Dense(5)
+        self.norm = layers.BatchNormalization()
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.norm.build(shape)
+
+    def call(self, x):
+        return self.norm(self.inner(x))
+
+
+class _Forgetful(layers.Layer):
+    """Its config leaves out what the base class's has."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], self.units), name="kernel")
+
+    def call(self, x):
+        return x @ self.kernel
+
+    def compute_output_shape(self, shape):
+        return *shape[:-1], self.units
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+def _trainable(model, prefix=""):
+    names = sorted(v.path for v in model.trainable_variables)
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def test_a_frozen_part_of_a_composite_layer_stays_frozen():
+    towers = {task: _tower([_Block(name="block")]) for task in "ab"}
+    towers["a"].get_layer("block").norm.trainable = False
+
+    model = stitch(towers, ["tap"])
+
+    trainable = [v.path for v in model.get_layer("a_block").trainable_variables]
+    assert len(trainable) == 2
+    assert all("dense" in path for path in trainable)
+    assert len(model.get_layer("b_block").trainable_variables) == 4
+    # What is frozen infers, too: its moving mean stays.
+    model.compile("sgd", loss="mse")
+    moving = model.get_layer("a_block").norm.moving_mean.numpy()
+    model.fit(FEATURES, {"a": FEATURES[:, :2], "b": FEATURES[:, :2]}, verbose=0)
+    np.testing.assert_array_equal(
+        model.get_layer("a_block").norm.moving_mean.numpy(), moving
+    )
+
+
+def test_a_frozen_projection_of_attention_stays_frozen():
+    def build():
+        inputs = keras.Input((3, 4), name="x")
+        attention = layers.MultiHeadAttention(2, 2, name="attention")
+        x = layers.Dense(4, name="tap")(attention(inputs, inputs))
+        return keras.Model(inputs, x), attention
+
+    (a, attention), (b, _) = build(), build()
+    attention.query_dense.trainable = False
+
+    model = stitch({"a": a, "b": b}, ["tap"])
+
+    frozen = {v.path for v in model.weights} - set(_trainable(model))
+    assert frozen == {
+        "a_attention/query/kernel",
+        "a_attention/query/bias",
+    }
+
+
+def test_a_layer_whose_config_says_little_stays_frozen_and_as_precise():
+    towers = {"a": _tower([_Forgetful(3, dtype="float64")]), "b": _tower([])}
+    layer = towers["a"].layers[1]
+    layer.trainable = False
+
+    model = stitch(towers, ["tap"])
+
+    copy = model.get_layer(f"a_{layer.name}")
+    assert not copy.trainable_variables
+    assert copy.kernel.dtype == "float64"
+    np.testing.assert_array_equal(copy.kernel, layer.kernel)
+
+
+def test_a_frozen_variable_stays_frozen():
+    towers = {task: _tower([layers.Dense(5, name="first")]) for task in "ab"}
+    towers["a"].get_layer("first").bias.trainable = False
+
+    model = stitch(towers, ["tap"])
+
+    assert "a_first/bias" not in _trainable(model)
+    assert "a_first/kernel" in _trainable(model)
+    assert "b_first/bias" in _trainable(model)
+
+
+# Quantized towers
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_towers_are_stitched_by_units_that_are_not(mode):
+    towers = {task: _tower([layers.Dense(6, name="first")]) for task in "ab"}
+    for tower in towers.values():
+        with pytest.warns(UserWarning, match="InputLayer does not have a `quantize`"):
+            tower.quantize(mode)
+
+    model = _joined(towers)
+
+    _assert_as_apart(model, towers, FEATURES)
+    unit = model.get_layer("cross_stitch_tap")
+    assert unit.dtype_policy.name == "float32"
+    assert model.get_layer("a_tap").dtype_policy.quantization_mode == mode
+
+
+# Functions, and layers of one's own
+
+
+def _twice(x):
+    return 2 * x
+
+
+class _Plain(layers.Layer):
+    """Takes no `**kwargs`, and is not registered."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def call(self, x):
+        return self.factor * x
+
+
+class _SaysTooMuch(layers.Layer):
+    """Its config holds more than it can be constructed with."""
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, x):
+        return self.factor * x
+
+    def get_config(self):
+        return {**super().get_config(), "factor": 1.0, "derived": 2 * self.factor}
+
+
+def _scale(factor):
+    return lambda x: factor * x
+
+
+FUNCTIONS = {
+    "a lambda": lambda: layers.Lambda(lambda x: np.float32(3) * x),
+    "a closure": lambda: layers.Lambda(_scale(4.0)),
+    "a named function": lambda: layers.Lambda(_twice, name="twice"),
+    "an output shape": lambda: layers.Lambda(_twice, output_shape=lambda shape: shape),
+    "an activation": lambda: layers.Dense(4, activation=_twice),
+    "an initializer of one's own": lambda: layers.Dense(
+        4, kernel_initializer=lambda shape, dtype=None: ops.ones(shape, dtype)
+    ),
+    "a wrapped layer with an activation": lambda: layers.TimeDistributed(
+        layers.Dense(3, activation=_twice)
+    ),
+    "a plain layer": lambda: _Plain(3.0),
+    "a layer that says too much": lambda: _SaysTooMuch(3.0),
+    "a layer that says little": lambda: _Forgetful(3),
+    "a wrapped layer of one's own": lambda: layers.TimeDistributed(_Forgetful(3)),
+}
+
+
+@pytest.mark.parametrize("build", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_functions_and_layers_of_one_s_own_are_carried_over(build):
+    towers = {}
+    for task in "ab":
+        inputs = keras.Input((2, 5), name="features")
+        x = layers.Dense(4, name="tap")(build()(inputs))
+        towers[task] = keras.Model(inputs, x)
+
+    model = _joined(towers)
+
+    _assert_as_apart(model, towers, RNG.normal(size=(3, 2, 5)).astype("float32"))
+
+
+class _Uncopiable(layers.Layer):
+    """Given something that no config can hold."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def call(self, x):
+        return x + float(self.number)
+
+
+def test_a_layer_that_cannot_be_copied_is_named():
+    towers = {"a": _tower([]), "b": _tower([_Uncopiable(Fraction(1, 3))])}
+
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)tower of 'b', layer '.*uncopiable.*' \(_Uncopiable\).*get_config",
+    ):
+        stitch(towers, ["tap"])
+
+
+# Names
+
+
+def test_names_that_collide_are_an_error():
+    towers = {
+        "age": _tower([layers.Dense(5, name="group_fc")]),
+        "age_group": _tower([layers.Dense(5, name="fc")]),
+    }
+
+    with pytest.raises(
+        ValueError,
+        match=r"'age_group_fc': layer 'group_fc'.*'age', and layer 'fc'.*'age_group'",
+    ):
+        stitch(towers, ["tap"])
+
+
+def test_a_task_whose_layer_is_called_as_a_unit_is_an_error():
+    with pytest.raises(ValueError, match=r"'cross_stitch_tap'.*unit at 'tap'"):
+        stitch({"cross_stitch": _tower([]), "b": _tower([])}, ["tap"])
+
+
+# Inputs
+
+
+def test_an_input_without_a_name_gets_one_that_stays(tmp_path):
+    def build():
+        inputs = keras.Input((5,))
+        return keras.Model(inputs, layers.Dense(2, name="tap")(inputs))
+
+    a, b = build(), build()
+    a.save(tmp_path / "a.keras")
+    loaded = keras.saving.load_model(tmp_path / "a.keras")
+
+    for towers in ({"a": a, "b": b}, {"a": loaded, "b": b}):
+        assert stitch(towers, ["tap"]).input.name == "input"
+    apart = stitch({"a": a, "b": b}, [], shared_input=False)
+    assert sorted(apart.input) == ["a", "b"]
+
+
+def test_several_inputs_without_names_are_counted():
+    def build():
+        inputs = [keras.Input((5,)), keras.Input((5,))]
+        x = layers.Subtract()([layers.Dense(3)(inputs[0]), layers.Dense(3)(inputs[1])])
+        return keras.Model(inputs, layers.Dense(2, name="tap")(x))
+
+    towers = {"a": build(), "b": build()}
+
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    assert sorted(model.input) == ["input_1", "input_2"]
+    data = [FEATURES, FEATURES[::-1]]
+    together = model({"input_1": data[0], "input_2": data[1]})
+    for task, tower in towers.items():
+        np.testing.assert_array_equal(together[task], tower(data))
+
+
+def test_optional_and_sparse_inputs_stay_so():
+    @keras.saving.register_keras_serializable("test_copying")
+    class Either(layers.Layer):
+        def call(self, x, extra=None):
+            return x if extra is None else x + extra
+
+        def compute_output_spec(self, x, extra=None):
+            return keras.KerasTensor(x.shape, x.dtype)
+
+    def build():
+        inputs = keras.Input((5,), name="x", sparse=True)
+        extra = keras.Input((4,), name="extra", optional=True)
+        x = Either()(layers.Dense(4, name="tap")(inputs), extra=extra)
+        return keras.Model([inputs, extra], x)
+
+    towers = {"a": build(), "b": build()}
+
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    by_name = {layer.name: layer for layer in model.layers}
+    assert by_name["x"].output.sparse
+    assert by_name["extra"].optional
+    together = model({"x": FEATURES, "extra": None})
+    for task, tower in towers.items():
+        np.testing.assert_array_equal(together[task], tower([FEATURES, None]))
+
+
+def test_a_ragged_input_stays_so():
+    words = keras.Input((None,), dtype="int64", ragged=True, name="words")
+    dense = layers.Lambda(
+        lambda x: ops.cast(x.to_tensor(shape=(None, 3)), "float32"), output_shape=(3,)
+    )
+    tower = keras.Model(words, layers.Dense(4, name="tap")(dense(words)))
+
+    model = stitch({"a": tower, "b": tower}, [])
+
+    assert model.input.ragged
+    ragged = tf.ragged.constant([[1, 2], [3]], dtype="int64")
+    np.testing.assert_array_equal(model(ragged)["a"], tower(ragged))
+
+
+# Nested models
+
+
+def _backbone(name="backbone"):
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, padding="same", name="block1")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Dropout(0.5, name="dropout")(x)
+    x = layers.Conv2D(6, 3, strides=2, name="block2")(x)
+    return keras.Model(inputs, x, name=name)
+
+
+def _transfer(outputs, backbone=None, **call):
+    """A head on a backbone, as in Keras's guide to transfer learning."""
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.Rescaling(1 / 127.5, offset=-1)(image)
+    x = (backbone or _backbone())(x, **call)
+    x = layers.GlobalAveragePooling2D(name="pooled")(x)
+    return keras.Model(image, layers.Dense(outputs, name="score")(x))
+
+
+IMAGES = RNG.uniform(0, 255, (3, 8, 8, 3)).astype("float32")
+
+
+@pytest.mark.parametrize("call", [{}, {"training": False}])
+@pytest.mark.parametrize(
+    "at", ["backbone/block1", "block2", "backbone", {"a": "norm", "b": "backbone/norm"}]
+)
+def test_a_nested_backbone_is_tapped(at, call):
+    towers = {"a": _transfer(2, **call), "b": _transfer(3, **call)}
+
+    model = stitch(towers, [at], same_task=1.0)
+
+    _assert_as_apart(model, towers, IMAGES)
+    names = [x.name for x in model.layers]
+    assert {"a_backbone_block1", "b_backbone_block2"} <= set(names)
+    assert sum(isinstance(x, CrossStitch) for x in model.layers) == 1
+    assert not any(isinstance(x, keras.Model) for x in model.layers)
+
+
+def test_the_unit_of_a_nested_model_stands_behind_it():
+    towers = {"a": _transfer(2), "b": _transfer(3)}
+
+    model = stitch(towers, ["backbone"], per="layer", same_task=0.0)
+
+    # Given that each task takes the other's features.
+    together = model(IMAGES)
+    for task, other in (("a", "b"), ("b", "a")):
+        features = towers[other].get_layer("backbone")(IMAGES / 127.5 - 1)
+        x = ops.mean(features, axis=(1, 2))
+        expected = towers[task].get_layer("score")(x)
+        np.testing.assert_allclose(together[task], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_nested_backbone_is_split():
+    backbone = _backbone()
+    towers = {"a": _transfer(2, backbone), "b": _transfer(3, backbone)}
+
+    within = split(towers, "block2")
+    behind = split(towers, "pooled")
+    before = split(towers, "backbone")
+
+    for model in (within, behind, before):
+        _assert_as_apart(model, towers, IMAGES)
+    names = {x.name for x in within.layers}
+    assert {"shared_backbone_block1", "a_backbone_block2"} <= names
+    assert "shared_backbone_block2" in {x.name for x in behind.layers}
+    assert "a_backbone_block1" in {x.name for x in before.layers}
+
+
+def test_a_frozen_nested_backbone_stays_frozen():
+    backbones = [_backbone(), _backbone()]
+    for backbone in backbones:
+        backbone.trainable = False
+    towers = dict(zip("ab", (_transfer(2, b) for b in backbones), strict=True))
+
+    model = stitch(towers, [])
+
+    assert {p.split("_", 1)[1] for p in _trainable(model)} == {
+        "score/kernel",
+        "score/bias",
+    }
+
+
+def test_models_in_nested_models_are_opened_too():
+    def build(outputs):
+        inner = keras.Sequential(
+            [keras.Input((5,)), layers.Dense(5, name="deep")], name="inner"
+        )
+        outer_inputs = keras.Input((5,))
+        outer = keras.Model(outer_inputs, inner(outer_inputs) + 1.0, name="outer")
+        inputs = keras.Input((5,), name="features")
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(outer(inputs)))
+
+    towers = {"a": build(2), "b": build(3)}
+
+    model = stitch(towers, ["outer/inner/deep", "outer"], same_task=1.0)
+
+    _assert_as_apart(model, towers, FEATURES)
+    assert model.get_layer("cross_stitch_outer_inner_deep") is not None
+
+
+def test_a_nested_model_of_several_inputs_and_outputs_is_opened():
+    def build(outputs):
+        left, right = keras.Input((5,), name="left"), keras.Input((5,), name="right")
+        inner = keras.Model(
+            {"left": left, "right": right},
+            {"sum": layers.Dense(3, name="one")(left - right), "left": left * 2.0},
+            name="inner",
+        )
+        inputs = keras.Input((5,), name="features")
+        both = inner({"right": inputs + 1.0, "left": inputs})
+        x = layers.Concatenate()([both["left"], both["sum"]])
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(2), "b": build(3)}
+
+    model = stitch(towers, ["one"], same_task=1.0)
+
+    _assert_as_apart(model, towers, FEATURES)
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'inner' .* was passed an input with a mask")
+def test_masks_reach_the_layers_of_a_nested_model():
+    def build(outputs):
+        inner_inputs = keras.Input((4, 3))
+        last = layers.LSTM(3, name="last")(inner_inputs)
+        inner = keras.Model(inner_inputs, last, name="inner")
+        words = keras.Input((4,), dtype="int32", name="words")
+        x = inner(layers.Embedding(9, 3, mask_zero=True)(words))
+        return keras.Model(words, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(2), "b": build(3)}
+
+    model = stitch(towers, ["last"], same_task=1.0)
+
+    _assert_as_apart(model, towers, np.array([[1, 2, 0, 0], [3, 4, 5, 0]]))
+
+
+def test_a_nested_model_that_is_called_as_in_training_stays_so():
+    def build(outputs):
+        inner = keras.Sequential(
+            [keras.Input((5,)), layers.BatchNormalization(name="norm")], name="inner"
+        )
+        inputs = keras.Input((5,), name="features")
+        x = inner(inputs, training=True)  # by the batch's own statistics
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(2), "b": build(3)}
+
+    model = stitch(towers, [])
+
+    _assert_as_apart(model, towers, FEATURES)
+
+
+NESTED_ERRORS = {
+    "a bare name of two layers": (
+        lambda: _two_backbones(),
+        ["block1"],
+        r"several layers 'block1': name one of \['first/block1', 'second/block1'\]",
+    ),
+    "an unknown layer within": (
+        lambda: _transfer(2),
+        ["backbone/block3"],
+        r"no layer 'backbone/block3'.*'backbone/block2'",
+    ),
+    "a nested model used twice": (
+        lambda: _used_twice(),
+        [],
+        "uses its layer 'inner' more than once",
+    ),
+    "a layer inside and outside": (
+        lambda: _inside_and_outside(),
+        [],
+        "uses its layer 'both' more than once",
+    ),
+}
+
+
+def _two_backbones():
+    image = keras.Input((8, 8, 3), name="image")
+    first, second = _backbone("first")(image), _backbone("second")(image)
+    return keras.Model(image, layers.Dense(2)(first - second))
+
+
+def _used_twice():
+    inner = keras.Sequential([keras.Input((5,)), layers.Dense(5)], name="inner")
+    inputs = keras.Input((5,), name="features")
+    return keras.Model(inputs, inner(inner(inputs)))
+
+
+def _inside_and_outside():
+    both = layers.Dense(5, name="both")
+    inner = keras.Sequential([keras.Input((5,)), both])
+    inputs = keras.Input((5,), name="features")
+    return keras.Model(inputs, both(inner(inputs)))
+
+
+@pytest.mark.parametrize(
+    ("build", "at", "words"), NESTED_ERRORS.values(), ids=NESTED_ERRORS.keys()
+)
+def test_nested_models_that_cannot_be_taken_apart_are_an_error(build, at, words):
+    with pytest.raises(ValueError, match=f"tower of 'a'.*{words}"):
+        stitch({"a": build(), "b": build()}, at)
+
+
+# Frozen trunks
+
+
+def _frozen_to(tower, last):
+    for layer in tower.layers:
+        layer.trainable = False
+        if layer.name == last:
+            break
+    return tower
+
+
+def _trunk_tower(outputs, seed=0, frozen="norm"):
+    keras.utils.set_random_seed(seed)
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.Rescaling(1 / 255, name="rescaling")(image)
+    x = layers.Conv2D(4, 3, name="conv1")(x)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Conv2D(5, 3, name="conv2")(x)
+    x = layers.Flatten(name="flatten")(x)
+    tower = keras.Model(image, layers.Dense(outputs, name="score")(x))
+    return _frozen_to(tower, frozen)
+
+
+def _names(model):
+    return {x.name for x in model.layers}
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_a_frozen_trunk_is_built_once(tasks):
+    towers = {f"task{n}": _trunk_tower(n + 2) for n in range(tasks)}
+
+    once = stitch(towers, ["conv2"], same_task=1.0)
+    each = stitch(towers, ["conv2"], same_task=1.0, share_frozen=False)
+
+    _assert_as_apart(once, towers, IMAGES)
+    _assert_as_apart(each, towers, IMAGES)
+    shared = {"shared_rescaling", "shared_conv1", "shared_norm"}
+    assert shared < _names(once)
+    assert len(each.layers) - len(once.layers) == 3 * (tasks - 1)
+    assert "task1_flatten" in _names(once)
+    assert not any(name.startswith("shared") for name in _names(each))
+
+
+def test_a_shared_trunk_trains_as_each_its_own():
+    towers = {"a": _trunk_tower(2), "b": _trunk_tower(3)}
+    targets = {"a": RNG.normal(size=(3, 2)), "b": RNG.normal(size=(3, 3))}
+    after = []
+    for share in (True, False):
+        model = stitch(towers, ["conv2"], share_frozen=share)
+        model.compile(keras.optimizers.SGD(0.01), loss="mse")
+        model.fit(IMAGES, targets, epochs=2, verbose=0)
+        after.append(model.predict(IMAGES, verbose=0))
+    for task in towers:
+        np.testing.assert_allclose(after[0][task], after[1][task], rtol=1e-4, atol=1e-5)
+
+
+NOT_SHARED = {
+    "other weights": lambda: (_trunk_tower(2), _trunk_tower(2, seed=1)),
+    "nothing frozen": lambda: (
+        _trunk_tower(2, frozen="image"),
+        _trunk_tower(2, frozen="image"),
+    ),
+    "one of them frozen": lambda: (_trunk_tower(2), _trunk_tower(2, frozen="image")),
+}
+
+
+@pytest.mark.parametrize("build", NOT_SHARED.values(), ids=NOT_SHARED.keys())
+def test_other_trunks_are_each_built(build):
+    model = stitch(dict(zip("ab", build(), strict=True)), ["conv2"])
+
+    assert not any(name.startswith("shared") for name in _names(model))
+
+
+def test_a_trunk_is_shared_as_far_as_the_first_tap():
+    towers = {task: _trunk_tower(2, frozen="conv2") for task in "ab"}
+
+    model = stitch(towers, ["norm"])
+
+    shared = {name for name in _names(model) if name.startswith("shared")}
+    assert shared == {"shared_rescaling", "shared_conv1", "shared_norm"}
+
+
+def test_one_frozen_model_as_two_towers_is_built_once():
+    tower = _frozen_to(_trunk_tower(2), "score")
+
+    model = stitch({"a": tower, "b": tower}, [])
+
+    assert all(name.startswith("shared") or name == "image" for name in _names(model))
+    _assert_as_apart(model, {"a": tower, "b": tower}, IMAGES)
+
+
+def test_a_frozen_dropout_is_each_tower_s_own():
+    def build():
+        keras.utils.set_random_seed(0)
+        return _frozen_to(
+            _tower(
+                [
+                    layers.Dense(3, name="one"),
+                    layers.Dropout(0.5, name="drop"),
+                    layers.Dense(3, name="two"),
+                ]
+            ),
+            "two",
+        )
+
+    model = stitch({"a": build(), "b": build()}, ["tap"])
+
+    assert {"shared_one", "a_drop", "b_drop", "a_two", "b_two"} <= _names(model)
+
+
+def test_a_split_within_a_frozen_trunk_builds_the_rest_of_it_once_too():
+    towers = {task: _trunk_tower(2, frozen="norm") for task in "ab"}
+
+    model = split(towers, "conv1")
+    each = split(towers, "conv1", share_frozen=False)
+
+    assert {"shared_rescaling", "shared_conv1", "shared_norm", "a_conv2"} <= _names(
+        model
+    )
+    assert {"shared_rescaling", "a_conv1", "b_norm"} <= _names(each)
+    _assert_as_apart(model, towers, IMAGES)
+
+
+# Private names of Keras
+
+
+def test_the_private_names_that_copying_reads_are_there():
+    tower = _tower([layers.Dense(3, name="first")])
+
+    nodes = [node for nodes in tower._nodes_by_depth.values() for node in nodes]
+
+    (first,) = [node for node in nodes if node.operation.name == "first"]
+    args, _ = first.arguments.convert(lambda x: x)
+    assert args[0] is tower.inputs[0]
+    assert first.outputs[0] is tower.get_layer("first").output
+    assert not first.is_input
+    constructed = tower.get_layer("first")._auto_config.config
+    assert constructed["units"] == 3
+    assert tower.get_layer("first")._flatten_layers() == [tower.get_layer("first")]
+    assert [call.path for call in Tower("a", tower).calls] == ["first", "tap", "score"]

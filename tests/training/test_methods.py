@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+
+from training import methods
+from training import recipe as recipes
+
+
+@pytest.fixture
+def scenes():
+    return recipes.find("scenes")
+
+
+def test_options_change_the_units_of_the_recipe(scenes):
+    planned = methods.plan("cross_stitch@same_task=0.5,per=layer", scenes)
+
+    assert planned.recipe.units == dataclasses.replace(
+        scenes.units, same_task=0.5, per="layer"
+    )
+    assert planned.recipe.tower == scenes.tower
+    assert planned.schedule == scenes.extra
+
+
+def test_a_method_from_the_start_can_have_other_towers(scenes):
+    spelled = "cross_stitch_from_start@common_start=false"
+    planned = methods.plan(spelled, scenes)
+
+    assert planned.recipe.tower.common_start is False
+    assert planned.schedule == recipes.Schedule(20, 0.05)
+
+
+def test_what_is_spelled_is_what_is_planned(scenes):
+    name = "cross_stitch_from_start"
+    spelled = methods.spell(name, scenes, alpha_multiplier=1000, common_start=False)
+
+    assert spelled == f"{name}@alpha_multiplier=1000,common_start=false"
+    planned = methods.plan(spelled, scenes).recipe
+    assert planned.units.alpha_multiplier == 1000
+    assert planned.tower.common_start is False
+    # The recipe's own value is no other method.
+    assert methods.spell("cross_stitch", scenes, same_task=0.9) == "cross_stitch"
+
+
+@pytest.mark.parametrize(
+    ("spelled", "message"),
+    [
+        ("stich", "There is no method 'stich'. There are: one_task, "),
+        ("split", "as in 'split@conv4'. Received: 'split'"),
+        ("split@", "as in 'split@conv4'"),
+        ("cross_stitch@rate=3", "no option 'rate' in .* There are: at, per, same_task"),
+        ("cross_stitch@width=0.5", "no option 'width'"),  # has its towers already
+        ("one_task_longer@same_task=0.5", "no option 'same_task'"),
+        ("cross_stitch@same_task=much", "like 0.9 in .* Received: 'much'"),
+        ("cross_stitch@same_task=", "like 0.9 in .* Received: ''"),
+        ("cross_stitch@", "no option ''"),
+    ],
+)
+def test_a_method_that_there_is_not_is_refused(scenes, spelled, message):
+    with pytest.raises(ValueError, match=message):
+        methods.plan(spelled, scenes)
+
+
+@pytest.mark.parametrize("name", ["nyuv2", "nyuv2_pretrained", "scenes"])
+def test_every_recipe_has_a_toy_size_and_label_budgets(name):
+    recipe = recipes.find(name)
+    toy = recipes.find(f"{name}-labels25", toy=True)
+
+    assert recipe.name == name
+    assert recipe.training.dtype in ("float32", "mixed_bfloat16")
+    assert toy.name == f"{name}-toy-labels25"
+    assert toy.data.label_budget == ("segmentation", 0.25)
+    assert toy.data.config == "toy"
+    assert recipe.best_split in recipe.splits
+
+
+@pytest.mark.parametrize(
+    "name", ["scenes-labels", "scenes-labels0", "scenes-labels1e1"]
+)
+def test_a_label_budget_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match="a whole number of per cent, from 1 to 99"):
+        recipes.find(name)
+
+
+def test_a_recipe_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"no recipe 'kitti'\. There are: .*scenes"):
+        recipes.find("kitti-labels10")
+
+
+def test_an_unknown_key_of_a_recipe_raises(scenes):
+    with pytest.raises(TypeError, match="dropuot"):
+        recipes.change(scenes, "tower", dropuot=0.5)

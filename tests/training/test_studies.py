@@ -1,0 +1,177 @@
+"""Studies of runs that are only folders with metrics: nothing is trained here."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from training import recipe as recipes
+from training import runs
+from training.study import studies
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    return runs.Experiment(recipes.find("scenes"), None, tmp_path / "runs")
+
+
+def finish(run, value=50.0):
+    """Makes the run's folder what a finished one has."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "metrics.json").write_text(
+        json.dumps({"segmentation": {"mean_iu": value}, "normals": {"mean_angle": 20}})
+    )
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def methods_of(planned):
+    return list(dict.fromkeys(run.method for run in planned))
+
+
+def test_the_studies_are_the_papers_tables(scenes):
+    def study(name):
+        return methods_of(studies.plan(scenes, name, [0]))
+
+    assert study("methods")[:4] == ["one_task", "one_task_longer", "ensemble", "shared"]
+    assert study("init")[1:] == [
+        "cross_stitch@same_task=0.1",
+        "cross_stitch@same_task=0.5",
+        "cross_stitch@same_task=0.7",
+        "cross_stitch",
+    ]
+    assert study("alpha-rate")[1:] == [
+        "cross_stitch@alpha_multiplier=1",
+        "cross_stitch",
+        "cross_stitch@alpha_multiplier=100",
+        "cross_stitch@alpha_multiplier=1000",
+    ]
+    assert study("splits")[1] == "split@conv2"
+    assert study("tower-init")[-1] == "cross_stitch_from_start@common_start=false"
+
+
+@pytest.mark.parametrize("study", [*studies.STUDIES, "all"])
+@pytest.mark.parametrize("name", ["scenes", "nyuv2_pretrained"])
+def test_every_method_of_a_study_can_be_planned(scenes, study, name):
+    experiment = dataclasses.replace(scenes, recipe=recipes.find(name))
+
+    for run in studies.plan(experiment, study, [0]):
+        assert studies.methods.plan(run.method, run.experiment.recipe)
+
+
+def test_label_budgets_are_recipes_of_their_own(scenes):
+    planned = studies.plan(scenes, "label-budget", [0, 1])
+    names = dict.fromkeys(run.experiment.recipe.name for run in planned)
+    run = next(run for run in planned if run.method == "shared" and run.seed == 1)
+
+    assert list(names) == [f"scenes-labels{x}" for x in (5, 10, 25, 50)] + ["scenes"]
+    assert run.folder == scenes.runs / "scenes-labels5/shared/seed1"
+
+
+def test_shards_are_a_partition_that_keeps_a_seeds_runs_together(scenes):
+    planned = studies.plan(scenes, "label-budget", range(3))
+    shards = [studies.shard(planned, f"{k}/4") for k in (1, 2, 3, 4)]
+
+    assert sorted(x.folder for shard in shards for x in shard) == sorted(
+        x.folder for x in planned
+    )
+    for shard in shards:
+        # Every folder of a recipe and seed is in one shard.
+        others = [x for other in shards if other is not shard for x in other]
+        assert not {(x.experiment.recipe.name, x.seed) for x in shard} & {
+            (x.experiment.recipe.name, x.seed) for x in others
+        }
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/x", "-1/2", "1/0"])
+def test_a_shard_that_is_none_is_refused(scenes, part):
+    with pytest.raises(ValueError, match=r"--shard must be k/n.* Received: "):
+        studies.shard(studies.plan(scenes, "methods", [0]), part)
+
+
+def test_a_study_that_there_is_not_is_refused(scenes):
+    with pytest.raises(ValueError, match=r"no study 'table5'\. There are: methods, "):
+        studies.plan(scenes, "table5", [0])
+
+
+def test_what_is_missing_includes_what_the_runs_start_from(scenes):
+    planned = studies.plan(scenes, "methods", [0])
+    ensemble = [run for run in planned if run.method == "ensemble"]
+    missing = [(run.method, run.seed) for run in studies.missing(ensemble)]
+
+    assert missing == [("one_task", 0), ("one_task", 1000), ("ensemble", 0)]
+    finish(next(run for run in planned if run.method == "one_task"))
+    missing = [(run.method, run.seed) for run in studies.missing(ensemble)]
+    assert missing == [("one_task", 1000), ("ensemble", 0)]
+
+
+def test_the_time_of_a_run_is_estimated_from_those_before(scenes):
+    planned = studies.plan(scenes, "methods", [0])
+    by_method = {run.method: run for run in planned}
+
+    assert studies.duration(by_method["cross_stitch"]) is None
+    finish(by_method["one_task"])
+    history = by_method["one_task"].folder / "history.csv"
+    history.write_text("epoch,loss,seconds\n0,2,9\n1,1,7\n2,1,8\n")
+    assert studies.duration(by_method["cross_stitch"]) == 6 * 8
+    assert studies.duration(by_method["shared"]) == 20 * 8
+    assert studies.duration(by_method["ensemble"]) == 0
+
+
+def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
+    results = tmp_path / "results"
+    first = studies.plan(scenes, "splits", [0, 1])
+    for run in first[:3]:
+        finish(run)
+    path = results / "scenes/splits.csv"
+
+    assert studies.write(first, results) == [path]
+    assert path.read_text().splitlines()[:3] == [
+        "method,seed,task,metric,value",
+        "one_task_whole,0,segmentation,mean_iu,50.0",
+        "one_task_whole,0,normals,mean_angle,20",
+    ]
+    assert len(rows(path)) == 3 * 2
+    # Another machine, which has none of those runs, adds one and repeats one.
+    other = dataclasses.replace(scenes, runs=tmp_path / "other")
+    second = studies.plan(other, "splits", [0, 7])
+    finish(second[0], value=60.0)
+    finish(second[-1])
+    studies.write(second, results)
+    found = {(row["method"], row["seed"]): row["value"] for row in rows(path)[::2]}
+    assert found == {
+        ("one_task_whole", "0"): "60.0",
+        ("split@conv2", "0"): "50.0",
+        ("split@conv3", "0"): "50.0",
+        ("split@score", "7"): "50.0",
+    }
+
+
+def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
+    (alpha,) = [
+        run
+        for run in studies.plan(scenes, "alpha", [0])
+        if run.method == "cross_stitch"
+    ]
+    finish(alpha)
+    # (task that takes, task that gives, channel), the tasks in sorted order
+    values = np.array([[[0.75, 0.25], [0.5, 0.0]], [[0.25, 0.125], [1.0, 1.0]]])
+    np.savez(alpha.folder / "alpha.npz", cross_stitch_fc7=values)
+    (alpha.folder / "per_class.csv").write_text(
+        "task,class,metric,value\nsegmentation,lamp,iu,12.5\n"
+        "segmentation,lamp,pixels,800\n"
+    )
+    by_class = dataclasses.replace(alpha, study="per-class")
+    alpha_path, class_path = studies.write([alpha, by_class], tmp_path)
+
+    found = {(row["task"], row["metric"]): row["value"] for row in rows(alpha_path)}
+    assert found["normals", "alpha/fc7/from_segmentation/max"] == "0.5"
+    assert found["segmentation", "alpha/fc7/from_normals/max"] == "0.25"
+    assert found["segmentation", "alpha/fc7/from_segmentation/min"] == "1.0"
+    found = {row["metric"]: row["value"] for row in rows(class_path)}
+    assert found == {"iu/lamp": "12.5", "pixels/lamp": "800"}

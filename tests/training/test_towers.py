@@ -1,0 +1,137 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_cross_stitch import stitch
+from training import recipe as recipes
+from training import towers
+
+
+@pytest.fixture(scope="module")
+def pretrained(backbone):
+    recipe = recipes.find("nyuv2_pretrained", toy=True)
+    recipe = recipes.change(recipe, "training", dtype="float32")
+    recipe = recipes.change(recipe, "data", image_size=(96, 160), target_size=(48, 80))
+    return recipes.change(recipe, "tower", backbone=backbone, frozen_to="block4_output")
+
+
+def of_equal_shape(towers_of_tasks):
+    one, other = (tower.get_weights() for tower in towers_of_tasks.values())
+    return [(a, b) for a, b in zip(one, other, strict=True) if a.shape == b.shape]
+
+
+def test_towers_start_from_one_initialisation(alexnet, tasks):
+    together = of_equal_shape(towers.build(alexnet, tasks, 3))
+    fresh = recipes.change(alexnet, "tower", common_start=False)
+    apart = of_equal_shape(towers.build(fresh, tasks, 3))
+    another_seed = of_equal_shape(towers.build(alexnet, tasks, 4))
+
+    assert len(together) > 20
+    assert all(np.array_equal(a, b) for a, b in together)
+    assert not all(np.array_equal(a, b) for a, b in apart)
+    assert not all(
+        np.array_equal(a, c)
+        for (a, _), (c, _) in zip(together, another_seed, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["alexnet", "pretrained"])
+def test_a_tower_taken_out_is_the_one_that_was_joined(request, kind, tasks):
+    recipe = request.getfixturevalue(kind)
+    of_tasks = towers.build(recipe, tasks, 0)
+    rng = np.random.default_rng(0)
+    for tower in of_tasks.values():
+        for weight in tower.trainable_variables:
+            weight.assign(rng.uniform(0, 0.1, weight.shape))
+    joined = stitch(of_tasks, at=())
+    image = rng.uniform(0, 255, (1, *recipe.data.image_size, 3))
+
+    assert any("shared_conv" in x.name for x in joined.layers) == (kind != "alexnet")
+    for name, tower in of_tasks.items():
+        taken = towers.take_out(joined, name)
+        assert [x.name for x in taken.layers] == [x.name for x in tower.layers]
+        assert len(taken.trainable_variables) == len(tower.trainable_variables)
+        np.testing.assert_array_equal(
+            taken.predict(image, verbose=0), tower.predict(image, verbose=0)
+        )
+
+
+def test_a_saved_backbone_starts_all_towers_and_keeps_its_frozen_half(
+    pretrained, tasks, backbone
+):
+    saved = keras.models.load_model(backbone)
+    of_tasks = towers.build(pretrained, tasks, 0)
+    for name, tower in of_tasks.items():
+        assert tower.output.shape == (None, 48, 80, tasks[name].outputs)
+        for layer in saved.layers:
+            copied = tower.get_layer(layer.name).get_weights()
+            for a, b in zip(layer.get_weights(), copied, strict=True):
+                np.testing.assert_array_equal(a, b)
+    model = stitch(of_tasks, at=["relu7"])
+    before = {x.path: x.numpy() for x in model.variables}
+    model.compile("sgd", {name: task.loss() for name, task in tasks.items()})
+    image = np.random.default_rng(0).uniform(0, 255, (2, 96, 160, 3))
+    normals = np.zeros((2, 48, 80, 3))
+    normals[..., 2] = -1
+    model.fit(
+        image,
+        {"segmentation": np.ones((2, 48, 80)), "normals": normals},
+        epochs=2,  # the score starts at zero, and so does what is below it
+        verbose=0,
+    )
+    moved = {
+        x.path.split("/")[0]
+        for x in model.variables
+        if np.any(x.numpy() != before[x.path])
+    }
+
+    assert not [path for path in moved if "4" in path]
+    assert {"segmentation_conv7", "normals_block7_output"} <= moved
+
+
+def test_the_dtype_of_the_recipe_is_that_of_the_towers(pretrained, alexnet, tasks):
+    for recipe in (pretrained, alexnet):
+        half = recipes.change(recipe, "training", dtype="mixed_bfloat16")
+        tower = towers.build(half, tasks, 0)["normals"]
+        layer = next(x for x in tower.layers if isinstance(x, keras.layers.Conv2D))
+        assert layer.compute_dtype == "bfloat16"
+        assert layer.kernel.dtype == "float32"
+        assert tower.output.dtype == "float32"
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_a_backbone_is_identified_by_what_it_is_not_where(pretrained, tmp_path):
+    moved = tmp_path / "moved.keras"
+    moved.write_bytes(pretrained.tower.backbone.read_bytes())
+    there = recipes.change(pretrained, "tower", backbone=moved)
+    same = towers.identity(there.tower)
+
+    assert same == towers.identity(pretrained.tower)
+    moved.write_bytes(moved.read_bytes() + b"x")
+    assert same != towers.identity(there.tower)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frozen_to": "block9_output"}, "has no layer 'block9_output'.* conv4"),
+        ({"backbone": "nowhere.keras"}, "There is no backbone .*nowhere.* --backbone"),
+    ],
+)
+def test_a_backbone_that_cannot_be_used_is_refused(
+    pretrained, tasks, tmp_path, values, message
+):
+    if "backbone" in values:
+        values = {"backbone": tmp_path / values["backbone"]}
+    with pytest.raises(ValueError, match=message):
+        towers.build(recipes.change(pretrained, "tower", **values), tasks, 0)
+
+
+def test_a_backbone_of_another_stride_is_refused(pretrained, tasks, tmp_path):
+    image = keras.Input((None, None, 3))
+    conv = keras.layers.Conv2D(4, 3, 16, padding="same", name="block4_output")(image)
+    keras.Model(image, conv).save(tmp_path / "stride16.keras")
+    other = recipes.change(pretrained, "tower", backbone=tmp_path / "stride16.keras")
+
+    with pytest.raises(ValueError, match=r"32 pixels\. Received: 6x10 cells"):
+        towers.build(other, tasks, 0)

@@ -1,0 +1,1 @@
+"""From a TFDS builder to batches: one file for each kind of example."""

@@ -1,0 +1,182 @@
+"""Batches of (image, {task: map}), each determined by (seed, step)."""
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+
+def load(builder, split, data, tasks):
+    """All examples of a split, small enough for memory.
+
+    Returns:
+        `(images, {task: targets})`: a uint8 tensor (N, H, W, 3) and tensors (N, ...).
+    """
+    examples = _examples(builder, split, data, tasks)
+    (loaded,) = examples.batch(len(examples))
+    return loaded
+
+
+def train_batches(examples, recipe, tasks, seed, steps):
+    """The batches of some steps: shuffled, and augmented at random.
+
+    A batch depends on the seed and its step alone, so a resumed run goes on with
+    those that it would have had.
+
+    Args:
+        examples: What `load` returned of the train split.
+        recipe: The `Recipe`.
+        tasks: Dict of task name to `Task`.
+        seed: Integer.
+        steps: `range` of steps, counted from the start of the run.
+
+    Returns:
+        A `tf.data.Dataset` of as many batches.
+    """
+    images, targets = examples
+    starved, share = recipe.data.label_budget
+    labelled = budget(recipe.data, len(images), seed)
+    order = _order(labelled, recipe.training.batch_size, steps.stop, seed)
+
+    def batch(step):
+        chosen = tf.gather(order, step)
+        chosen_targets = {
+            name: tf.gather(target, chosen) for name, target in targets.items()
+        }
+        if share < 1:
+            target = chosen_targets[starved]
+            void = tf.cast(tasks[starved].void, target.dtype)
+            has_labels = tf.gather(labelled, chosen)
+            chosen_targets[starved] = _choose(has_labels, target, void)
+        seeds = tf.stack([tf.constant(seed, "int64"), step])
+        return _augment(
+            tf.gather(images, chosen), chosen_targets, recipe.data, tasks, seeds
+        )
+
+    return (
+        tf.data.Dataset.range(steps.start, steps.stop)
+        .map(batch, num_parallel_calls=tf.data.AUTOTUNE)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+
+
+def test_batches(builder, recipe, tasks):
+    """The test split, in order, every example once."""
+    data = recipe.data
+    return (
+        _examples(builder, data.test_split, data, tasks)
+        .batch(recipe.training.batch_size)
+        .map(lambda image, targets: (tf.cast(image, "float32"), targets))
+        .prefetch(tf.data.AUTOTUNE)
+    )
+
+
+def budget(data, count, seed):
+    """Which train images have the labels of the `label_budget` task, (N,) bool.
+
+    Those of a small budget are among those of any larger one.
+    """
+    _, share = data.label_budget
+    rank = np.random.default_rng([seed, 1]).permutation(count)
+    return rank < round(share * count)
+
+
+def _order(labelled, batch_size, steps, seed):
+    """The examples of each step's batch, (steps, batch size)."""
+    (with_labels,), (without,) = labelled.nonzero(), (~labelled).nonzero()
+    if not len(without):
+        return _passes(with_labels, steps, batch_size, [seed, 2])
+    half = batch_size // 2
+    return np.concatenate(
+        [
+            _passes(with_labels, steps, half, [seed, 2]),
+            _passes(without, steps, batch_size - half, [seed, 3]),
+        ],
+        axis=1,
+    )
+
+
+def _passes(items, steps, size, seed):
+    """The items in a random order, then in another one, and so on: (steps, size)."""
+    count = -(-steps * size // len(items))
+    passes = [
+        np.random.default_rng([*seed, k]).permutation(items) for k in range(count)
+    ]
+    return np.concatenate(passes)[: steps * size].reshape(steps, size)
+
+
+def _examples(builder, split, data, tasks):
+    """(image uint8, {task: target}) of each example, not yet in batches."""
+    wanted = {"image", *(task.feature for task in tasks.values())}
+    height, width = builder.info.features["image"].shape[:2]
+    rows, columns = height // data.target_size[0], width // data.target_size[1]
+
+    def parse(example):
+        image = example["image"]
+        if data.image_size != (height, width):
+            image = tf.image.resize(image, data.image_size)
+            image = tf.cast(tf.round(image), "uint8")
+        targets = {
+            name: task.target(example)[::rows, ::columns]
+            for name, task in tasks.items()
+        }
+        return image, targets
+
+    return builder.as_dataset(
+        split=split,
+        decoders=tfds.decode.PartialDecoding(dict.fromkeys(wanted, True)),
+    ).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _augment(image, targets, data, tasks, seed):
+    """Flips, crops and tints each example of the batch, by chance."""
+    flip_seed, crop_seed, tint_seed = tf.unstack(
+        tf.random.experimental.stateless_split(seed, 3)
+    )
+    mirrored = tf.random.stateless_uniform([len(image)], flip_seed) < 0.5
+    image = _choose(mirrored, tf.reverse(image, axis=[2]), image)
+    targets = {
+        name: _choose(mirrored, tasks[name].flip(target), target)
+        for name, target in targets.items()
+    }
+    if data.smallest_crop < 1:
+        boxes = _boxes(len(image), data.smallest_crop, crop_seed)
+        image = _crop(image, boxes, "bilinear")
+        targets = {
+            name: tf.cast(_crop(target, boxes, "nearest"), target.dtype)
+            for name, target in targets.items()
+        }
+    image = tf.cast(image, "float32")
+    if data.colour:
+        image = _tint(image, data.colour, tint_seed)
+    return image, targets
+
+
+def _choose(chosen, one, other):
+    """For each example of the batch, the one where chosen, else the other."""
+    return tf.where(tf.reshape(chosen, [-1] + [1] * (len(one.shape) - 1)), one, other)
+
+
+def _boxes(count, smallest, seed):
+    """Random boxes of the image's shape, (N, 4): top, left, bottom, right in [0, 1]."""
+    side, top, left = tf.unstack(tf.random.stateless_uniform([3, count], seed))
+    side = smallest + (1 - smallest) * side
+    top, left = (1 - side) * top, (1 - side) * left
+    return tf.stack([top, left, top + side, left + side], axis=1)
+
+
+def _crop(maps, boxes, method):
+    """Each map's part in its box, enlarged to the size of the map; float32."""
+    channels = maps if len(maps.shape) == 4 else maps[..., None]
+    parts = tf.image.crop_and_resize(
+        channels, boxes, tf.range(len(boxes)), maps.shape[1:3], method
+    )
+    return tf.reshape(parts, tf.shape(maps))
+
+
+def _tint(image, strength, seed):
+    """Each image brighter or darker, and so again each of its channels."""
+    draws = tf.random.stateless_uniform(
+        [len(image), 1, 1, 4], seed, -strength, strength
+    )
+    gain = (1 + draws[..., :1]) * (1 + draws[..., 1:])
+    return tf.clip_by_value(image * gain, 0.0, 255.0)

@@ -1,0 +1,245 @@
+"""The paper's tables and figures, each as a set of runs, and their raw values."""
+
+import csv
+import dataclasses
+import itertools
+
+import numpy as np
+
+from training import methods, runs
+from training import recipe as recipes
+from training.runs import Experiment
+
+LABEL_BUDGETS = (5, 10, 25, 50)  # per cent, and all
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a study."""
+
+    study: str
+    experiment: Experiment
+    method: str
+    seed: int
+
+    @property
+    def folder(self):
+        return self.experiment.folder(self.method, self.seed)
+
+    @property
+    def finished(self):
+        return runs.metrics(self.folder) is not None
+
+
+def _methods(recipe):
+    """Table 5, with the two controls that the paper lacks."""
+    return [
+        "one_task",
+        "one_task_longer",
+        "ensemble",
+        "shared",
+        f"split@{recipe.best_split}",
+        "cross_stitch",
+        "cross_stitch_from_start",
+        "one_task_whole",
+    ]
+
+
+def _init(recipe):
+    """Table 1: alpha starts at same_task, and the rest from the other tasks."""
+    starts = (0.1, 0.5, 0.7, 0.9)
+    swept = [methods.spell("cross_stitch", recipe, same_task=x) for x in starts]
+    return ["one_task_longer", *swept]
+
+
+def _alpha_rate(recipe):
+    """Table 2: alpha learns so many times as fast as the towers."""
+    rates = (1, 10, 100, 1000)
+    swept = [methods.spell("cross_stitch", recipe, alpha_multiplier=x) for x in rates]
+    return ["one_task_longer", *swept]
+
+
+def _tower_init(recipe):
+    """Table 3: stitched from one-task nets, or from the start; alike or each its own.
+
+    A saved backbone is always a common start.
+    """
+    name = "cross_stitch_from_start"
+    fresh = []
+    if hasattr(recipe.tower, "common_start"):
+        fresh = [methods.spell(name, recipe, common_start=False)]
+    return ["one_task_longer", "cross_stitch", "one_task_whole", name, *fresh]
+
+
+def _alpha(recipe):
+    """Table 4: what the units learn, from three starts."""
+    starts = (0.9, 0.5, 0.1)
+    return [methods.spell("cross_stitch", recipe, same_task=x) for x in starts]
+
+
+def _splits(recipe):
+    """Figure 2b: which layers are each task's own."""
+    return ["one_task_whole", *(f"split@{layer}" for layer in recipe.splits)]
+
+
+def _per_class(recipe):
+    """Figure 6: which classes gain."""
+    return ["one_task", "one_task_longer", "cross_stitch"]
+
+
+def _label_budget(recipe):
+    """Beyond the paper: labels of one task on a part of the images."""
+    return [
+        "one_task_whole",
+        "shared",
+        f"split@{recipe.best_split}",
+        "cross_stitch",
+        "cross_stitch_from_start",
+    ]
+
+
+STUDIES = {
+    "methods": _methods,
+    "init": _init,
+    "alpha-rate": _alpha_rate,
+    "tower-init": _tower_init,
+    "alpha": _alpha,
+    "splits": _splits,
+    "per-class": _per_class,
+    "label-budget": _label_budget,
+}
+
+
+def plan(experiment, study, seeds):
+    """The runs of a study, or of `all`: seed by seed, so that each is whole early.
+
+    Raises:
+        ValueError: For a study that there is not.
+    """
+    if study not in (*STUDIES, "all"):
+        raise ValueError(
+            f"There is no study '{study}'. There are: {', '.join(STUDIES)}, all"
+        )
+    names = STUDIES if study == "all" else [study]
+    experiments = {name: _experiments(experiment, name) for name in names}
+    return [
+        Run(name, one, method, seed)
+        for name in names
+        for seed in seeds
+        for one in experiments[name]
+        for method in STUDIES[name](one.recipe)
+    ]
+
+
+def shard(planned, part):
+    """The k-th of n parts, `"k/n"`, runs that start from the same ones together."""
+    k, slash, n = part.partition("/")
+    if not (slash and k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise ValueError(f"--shard must be k/n, as in 1/4. Received: {part!r}")
+
+    def together(run):
+        return run.experiment.recipe.name, run.seed
+
+    groups = list(dict.fromkeys(map(together, planned)))[int(k) - 1 :: int(n)]
+    return [run for run in planned if together(run) in groups]
+
+
+def missing(planned):
+    """The runs that are not finished, those that others start from among them."""
+    wanted = itertools.chain.from_iterable((*_starts(run), run) for run in planned)
+    by_folder = {run.folder: run for run in wanted if not run.finished}
+    return list(by_folder.values())
+
+
+def duration(run):
+    """About how many seconds the run takes, `None` if nothing like it has run here."""
+    schedule = methods.plan(run.method, run.experiment.recipe).schedule
+    if schedule is None:
+        return 0.0
+    recipe = run.experiment.recipe.name.partition("-labels")[0]
+    seconds = [
+        float(row["seconds"])
+        for path in run.experiment.runs.glob(f"{recipe}*/*/seed*/history.csv")
+        for row in _read(path)
+    ]
+    return schedule.epochs * float(np.median(seconds)) if seconds else None
+
+
+def write(planned, results):
+    """Writes the raw values of the finished runs, and returns the files' paths.
+
+    A file per recipe and study, `<results>/<recipe>/<study>.csv`. What it holds of
+    other runs, of other seeds or from other machines, it keeps.
+    """
+    files = {}
+    for run in planned:
+        path = results / run.experiment.recipe.name / f"{run.study}.csv"
+        if run.finished:
+            files.setdefault(path, []).append(run)
+    for path, finished in files.items():
+        values = {}
+        for row in _read(path) if path.exists() else ():
+            values.setdefault((row["method"], int(row["seed"])), []).append(
+                tuple(row.values())
+            )
+        for run in finished:
+            values[run.method, run.seed] = _rows(run)
+        rows = itertools.chain.from_iterable(values.values())
+        runs.write_csv(path, runs.Row._fields, rows)
+    return list(files)
+
+
+def _rows(run):
+    """The run's metrics, and what else its study is about, as tidy rows."""
+    values = runs.metrics(run.folder)
+    if run.study == "per-class":
+        values = {}
+        for row in _read(run.folder / "per_class.csv"):
+            metric = f"{row['metric']}/{row['class']}"
+            values.setdefault(row["task"], {})[metric] = row["value"]
+    if run.study == "alpha":
+        values = _alphas(run)
+    return runs.rows(run.method, run.seed, values)
+
+
+def _alphas(run):
+    """{task: {"alpha/<unit>/from_<source>/<statistic>": value}} of a stitched run."""
+    tasks = sorted(run.experiment.recipe.data.tasks)  # as alpha's axes are
+    values = {task: {} for task in tasks}
+    with np.load(run.folder / "alpha.npz") as units:
+        for unit, alpha in units.items():
+            for (i, task), (j, source) in itertools.product(
+                enumerate(tasks), enumerate(tasks)
+            ):
+                name = f"alpha/{unit.removeprefix('cross_stitch_')}/from_{source}"
+                for statistic in ("mean", "std", "min", "max"):
+                    value = float(getattr(alpha[i, j], statistic)())
+                    values[task][f"{name}/{statistic}"] = round(value, 4)
+    return values
+
+
+def _experiments(experiment, study):
+    """The experiment itself, or its variants over label budgets."""
+    if study != "label-budget":
+        return [experiment]
+    variants = [
+        dataclasses.replace(
+            experiment, recipe=recipes.with_labels(experiment.recipe, percent)
+        )
+        for percent in LABEL_BUDGETS
+    ]
+    return [*variants, experiment]
+
+
+def _starts(run):
+    method = methods.plan(run.method, run.experiment.recipe).method
+    offsets = method.seeds if method.start else ()
+    return [
+        dataclasses.replace(run, method=method.start, seed=run.seed + offset)
+        for offset in offsets
+    ]
+
+
+def _read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
