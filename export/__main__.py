@@ -11,8 +11,8 @@ from typing import Annotated
 # where a CPU lacks AVX-512 it leaves oneDNN's convolutions off, which are faster.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-for library in ("absl", "tensorflow"):
-    logging.getLogger(library).setLevel(logging.ERROR)
+for library in ("absl", "tensorflow"):  # which set the levels of their loggers anew
+    logging.getLogger(library).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 import typer
 from rich.console import Console
