@@ -47,7 +47,7 @@ assert "keras" not in {name for name, module in sys.modules.items() if module}
 
 def applications():
     """The names of all constructors of `keras.applications`, the largest last."""
-    large = re.compile("Large|Base|B[3-7]$|V2[ML]$|152|169|201")
+    large = re.compile("Large|ConvNeXt|B[3-7]$|V2[ML]$|152|169|201")
     return sorted(
         (
             name
