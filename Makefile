@@ -9,7 +9,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[training,export,test]'
+	$(BIN)/pip install --quiet --editable . --group training --group export --group test
 	touch $@
 
 demo: install
