@@ -246,8 +246,8 @@ def _named(call: Call) -> Iterator[None]:
         raise ValueError(
             f"In the tower of '{call.task}', layer '{call.path}' "
             f"({type(call.layer).__name__}) cannot be copied. A layer of your own "
-            "needs a `get_config` with all that its `__init__` takes, and `**kwargs` in "
-            f"`__init__` for the name. Keras says: {str(error).strip()}"
+            "needs a `get_config` with all that its `__init__` takes, and `**kwargs` "
+            f"in `__init__` for the name. Keras says: {str(error).strip()}"
         ) from error
 
 
