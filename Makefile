@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: install demo test lint docs guides compatibility
+.PHONY: install demo test lint docs guides speed compatibility
 
 install: .venv/installed
 
@@ -30,6 +30,10 @@ docs: install
 # Minutes: the guides' outputs, anew.
 guides: install
 	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python docs/run_guides.py
+
+# Minutes, on a machine that does nothing else. Writes docs/results/speed.csv.
+speed: install
+	$(BIN)/python tests/speed.py
 
 # Hours on two cores; what is done stays done. Writes docs/compatibility.md.
 compatibility: install

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.ipynb"))
-EPOCHS = 3
+EPOCHS = 2
 
 
 def code_of(guide):
