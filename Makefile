@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: install demo test lint compatibility
+.PHONY: install demo test lint docs guides speed compatibility
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[training,export,test]'
+	$(BIN)/pip install --quiet --editable . --group training --group export --group docs --group test
 	touch $@
 
 demo: install
@@ -22,6 +22,18 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# build/site/index.html, which is read without a server and without a network.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Minutes: the guides' outputs, anew.
+guides: install
+	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python docs/run_guides.py
+
+# Minutes, on a machine that does nothing else. Writes docs/results/speed.csv.
+speed: install
+	$(BIN)/python tests/speed.py
 
 # Hours on two cores; what is done stays done. Writes docs/compatibility.md.
 compatibility: install

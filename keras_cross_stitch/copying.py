@@ -129,6 +129,8 @@ def _is_function_config(value: Any, held: Any) -> bool:
 
 def alike(layer: Any, other: Any) -> bool:
     """Whether two layers are the same but for their names and their weights."""
+    if type(layer) is not type(other):
+        return False
     return _kind(layer) == _kind(other) and all(
         _same_function(a, b)
         for a, b in zip(_functions(layer), _functions(other), strict=True)
@@ -148,7 +150,7 @@ def _kind(layer: Any) -> tuple:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in `copy_layer`
-        return type(layer), nameless(layer.get_config()), len(_functions(layer))
+        return nameless(layer.get_config()), len(_functions(layer))
 
 
 def _functions(layer: Any) -> list[types.FunctionType]:

@@ -3,9 +3,10 @@
 Knows nothing of taps and splits: `networks` says what is shared, and what is mixed.
 """
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -181,11 +182,12 @@ def built_once(
         free = list(known)
         for call in tower.calls:
             reads = [(values.get(id(x)), x) for x in call.reads]
-            twins = [
-                entry
-                for entry in free
-                if _read_the_same(entry[1], reads) and may_share(entry[0], call)
-            ]
+            with _named(call):  # comparing reads a layer's config, as copying does
+                twins = [
+                    entry
+                    for entry in free
+                    if _read_the_same(entry[1], reads) and may_share(entry[0], call)
+                ]
             if twins:
                 # Of twin branches, the one of the same name.
                 entry = min(twins, key=lambda entry: entry[0].path != call.path)
@@ -233,6 +235,20 @@ def _read_the_same(reads: list[tuple], others: list[tuple]) -> bool:
         a is b and (a is not None or (type(x) is type(y) and np.array_equal(x, y)))
         for (a, x), (b, y) in zip(reads, others, strict=True)
     )
+
+
+@contextlib.contextmanager
+def _named(call: Call) -> Iterator[None]:
+    """Turns what Keras says of a layer that cannot be copied into one that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"In the tower of '{call.task}', layer '{call.path}' "
+            f"({type(call.layer).__name__}) cannot be copied. A layer of your own "
+            "needs a `get_config` with all that its `__init__` takes, and `**kwargs` "
+            f"in `__init__` for the name. Keras says: {str(error).strip()}"
+        ) from error
 
 
 class Joined:
@@ -288,16 +304,9 @@ class Joined:
             lambda x: tensors[id(x)] if isinstance(x, keras.KerasTensor) else x,
             (call.args, call.kwargs),
         )
-        try:
+        with _named(call):
             copy = copy_layer(layer, name)
             outputs = keras.tree.flatten(copy(*args, **kwargs))
-        except Exception as error:
-            raise ValueError(
-                f"In the tower of '{call.task}', layer '{call.path}' "
-                f"({type(layer).__name__}) cannot be copied. A layer of your own needs "
-                "a `get_config` with all that its `__init__` takes, and `**kwargs` in "
-                f"`__init__` for the name. Keras says: {error}"
-            ) from error
         self._copies.append((layer, copy))
         return outputs
 

@@ -118,7 +118,8 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         for pattern in self.multipliers:
             if not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
-                    "Each pattern of `multipliers` must match a trainable variable. "
+                    "Each pattern of `multipliers` must match a trainable variable: "
+                    "correct it, leave it out, or unfreeze what it names. "
                     f"Received: {pattern!r}, which matches none of {paths}"
                 )
         multiplier_of: dict[Any, float] = {}

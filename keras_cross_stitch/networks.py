@@ -366,7 +366,8 @@ def _check_alike_below(
                 "The towers must have the same layers up to where they split. The "
                 f"tower of '{list(towers)[below.index(calls)]}' has "
                 f"'{extra or 'nothing'}' where the first has '{missed or 'nothing'}', "
-                "of another kind, with other arguments or with other inputs"
+                "of another kind, with other arguments or with other inputs. Split at "
+                "that layer or below it, or `stitch()` the towers"
             )
 
 

@@ -371,8 +371,9 @@ class _Uncopiable(layers.Layer):
         return x + float(self.number)
 
 
-def test_a_layer_that_cannot_be_copied_is_named():
-    towers = {"a": _tower([]), "b": _tower([_Uncopiable(Fraction(1, 3))])}
+@pytest.mark.parametrize("others", [[], [_Uncopiable(Fraction(1, 2))]])
+def test_a_layer_that_cannot_be_copied_is_named(others):
+    towers = {"a": _tower(others), "b": _tower([_Uncopiable(Fraction(1, 3))])}
 
     with pytest.raises(
         ValueError,

@@ -1,6 +1,7 @@
 """The project's own promises: what the wheel holds, who imports whom, the README."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -63,6 +64,36 @@ def test_the_wheel_holds_the_library_alone(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 
+# Where only the wheel and what it depends on can be imported from.
+RUN_EXAMPLES = """
+import doctest
+import keras_cross_stitch
+from keras_cross_stitch import networks
+assert keras_cross_stitch.__file__.startswith({folder!r}), keras_cross_stitch.__file__
+print(doctest.testmod(networks))
+"""
+
+
+def test_the_installed_wheel_runs_the_examples(wheel, tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
+    subprocess.run([*install, "--target", tmp_path, wheel], check=True)
+
+    code = RUN_EXAMPLES.format(folder=str(tmp_path))
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    found = re.search(r"failed=(\d+), attempted=(\d+)", process.stdout)
+    assert found, process.stdout
+    assert int(found[1]) == 0, process.stdout
+    assert int(found[2]) > 5
+
+
 def test_every_public_name_is_documented():
     for name in keras_cross_stitch.__all__:
         documentation = getattr(keras_cross_stitch, name).__doc__
@@ -74,6 +105,15 @@ def test_the_wheel_and_the_package_have_one_version(wheel):
     assert wheel.name.startswith(
         f"keras_cross_stitch-{keras_cross_stitch.__version__}-"
     )
+
+
+def test_changes_and_citation_are_of_this_version():
+    version = keras_cross_stitch.__version__
+    (newest, *_) = re.findall(
+        r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert newest == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 # What the README's python blocks need, by words that stand in one of them alone. They

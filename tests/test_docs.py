@@ -1,0 +1,48 @@
+"""The documentation site is built strictly, and fetches nothing."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keras_cross_stitch
+
+ROOT = Path(__file__).parents[1]
+FETCHED = re.compile(
+    r"<(?:script|img|iframe)[^>]* src=\"http|<link[^>]*stylesheet[^>]*//"
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    return folder
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 10
+    for page in pages:
+        assert not FETCHED.search(page.read_text()), page
+
+
+def test_every_public_name_has_its_place_in_the_api(site):
+    page = (site / "api.html").read_text()
+    for name in keras_cross_stitch.__all__:
+        assert f'id="keras_cross_stitch.{name}"' in page, name
+    assert "&gt;&gt;&gt;" not in re.sub("<code.*?</code>", "", page, flags=re.S)
+
+
+def test_formulas_are_drawn_without_a_script(site):
+    page = (site / "how_it_works.html").read_text()
+    assert page.count("<math") > 10
+    assert "arithmatex" not in page
