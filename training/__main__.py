@@ -120,6 +120,8 @@ def fit(
                 fitting.fit(
                     experiment, name, seed, strategy=strategy, progress=progress
                 )
+            if not distribution.is_chief(strategy):
+                return
             line = progress.add_task("pictures, SavedModel, report", total=None)
             target = comparison.compare(experiment, methods, seed)
             page = write_report(runs, runs / "report.html")
@@ -169,6 +171,7 @@ def study(
         from training.runs import Experiment, open_experiment
         from training.study import studies
 
+        strategy = distribution.strategy()
         chosen = _recipe(recipe, backbone, toy)
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
@@ -185,7 +188,7 @@ def study(
                     run.experiment,
                     run.method,
                     run.seed,
-                    strategy=distribution.strategy(),
+                    strategy=strategy,
                     progress=progress,
                 )
         for path in studies.write(planned, results):
@@ -331,13 +334,26 @@ def _progress():
 
 @contextlib.contextmanager
 def _errors_in_a_line():
-    """Every known error ends the program with one line and exit code 2."""
+    """Every known error ends the program with one line and exit code 2.
+
+    SIGTERM ends it with one line and `Preempted.EXIT_CODE`.
+    """
+    from training.callbacks import Preempted, at_sigterm
+
+    def stop():
+        raise Preempted("Stopped, as asked. What is done is kept")
+
     try:
-        yield
+        with at_sigterm(stop):
+            yield
     except (ValueError, OSError, FloatingPointError) as error:
         text = " ".join(str(error).split())
         Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
         sys.exit(2)
+    except Preempted as preempted:
+        again = "Run the same command again, and it goes on"
+        Console(stderr=True).print(f"{preempted}. {again}", soft_wrap=True)
+        sys.exit(Preempted.EXIT_CODE)
 
 
 if __name__ == "__main__":

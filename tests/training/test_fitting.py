@@ -32,6 +32,7 @@ def with_(experiment, part, **values):
 
 def test_a_run_leaves_what_its_folder_promises(cross_stitch):
     assert set(snapshot(cross_stitch)) == {
+        ".lock",
         "recipe.json",
         "history.csv",
         "model.keras",

@@ -1,0 +1,205 @@
+"""One device, two, and two workers train the same model. A strategy has its process."""
+
+import csv
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from training import distribution, recipe, runs
+from training.batches import dense
+
+ROOT = Path(__file__).parents[2]
+METHOD = "cross_stitch_from_start"
+PROGRAM = """
+import os, pickle, signal, sys
+from pathlib import Path
+from rich.progress import Progress
+from training import callbacks, distribution, fitting
+from training.runs import open_experiment
+
+folder, replicas, dies_in_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+strategy = distribution.strategy(replicas or None)
+recipe = pickle.loads((Path(folder) / "recipe").read_bytes())
+experiment = open_experiment(recipe, None, Path(folder))
+
+def die(self, batch, logs=None):
+    if self.model.optimizer.iterations.numpy() == dies_in_step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+callbacks.ShowProgress.on_train_batch_begin = die
+with Progress(disable=True) as progress:
+    fitting.fit(experiment, METHOD, 0, strategy=strategy, progress=progress)
+""".replace("METHOD", repr(METHOD))
+
+
+@pytest.fixture(scope="module")
+def plain(finished, tmp_path_factory):
+    """The experiment without chance, and without what is a replica's own.
+
+    That is dropout, and batch normalization, whose statistics are of a replica's part
+    of the batch.
+    """
+    x = image = keras.Input((None, None, 3), name="image")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="rescaling")(x)
+    for index, stride in ((4, 8), (7, 4)):
+        x = keras.layers.Conv2D(8, 9, stride, padding="same", name=f"conv{index}")(x)
+        x = keras.layers.ReLU(name=f"relu{index}")(x)
+    keras.utils.set_random_seed(0)
+    path = tmp_path_factory.mktemp("plain") / "backbone.keras"
+    keras.Model(image, x).save(path)
+    tower = recipe.SavedBackbone(path, frozen_to="rescaling", dropout=0.0)
+    small = dataclasses.replace(finished.recipe, name="plain", tower=tower)
+    small = recipe.change(small, "one_task", epochs=9)
+    # Not by a label budget: each replica's mean is over its own labels.
+    return dataclasses.replace(finished, recipe=small, runs=path.parent)
+
+
+def start(experiment, folder, replicas=0, dies_in_step=-1, cluster=None):
+    """The program in a process, on the data that are prepared."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "datasets").exists():
+        (folder / "datasets").symlink_to(experiment.runs / "datasets")
+    (folder / "recipe").write_bytes(pickle.dumps(experiment.recipe))
+    arguments = [str(folder), str(replicas), str(dies_in_step)]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if cluster:
+        environment["TF_CONFIG"] = json.dumps(cluster)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_workers(experiment, folder, dies_in_step=-1):
+    """Two workers, of which the second may die in a step."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        ports = one.getsockname()[1], other.getsockname()[1]
+    worker = [f"127.0.0.1:{port}" for port in ports]
+    return [
+        start(
+            experiment,
+            folder,
+            dies_in_step=dies_in_step if index else -1,
+            cluster={
+                "cluster": {"worker": worker},
+                "task": {"type": "worker", "index": index},
+            },
+        )
+        for index in (0, 1)
+    ]
+
+
+def finish(*processes):
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(errors), errors
+
+
+def assert_same_run(run, expected):
+    one, other = (
+        keras.models.load_model(x / "model.keras", compile=False)
+        for x in (run, expected)
+    )
+    for variable, truth in zip(one.variables, other.variables, strict=True):
+        truth = keras.ops.convert_to_numpy(truth)
+        np.testing.assert_allclose(
+            variable, truth, rtol=1e-5, atol=1e-5 * np.abs(truth).max()
+        )
+    histories = []
+    for folder in (run, expected):
+        with open(folder / "history.csv", newline="") as file:
+            histories.append(list(csv.DictReader(file)))
+    for row, true_row in zip(*histories, strict=True):
+        for key in true_row.keys() - {"seconds"}:
+            assert float(row[key]) == pytest.approx(float(true_row[key]), rel=1e-5)
+    metrics, true_metrics = runs.metrics(run), runs.metrics(expected)
+    for task, of_task in true_metrics.items():
+        assert metrics[task] == pytest.approx(of_task, abs=0.01)
+
+
+def test_one_device_two_and_two_workers_train_the_same(
+    plain, finished, tmp_path, train
+):
+    """Two workers even though one of them is killed, and both begin again."""
+    alone = dataclasses.replace(plain, runs=tmp_path / "alone")
+    data = dataclasses.replace(plain, runs=finished.runs)
+    of_two = start(data, tmp_path / "devices", replicas=2)
+    killed = start_workers(data, tmp_path / "workers", dies_in_step=5)
+    train(alone, METHOD)
+    expected = alone.folder(METHOD, 0)
+    moved = np.load(expected / "alpha.npz")["cross_stitch_relu7"]
+    assert np.abs(moved[0, 1] - 0.1).max() > 1e-3
+
+    assert killed[1].wait(timeout=300) == -signal.SIGKILL
+    assert killed[0].wait(timeout=300) != 0
+    run = tmp_path / "workers" / expected.relative_to(alone.runs)
+    assert not (run / "model.keras").exists()
+    restarted = start_workers(data, tmp_path / "workers")
+    finish(of_two, *restarted)
+
+    assert_same_run(tmp_path / "devices" / expected.relative_to(alone.runs), expected)
+    assert_same_run(run, expected)
+
+
+@pytest.mark.parametrize(("pipelines", "replicas"), [(1, 1), (1, 4), (2, 2), (2, 4)])
+def test_each_row_of_a_batch_is_one_replicas(pipelines, replicas):
+    parts = []
+    for pipeline in range(pipelines):
+        context = tf.distribute.InputContext(pipelines, pipeline, replicas)
+        strategy = FakeStrategy(context)
+        batches = distribution.batches_of_replicas(
+            strategy, 8, lambda rows: tf.data.Dataset.from_tensors(rows)
+        )
+        parts += list(batches.as_numpy_iterator())
+
+    assert len(parts) == replicas
+    assert sorted(np.concatenate(parts)) == list(range(8))
+    for part in parts:
+        # The first half are the examples with labels.
+        assert np.sum(part < 4) == 4 / replicas
+
+
+class FakeStrategy:
+    """Of which one worker is looked at."""
+
+    def __init__(self, context):
+        self.context = context
+
+    def distribute_datasets_from_function(self, function):
+        return function(self.context)
+
+
+def test_a_batch_that_the_replicas_cannot_share_is_refused():
+    strategy = FakeStrategy(tf.distribute.InputContext(1, 0, 3))
+    with pytest.raises(ValueError, match="8 is not divisible by"):
+        distribution.batches_of_replicas(strategy, 8, None)
+
+
+def test_the_rows_of_a_worker_are_those_of_the_whole_batch(finished):
+    recipe_ = recipe.change(finished.recipe, "data", smallest_crop=0.5, colour=0.2)
+
+    def batch(rows):
+        (only,) = dense.train_batches(
+            finished.train_examples, recipe_, finished.tasks, 0, range(3, 4), rows
+        )
+        return only
+
+    whole, part = batch(None), batch(np.array([1, 5]))
+    tf.nest.map_structure(
+        lambda x, y: np.testing.assert_array_equal(x.numpy()[[1, 5]], y), whole, part
+    )
