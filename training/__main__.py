@@ -254,6 +254,33 @@ def bench(
     _print_table(("", "ms, median", "ratio"), rows)
 
 
+@app.command()
+def traffic(
+    recipe: RecipeName = "scenes",
+    method: Annotated[str, typer.Option(help="As `fit` has it.")] = "cross_stitch",
+    devices: Annotated[
+        list[int] | None, typer.Option(min=2, help="Without: 2, 8, 64, 512.")
+    ] = None,
+    data: Data = None,
+    backbone: Backbone = None,
+    runs: Runs = Path("runs"),
+    toy: Toy = False,
+):
+    """Say how many bytes each device sends, and receives, in a training step."""
+    with _errors_in_a_line():
+        from training import distribution, methods, towers
+        from training.runs import open_experiment
+
+        chosen = _recipe(recipe, backbone, toy, [method])
+        tasks = open_experiment(chosen, data, runs).tasks
+        model = methods.plan(method, chosen).join(towers.build(chosen, tasks, 0))
+    rows = [
+        (str(count), f"{distribution.traffic(model, count) / 1e6:.2f}")
+        for count in devices or (2, 8, 64, 512)
+    ]
+    _print_table(("devices", "MB a step, each way"), rows)
+
+
 @prepare_app.command("nyuv2")
 def prepare_nyuv2(
     directory: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],

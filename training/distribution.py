@@ -4,6 +4,8 @@ A worker is a process. All workers run the same program on the same folder of ru
 the chief alone writes there. Nothing else in `training` knows how many there are.
 """
 
+import contextlib
+import math
 import os
 
 import keras
@@ -61,9 +63,22 @@ def from_chief(strategy, number):
         return number
     local = strategy.num_replicas_in_sync // workers(strategy)
     mine = float(number) if is_chief(strategy) else 0.0
-    of_replicas = strategy.run(tf.function(lambda: tf.constant(mine)))
-    total = strategy.reduce("SUM", of_replicas, axis=None)
+    with lost_workers_named():
+        of_replicas = strategy.run(tf.function(lambda: tf.constant(mine)))
+        total = strategy.reduce("SUM", of_replicas, axis=None)
     return round(float(total) / local)
+
+
+@contextlib.contextmanager
+def lost_workers_named():
+    """Raises a ConnectionError when another worker has ended."""
+    try:
+        yield
+    except tf.errors.UnavailableError as error:
+        raise ConnectionError(
+            "Another worker is lost. Start all of them again, and the run goes on from "
+            f"its last backup. {error.message.splitlines()[0]}"
+        ) from error
 
 
 def batches_of_replicas(strategy, batch_size, make):
@@ -88,6 +103,25 @@ def batches_of_replicas(strategy, batch_size, make):
         return make(rows) if len(rows) == size else make(rows).rebatch(size)
 
     return strategy.distribute_datasets_from_function(of_worker)
+
+
+def traffic(model, replicas):
+    """Bytes that a replica sends in a step, and as many that it receives.
+
+    The gradients are summed round a ring of R replicas, each of which sends (R - 1) / R
+    of their size as it adds, and as much as it hands on the sums. The losses of the
+    logs are a few bytes more.
+
+    Args:
+        model: The model, built. Its variables, and so the gradients, are float32 under
+            mixed precision, too.
+        replicas: Integer R.
+    """
+    gradients = sum(
+        math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+        for variable in model.trainable_variables
+    )
+    return round(2 * (replicas - 1) / replicas * gradients)
 
 
 def fits_here(model):

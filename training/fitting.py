@@ -101,8 +101,10 @@ def compiled(model, tasks, recipe, schedule):
     model.compile(
         optimizer,
         loss=loss,
-        # XLA's convolutions are slower than oneDNN's on a CPU.
-        jit_compile=bool(tf.config.list_physical_devices("GPU")),
+        # XLA's convolutions are slower than oneDNN's on a CPU, and it cannot compile
+        # what goes between replicas.
+        jit_compile=bool(tf.config.list_physical_devices("GPU"))
+        and tf.distribute.get_strategy().num_replicas_in_sync == 1,
     )
     return model
 
@@ -148,7 +150,8 @@ def _train(experiment, plan, seed, starts, strategy, progress):
     # Not in the scope, in which Keras cannot save for one worker alone.
     # Of several workers, one may be asked to stop: it does so at once.
     alone = distribution.workers(strategy) == 1
-    with at_sigterm(backup.stop) if alone else contextlib.nullcontext():
+    stop = at_sigterm(backup.stop) if alone else contextlib.nullcontext()
+    with stop, distribution.lost_workers_named():
         while done < epochs * steps:
             # An epoch that was stopped within, or all that are left.
             count = steps - done % steps

@@ -65,6 +65,16 @@ def plain(finished, tmp_path_factory):
     return dataclasses.replace(finished, recipe=small, runs=path.parent)
 
 
+@pytest.fixture
+def processes():
+    """All that were started, of which none outlives the test."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 def start(experiment, folder, replicas=0, dies_in_step=-1, cluster=None):
     """The program in a process, on the data that are prepared."""
     folder.mkdir(exist_ok=True)
@@ -106,6 +116,7 @@ def start_workers(experiment, folder, dies_in_step=-1):
 
 
 def finish(*processes):
+    """Waits until they end well."""
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(errors), errors
 
@@ -133,27 +144,42 @@ def assert_same_run(run, expected):
 
 
 def test_one_device_two_and_two_workers_train_the_same(
-    plain, finished, tmp_path, train
+    plain, finished, tmp_path, train, processes
 ):
     """Two workers even though one of them is killed, and both begin again."""
     alone = dataclasses.replace(plain, runs=tmp_path / "alone")
     data = dataclasses.replace(plain, runs=finished.runs)
     of_two = start(data, tmp_path / "devices", replicas=2)
     killed = start_workers(data, tmp_path / "workers", dies_in_step=5)
+    processes += [of_two, *killed]
     train(alone, METHOD)
     expected = alone.folder(METHOD, 0)
     moved = np.load(expected / "alpha.npz")["cross_stitch_relu7"]
     assert np.abs(moved[0, 1] - 0.1).max() > 1e-3
 
     assert killed[1].wait(timeout=300) == -signal.SIGKILL
-    assert killed[0].wait(timeout=300) != 0
+    # It would see in half a minute that the other is gone.
+    killed[0].kill()
     run = tmp_path / "workers" / expected.relative_to(alone.runs)
     assert not (run / "model.keras").exists()
     restarted = start_workers(data, tmp_path / "workers")
+    processes += restarted
     finish(of_two, *restarted)
 
     assert_same_run(tmp_path / "devices" / expected.relative_to(alone.runs), expected)
     assert_same_run(run, expected)
+
+
+def test_the_bytes_of_a_step_are_those_of_a_ring():
+    """Counted: each replica sends a part of each sum, R - 1 times, and so again."""
+    x = keras.Input((5,))
+    x_to_y = keras.layers.Dense(7, name="moves", dtype="mixed_bfloat16")(x)
+    y = keras.layers.Dense(2, trainable=False)(x_to_y)
+    model = keras.Model(x, y)
+    for replicas in (1, 2, 6):
+        part = (5 * 7 + 7) * 4 / replicas
+        sent = sum(part for _ in range(replicas - 1)) * 2
+        assert distribution.traffic(model, replicas) == sent
 
 
 @pytest.mark.parametrize(("pipelines", "replicas"), [(1, 1), (1, 4), (2, 2), (2, 4)])
