@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import inspect
 import json
 import os
 import pickle
@@ -21,9 +22,26 @@ from training.batches import dense
 
 ROOT = Path(__file__).parents[2]
 METHOD = "cross_stitch_from_start"
+
+
+def label_all(experiment):
+    """Labels every pixel: a replica's mean is over its own labels alone."""
+    images, targets = experiment.train_examples
+    classes, normals = targets["segmentation"], targets["normals"]
+    defined = tf.reduce_any(normals != 0, axis=-1, keepdims=True)
+    experiment.train_examples = (
+        images,
+        {
+            "segmentation": tf.where(classes == 255, 0, classes),
+            "normals": tf.where(defined, normals, [0.0, 0.0, -1.0]),
+        },
+    )
+
+
 PROGRAM = """
 import os, pickle, signal, sys
 from pathlib import Path
+import tensorflow as tf
 from rich.progress import Progress
 from training import callbacks, distribution, fitting
 from training.runs import open_experiment
@@ -32,6 +50,8 @@ folder, replicas, dies_in_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 strategy = distribution.strategy(replicas or None)
 recipe = pickle.loads((Path(folder) / "recipe").read_bytes())
 experiment = open_experiment(recipe, None, Path(folder))
+LABEL_ALL
+label_all(experiment)
 
 def die(self, batch, logs=None):
     if self.model.optimizer.iterations.numpy() == dies_in_step:
@@ -40,7 +60,7 @@ def die(self, batch, logs=None):
 callbacks.ShowProgress.on_train_batch_begin = die
 with Progress(disable=True) as progress:
     fitting.fit(experiment, METHOD, 0, strategy=strategy, progress=progress)
-""".replace("METHOD", repr(METHOD))
+""".replace("METHOD", repr(METHOD)).replace("LABEL_ALL", inspect.getsource(label_all))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +81,6 @@ def plain(finished, tmp_path_factory):
     tower = recipe.SavedBackbone(path, frozen_to="rescaling", dropout=0.0)
     small = dataclasses.replace(finished.recipe, name="plain", tower=tower)
     small = recipe.change(small, "one_task", epochs=9)
-    # Not by a label budget: each replica's mean is over its own labels.
     return dataclasses.replace(finished, recipe=small, runs=path.parent)
 
 
@@ -143,31 +162,52 @@ def assert_same_run(run, expected):
         assert metrics[task] == pytest.approx(of_task, abs=0.01)
 
 
+@pytest.fixture(scope="module")
+def alone(plain, finished, train):
+    """The folder of the run on one device, in this process."""
+    label_all(plain)
+    (plain.runs / "datasets").symlink_to(finished.runs / "datasets")
+    train(plain, METHOD)
+    return plain.folder(METHOD, 0)
+
+
+def test_two_processes_with_one_seed_train_equal_weights(
+    plain, alone, tmp_path, processes
+):
+    again = start(plain, tmp_path)
+    processes.append(again)
+    finish(again)
+
+    run = tmp_path / alone.relative_to(plain.runs)
+    one, other = (
+        keras.models.load_model(x / "model.keras", compile=False).get_weights()
+        for x in (run, alone)
+    )
+    for weights, truth in zip(one, other, strict=True):
+        np.testing.assert_array_equal(weights, truth)
+
+
 def test_one_device_two_and_two_workers_train_the_same(
-    plain, finished, tmp_path, train, processes
+    plain, alone, tmp_path, processes
 ):
     """Two workers even though one of them is killed, and both begin again."""
-    alone = dataclasses.replace(plain, runs=tmp_path / "alone")
-    data = dataclasses.replace(plain, runs=finished.runs)
-    of_two = start(data, tmp_path / "devices", replicas=2)
-    killed = start_workers(data, tmp_path / "workers", dies_in_step=5)
+    of_two = start(plain, tmp_path / "devices", replicas=2)
+    killed = start_workers(plain, tmp_path / "workers", dies_in_step=5)
     processes += [of_two, *killed]
-    train(alone, METHOD)
-    expected = alone.folder(METHOD, 0)
-    moved = np.load(expected / "alpha.npz")["cross_stitch_relu7"]
+    moved = np.load(alone / "alpha.npz")["cross_stitch_relu7"]
     assert np.abs(moved[0, 1] - 0.1).max() > 1e-3
 
     assert killed[1].wait(timeout=300) == -signal.SIGKILL
     # It would see in half a minute that the other is gone.
     killed[0].kill()
-    run = tmp_path / "workers" / expected.relative_to(alone.runs)
+    run = tmp_path / "workers" / alone.relative_to(plain.runs)
     assert not (run / "model.keras").exists()
-    restarted = start_workers(data, tmp_path / "workers")
+    restarted = start_workers(plain, tmp_path / "workers")
     processes += restarted
     finish(of_two, *restarted)
 
-    assert_same_run(tmp_path / "devices" / expected.relative_to(alone.runs), expected)
-    assert_same_run(run, expected)
+    assert_same_run(tmp_path / "devices" / alone.relative_to(plain.runs), alone)
+    assert_same_run(run, alone)
 
 
 def test_the_bytes_of_a_step_are_those_of_a_ring():
