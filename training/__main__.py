@@ -124,12 +124,16 @@ def fit(
                 fitting.fit(
                     experiment, name, seed, strategy=strategy, progress=progress
                 )
-            if not distribution.is_chief(strategy):
-                return
-            line = progress.add_task("pictures, SavedModel, report", total=None)
-            target = comparison.compare(experiment, methods, seed)
-            page = write_report(runs, runs / "report.html")
-            progress.update(line, total=1, completed=1)
+            chief = distribution.is_chief(strategy)
+            if chief:
+                line = progress.add_task("pictures, SavedModel, report", total=None)
+                target = comparison.compare(experiment, methods, seed)
+                page = write_report(runs, runs / "report.html")
+                progress.update(line, total=1, completed=1)
+            # A worker that ends before the others counts as lost.
+            distribution.from_chief(strategy, True)
+    if not chief:
+        return
     _print_table(*comparison.rows(experiment, methods, seed))
     console.print(
         "segmentation and within: %, higher is better; angles: degrees, lower is"
@@ -198,8 +202,9 @@ def study(
                     strategy=strategy,
                     progress=progress,
                 )
-        for path in studies.write(planned, results):
-            console.print(f"Wrote {path}")
+        if distribution.is_chief(strategy):
+            for path in studies.write(planned, results):
+                console.print(f"Wrote {path}")
 
 
 @app.command()

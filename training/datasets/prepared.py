@@ -26,11 +26,10 @@ def prepare(recipe, source, directory):
 
     Raises:
         ValueError: If the folder is not complete, or not the one that the data were
-            prepared from.
+            prepared from; if the prepared data are of another version, or lost bytes.
     """
     module = importlib.import_module(f"training.datasets.{recipe.data.dataset}")
-    config = {"config": recipe.data.config, "data_dir": str(directory)}
-    builder = module.BUILDER(**config)
+    builder = _builder(module, recipe, directory)
     folder, stamp = Path(builder.data_path), _stamp(builder)
     reads_files = hasattr(module, "check_folder")
     if reads_files and source is not None:
@@ -45,7 +44,7 @@ def prepare(recipe, source, directory):
             if not stamp.exists():
                 _build(builder, source if reads_files else None, stamp)
         # Another process may have prepared what this builder has not seen.
-        builder = module.BUILDER(**config)
+        builder = _builder(module, recipe, directory)
     before = json.loads(stamp.read_text())
     _check_whole(folder, before.get("sizes", {}))
     if reads_files and source is not None:
@@ -72,6 +71,16 @@ def fingerprint(folder):
 
 def _stamp(builder):
     return Path(builder.data_path) / "prepared_from.json"
+
+
+def _builder(module, recipe, directory):
+    try:
+        return module.BUILDER(config=recipe.data.config, data_dir=str(directory))
+    except AssertionError as error:  # TFDS's, for a folder under another version's name
+        raise ValueError(
+            f"The data set '{recipe.data.dataset}' in {directory} cannot be read: "
+            f"{error}. Remove its folder there to prepare the data anew"
+        ) from error
 
 
 def _build(builder, source, stamp):
