@@ -142,8 +142,9 @@ def build_losses(model, target):
         name: keras.ops.zeros((len(target[name]), *output.shape[1:]))
         for name, output in model.output.items()
     }
+    regularized = [(x, x) for x in model.trainable_variables if x.regularizer]
     # What it computes is left: only what it makes stays.
-    with keras.StatelessScope():
+    with keras.StatelessScope(regularized):
         model.compute_loss(y=target, y_pred=logits)
 
 

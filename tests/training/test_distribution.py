@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_cross_stitch import weigh_losses
 from training import distribution, recipe, runs
 from training.batches import dense
 
@@ -269,3 +270,23 @@ def test_the_rows_of_a_worker_are_those_of_the_whole_batch(finished):
     tf.nest.map_structure(
         lambda x, y: np.testing.assert_array_equal(x.numpy()[[1, 5]], y), whole, part
     )
+
+
+def test_the_losses_metrics_are_made_and_still_empty():
+    """Of a regularized model, too, and one whose losses have weights."""
+    x = keras.Input((5,))
+    heads = {
+        task: keras.layers.Dense(3, kernel_regularizer="l2", name=task)(x)
+        for task in ("a", "b")
+    }
+    model, loss = weigh_losses(
+        keras.Model(x, heads), dict.fromkeys(heads, "mse"), by="uncertainty"
+    )
+    model.compile("sgd", loss=loss)
+    before = model.get_weights()
+    distribution.build_losses(model, dict.fromkeys(heads, np.ones((2, 3))))
+
+    # The total's, and each task's: sum and count.
+    assert [float(x) for x in model.metrics_variables] == [0.0] * 6
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,11 +60,13 @@ def test_one_process_alone_holds_a_lock_and_a_killed_one_does_not(tmp_path):
     path = tmp_path / "run" / ".lock"
     command = [sys.executable, "-c", program, str(path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"held\n"
-        message = rf"run is being written by process {process.pid} on \S+\. Wait"
-        with pytest.raises(ValueError, match=message), lock(path, wait=False):
-            pass
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert process.stdout.readline() == b"held\n"
+            message = rf"run is being written by process {process.pid} on \S+\. Wait"
+            with pytest.raises(ValueError, match=message), lock(path, wait=False):
+                pass
+        finally:
+            process.kill()
     for wait in (False, True):
         with lock(path, wait=wait):
             pass
