@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import keras
@@ -290,3 +291,39 @@ def test_the_losses_metrics_are_made_and_still_empty():
     assert [float(x) for x in model.metrics_variables] == [0.0] * 6
     for one, other in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "task", "index", "chief"),
+    [
+        ({"worker": ["a:1", "b:1"]}, "worker", 0, True),
+        ({"worker": ["a:1", "b:1"]}, "worker", 1, False),
+        ({"chief": ["a:1"], "worker": ["b:1"]}, "chief", 0, True),
+        ({"chief": ["a:1"], "worker": ["b:1"]}, "worker", 0, False),
+    ],
+)
+def test_one_of_the_workers_is_the_chief(jobs, task, index, chief):
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec(jobs), task_type=task, task_id=index
+    )
+    strategy = types.SimpleNamespace(cluster_resolver=resolver)
+
+    assert distribution.workers(strategy) == 2
+    assert distribution.is_chief(strategy) == chief
+
+
+def test_alone_a_process_is_the_chief():
+    strategy = tf.distribute.get_strategy()
+
+    assert distribution.workers(strategy) == 1
+    assert distribution.is_chief(strategy)
+    assert distribution.from_chief(strategy, 3) == 3
+
+
+def test_a_lost_worker_ends_in_an_error_that_says_so():
+    lost = tf.errors.UnavailableError(None, None, "Socket closed\nmore")
+    with (
+        pytest.raises(ConnectionError, match=r"Start all of them.*Socket closed$"),
+        distribution.lost_workers_named(),
+    ):
+        raise lost
