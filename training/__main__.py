@@ -106,10 +106,14 @@ def fit(
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
+        import tensorflow as tf
+
         from training import comparison, distribution, fitting
         from training.runs import open_experiment
         from training.study.report import write_report
 
+        # Equal runs of equal seeds. On a CPU it costs nothing that can be measured.
+        tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or METHODS))
         chosen = _recipe(recipe, backbone, toy, methods)
@@ -120,10 +124,16 @@ def fit(
                 fitting.fit(
                     experiment, name, seed, strategy=strategy, progress=progress
                 )
-            line = progress.add_task("pictures, SavedModel, report", total=None)
-            target = comparison.compare(experiment, methods, seed)
-            page = write_report(runs, runs / "report.html")
-            progress.update(line, total=1, completed=1)
+            chief = distribution.is_chief(strategy)
+            if chief:
+                line = progress.add_task("pictures, SavedModel, report", total=None)
+                target = comparison.compare(experiment, methods, seed)
+                page = write_report(runs, runs / "report.html")
+                progress.update(line, total=1, completed=1)
+            # A worker that ends before the others counts as lost.
+            distribution.from_chief(strategy, True)
+    if not chief:
+        return
     _print_table(*comparison.rows(experiment, methods, seed))
     console.print(
         "segmentation and within: %, higher is better; angles: degrees, lower is"
@@ -165,10 +175,14 @@ def study(
     Example: `python -m training study scenes methods --seeds 3`
     """
     with _errors_in_a_line():
+        import tensorflow as tf
+
         from training import distribution, fitting
         from training.runs import Experiment, open_experiment
         from training.study import studies
 
+        tf.config.experimental.enable_op_determinism()
+        strategy = distribution.strategy()
         chosen = _recipe(recipe, backbone, toy)
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
@@ -185,11 +199,12 @@ def study(
                     run.experiment,
                     run.method,
                     run.seed,
-                    strategy=distribution.strategy(),
+                    strategy=strategy,
                     progress=progress,
                 )
-        for path in studies.write(planned, results):
-            console.print(f"Wrote {path}")
+        if distribution.is_chief(strategy):
+            for path in studies.write(planned, results):
+                console.print(f"Wrote {path}")
 
 
 @app.command()
@@ -249,6 +264,33 @@ def bench(
         experiment = open_experiment(_recipe(recipe, backbone, toy), data, runs)
         rows = benchmark.measure(experiment, steps)
     _print_table(("", "ms, median", "ratio"), rows)
+
+
+@app.command()
+def traffic(
+    recipe: RecipeName = "scenes",
+    method: Annotated[str, typer.Option(help="As `fit` has it.")] = "cross_stitch",
+    devices: Annotated[
+        list[int] | None, typer.Option(min=2, help="Without: 2, 8, 64, 512.")
+    ] = None,
+    data: Data = None,
+    backbone: Backbone = None,
+    runs: Runs = Path("runs"),
+    toy: Toy = False,
+):
+    """Say how many bytes each device sends, and receives, in a training step."""
+    with _errors_in_a_line():
+        from training import distribution, methods, towers
+        from training.runs import open_experiment
+
+        chosen = _recipe(recipe, backbone, toy, [method])
+        tasks = open_experiment(chosen, data, runs).tasks
+        model = methods.plan(method, chosen).join(towers.build(chosen, tasks, 0))
+    rows = [
+        (str(count), f"{distribution.traffic(model, count) / 1e6:.2f}")
+        for count in devices or (2, 8, 64, 512)
+    ]
+    _print_table(("devices", "MB a step, each way"), rows)
 
 
 @prepare_app.command("nyuv2")
@@ -331,13 +373,26 @@ def _progress():
 
 @contextlib.contextmanager
 def _errors_in_a_line():
-    """Every known error ends the program with one line and exit code 2."""
+    """Every known error ends the program with one line and exit code 2.
+
+    SIGTERM ends it with one line and `Preempted.EXIT_CODE`.
+    """
+    from training.callbacks import Preempted, at_sigterm
+
+    def stop():
+        raise Preempted("Stopped, as asked. What is done is kept")
+
     try:
-        yield
+        with at_sigterm(stop):
+            yield
     except (ValueError, OSError, FloatingPointError) as error:
         text = " ".join(str(error).split())
         Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
         sys.exit(2)
+    except Preempted as preempted:
+        again = "Run the same command again, and it goes on"
+        Console(stderr=True).print(f"{preempted}. {again}", soft_wrap=True)
+        sys.exit(Preempted.EXIT_CODE)
 
 
 if __name__ == "__main__":

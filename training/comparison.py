@@ -90,8 +90,11 @@ def _columns(task, images, truth, answers):
 
 
 def _export(model, trained, directory):
-    exported = directory / "1"
+    exported, outdated = directory / "1", directory / ".outdated"
     if exported.exists() and exported.stat().st_mtime < trained.stat().st_mtime:
-        shutil.rmtree(exported)
+        shutil.rmtree(outdated, ignore_errors=True)
+        # At once: a version of which half is removed would be served.
+        exported.rename(outdated)
     if not exported.exists():
         export_saved_model(model, directory, version=1)
+    shutil.rmtree(outdated, ignore_errors=True)

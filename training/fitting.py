@@ -1,5 +1,6 @@
 """Fits and evaluates one run; knows no method, tower or data set by name."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,10 +9,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cross_stitch import AlphaHistory, CrossStitch, LearningRateGroups
-from training import methods, runs, towers
+from keras_cross_stitch import (
+    AlphaHistory,
+    CrossStitch,
+    DynamicWeightAverage,
+    LearningRateGroups,
+    weigh_losses,
+)
+from training import distribution, methods, runs, towers
 from training.batches import dense
-from training.callbacks import Backup, History, ShowProgress, StopAtNaN
+from training.callbacks import Backup, History, ShowProgress, StopAtNaN, at_sigterm
+from training.locks import lock
 
 
 def check(experiment, spelled):
@@ -48,20 +56,26 @@ def fit(experiment, method, seed, *, strategy, progress):
             before = (plan.method.start, seed + offset)
             fit(experiment, *before, strategy=strategy, progress=progress)
             starts.append(experiment.folder(*before) / "model.keras")
-    runs.claim(run, depends)
-    if not (run / "model.keras").exists():
-        keras.backend.clear_session()
-        with strategy.scope():
+    writes = distribution.is_chief(strategy)
+    if distribution.from_chief(strategy, runs.metrics(run) is not None):
+        runs.claim(run, depends)
+        return runs.metrics(run)
+    with lock(run / ".lock", wait=False) if writes else contextlib.nullcontext():
+        if writes or (run / "recipe.json").exists():
+            runs.claim(run, depends)
+        if not distribution.from_chief(strategy, (run / "model.keras").exists()):
+            keras.backend.clear_session()
             if plan.schedule:
-                model = _train(experiment, plan, seed, starts, run, progress)
+                model = _train(experiment, plan, seed, starts, strategy, progress)
             else:
                 model = _averaged(starts, experiment.tasks)
-        _save(model, experiment.tasks, run)
-    metrics = runs.metrics(run)
-    if metrics is None:
-        metrics = _evaluate(experiment, run)
-    shutil.rmtree(run / "backup", ignore_errors=True)
-    return metrics
+            if writes:
+                _save(model, experiment.tasks, run)
+        if writes:
+            shutil.rmtree(run / "backup", ignore_errors=True)
+            _evaluate(experiment, run)
+        distribution.from_chief(strategy, True)
+    return runs.metrics(run)
 
 
 def evaluate(model, tasks, test):
@@ -75,16 +89,22 @@ def evaluate(model, tasks, test):
 
 
 def compiled(model, tasks, recipe, schedule):
-    """The model with its losses and its optimizer."""
+    """The model, which may get weights of its losses, with losses and optimizer."""
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     if any(isinstance(layer, CrossStitch) for layer in model.layers):
         multipliers = {"cross_stitch.*/alpha": recipe.units.alpha_multiplier}
         optimizer = LearningRateGroups(optimizer, multipliers)
+    loss = {name: task.loss() for name, task in tasks.items()}
+    if recipe.training.loss_weighting:
+        model, loss = weigh_losses(model, loss, by=recipe.training.loss_weighting)
+    model = distribution.fits_here(model)
     model.compile(
         optimizer,
-        loss={name: task.loss() for name, task in tasks.items()},
-        # XLA's convolutions are slower than oneDNN's on a CPU.
-        jit_compile=bool(tf.config.list_physical_devices("GPU")),
+        loss=loss,
+        # XLA's convolutions are slower than oneDNN's on a CPU, and it cannot compile
+        # what goes between replicas.
+        jit_compile=bool(tf.config.list_physical_devices("GPU"))
+        and tf.distribute.get_strategy().num_replicas_in_sync == 1,
     )
     return model
 
@@ -96,49 +116,71 @@ def answering(model, tasks):
     return keras.Model(model.inputs, answers)
 
 
-def _train(experiment, plan, seed, starts, run, progress):
+def _train(experiment, plan, seed, starts, strategy, progress):
     recipe, tasks = plan.recipe, experiment.tasks
+    images, targets = experiment.train_examples
+    epochs = plan.schedule.epochs
+    steps = len(images) // recipe.training.batch_size
+    run, writes = experiment.folder(plan.spelled, seed), distribution.is_chief(strategy)
+    backup = Backup(run / "backup" / "latest.weights.h5", steps, seed, writes)
+    with strategy.scope():
+        joined = _joined(plan, tasks, seed, starts)
+        schedule = keras.optimizers.schedules.CosineDecay(
+            plan.schedule.learning_rate, epochs * steps
+        )
+        model = compiled(joined, tasks, recipe, schedule)
+        distribution.build_losses(model, {name: x[:1] for name, x in targets.items()})
+        done = backup.restore(model)
+    units = any(isinstance(layer, CrossStitch) for layer in model.layers)
+    dynamic = recipe.training.loss_weighting == "dynamic_average"
+    description = f"{recipe.name} {plan.spelled}, seed {seed}"
+    callbacks = [
+        StopAtNaN(),
+        *([AlphaHistory()] if units else []),
+        *([DynamicWeightAverage()] if dynamic else []),
+        *([History(run / "history.csv")] if writes else []),
+        backup,
+        ShowProgress(progress, description, epochs, steps, done),
+    ]
+
+    def batches(rows):
+        left = range(done, epochs * steps)
+        return dense.train_batches((images, targets), recipe, tasks, seed, left, rows)
+
+    # Not in the scope, in which Keras cannot save for one worker alone.
+    # Of several workers, one may be asked to stop: it does so at once.
+    alone = distribution.workers(strategy) == 1
+    stop = at_sigterm(backup.stop) if alone else contextlib.nullcontext()
+    with stop, distribution.lost_workers_named():
+        while done < epochs * steps:
+            # An epoch that was stopped within, or all that are left.
+            count = steps - done % steps
+            end = done + count if done % steps else epochs * steps
+            model.fit(
+                distribution.batches_of_replicas(
+                    strategy, recipe.training.batch_size, batches
+                ),
+                initial_epoch=done // steps,
+                epochs=end // steps,
+                steps_per_epoch=count,
+                shuffle=False,  # the batches are in their order already
+                callbacks=callbacks,
+                verbose=0,
+            )
+            done = end
+    with strategy.scope():
+        return answering(joined, tasks)
+
+
+def _joined(plan, tasks, seed, starts):
+    """The method's model, of untrained towers or of those that it starts from."""
     if starts:
         start = keras.models.load_model(starts[0], compile=False)
         of_tasks = {name: towers.take_out(start, name) for name in tasks}
     else:
-        of_tasks = towers.build(recipe, tasks, seed)
+        of_tasks = towers.build(plan.recipe, tasks, seed)
     keras.utils.set_random_seed(seed)
-    model = plan.join(of_tasks)
-
-    epochs = plan.schedule.epochs
-    steps = len(experiment.train_examples[0]) // recipe.training.batch_size
-    schedule = keras.optimizers.schedules.CosineDecay(
-        plan.schedule.learning_rate, epochs * steps
-    )
-    compiled(model, tasks, recipe, schedule)
-    backup = Backup(run / "backup" / "latest.weights.h5", steps, seed)
-    first = backup.restore(model)
-    batches = dense.train_batches(
-        experiment.train_examples,
-        recipe,
-        tasks,
-        seed,
-        range(first * steps, epochs * steps),
-    )
-    units = any(isinstance(layer, CrossStitch) for layer in model.layers)
-    callbacks = [
-        StopAtNaN(),
-        *([AlphaHistory()] if units else []),
-        History(run / "history.csv"),
-        backup,
-        ShowProgress(progress, f"{recipe.name} {plan.spelled}, seed {seed}"),
-    ]
-    model.fit(
-        batches,
-        epochs=epochs,
-        initial_epoch=first,
-        steps_per_epoch=steps,
-        shuffle=False,  # the batches are in their order already
-        callbacks=callbacks,
-        verbose=0,
-    )
-    return answering(model, tasks)
+    return plan.join(of_tasks)
 
 
 def _averaged(starts, tasks):
@@ -186,4 +228,3 @@ def _evaluate(experiment, run):
         for task, of_task in scores.items()
     }
     runs.write(run / "metrics.json", json.dumps(metrics, indent=2))
-    return metrics

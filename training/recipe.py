@@ -62,6 +62,9 @@ class Training:
 
     batch_size: int
     momentum: float
+    # `None` for the sum of the tasks' losses, or how `weigh_losses` weighs them:
+    # "uncertainty" or "dynamic_average"
+    loss_weighting: str | None
     dtype: str  # a Keras dtype policy; "auto" is mixed_bfloat16 where the CPU has it
 
 

@@ -9,6 +9,7 @@
     model.keras    the trained model, which answers as it does when served
     per_class.csv  scores by class, of the tasks that have classes
     metrics.json   {task: {metric: value}} on the test split; written last
+    .lock          who trains it, or did
 
 and, while the run is going on, `backup/`, from which it resumes.
 """
