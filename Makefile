@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint compatibility
 
 install: .venv/installed
 
@@ -22,3 +22,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Hours on two cores; what is done stays done. Writes docs/compatibility.md.
+compatibility: install
+	$(BIN)/pip install --quiet keras-hub
+	$(BIN)/python tests/compatibility.py

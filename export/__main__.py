@@ -42,7 +42,9 @@ def savedmodel(
         if not model.is_file():
             raise ValueError(f"There is no file {model}")
         loaded = keras.saving.load_model(model, compile=False)
-        written = export_saved_model(loaded, directory, from_jpeg=from_jpeg)
+        written = export_saved_model(
+            loaded, directory, from_jpeg=from_jpeg, progress=typer.echo
+        )
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]Error:[/red] {error}", soft_wrap=True)
         sys.exit(2)

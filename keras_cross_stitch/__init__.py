@@ -3,14 +3,21 @@
 from keras_cross_stitch.alpha import AlphaHistory, alpha_table, plot_alpha
 from keras_cross_stitch.cross_stitch import CrossStitch
 from keras_cross_stitch.learning_rate_groups import LearningRateGroups
+from keras_cross_stitch.loss_weighting import DynamicWeightAverage, weigh_losses
+from keras_cross_stitch.missing_labels import MaskedLoss, MaskedMetric
 from keras_cross_stitch.networks import split, stitch
 from keras_cross_stitch.saved_model import export_saved_model
 from keras_cross_stitch.towers import alexnet, fcn_alexnet
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AlphaHistory",
     "CrossStitch",
+    "DynamicWeightAverage",
     "LearningRateGroups",
+    "MaskedLoss",
+    "MaskedMetric",
     "alexnet",
     "alpha_table",
     "export_saved_model",
@@ -18,4 +25,5 @@ __all__ = [
     "plot_alpha",
     "split",
     "stitch",
+    "weigh_losses",
 ]

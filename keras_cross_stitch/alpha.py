@@ -3,16 +3,23 @@
 Reads alpha and never changes it.
 """
 
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
 import keras
 import numpy as np
 
 from keras_cross_stitch.cross_stitch import CrossStitch
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Okabe and Ito's colours, which stay apart for the colour-blind.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def alpha_table(model):
+def alpha_table(model: keras.Model) -> list[dict[str, Any]]:
     """Summarises the alpha of every cross-stitch unit of a model.
 
     Args:
@@ -59,30 +66,44 @@ class AlphaHistory(keras.callbacks.Callback):
     The keys are `alpha/<unit>/<task>_from_<source>`. The callbacks that come after
     it find them in their logs as they find a metric: `CSVLogger` writes them to its
     file, `TensorBoard` as `epoch_alpha/...`, and `fit` returns them in its history.
-    So does the progress bar, unless a `ProgbarLogger` comes before.
+    So does the progress bar, unless a `ProgbarLogger` comes before. A `CSVLogger` or
+    `TensorBoard` that comes before it never sees them, which is worth a warning.
 
     Example:
 
-    ```python
-    model.fit(
-        dataset,
-        callbacks=[
-            keras.callbacks.ProgbarLogger(),
-            AlphaHistory(),
-            keras.callbacks.CSVLogger("history.csv"),
-            keras.callbacks.TensorBoard("logs"),
-        ],
-    )
-    ```
+    >>> x = {"a": np.ones((2, 8)), "b": np.ones((2, 8))}
+    >>> a, b = keras.Input((8,), name="a"), keras.Input((8,), name="b")
+    >>> inputs = {"a": a, "b": b}
+    >>> model = keras.Model(inputs, CrossStitch(name="stitch")(inputs))
+    >>> model.compile("sgd", {"a": "mse", "b": "mse"})
+    >>> callbacks = [AlphaHistory()]  # then CSVLogger, TensorBoard ...
+    >>> history = model.fit(x, x, callbacks=callbacks, verbose=0).history
+    >>> [key for key in history if key.startswith("alpha/stitch/a_from")]
+    ['alpha/stitch/a_from_a', 'alpha/stitch/a_from_b']
     """
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
+        # A callback knows no other: the list that calls it is one frame up.
+        caller = sys._getframe(1).f_locals.get("self")
+        if not isinstance(caller, keras.callbacks.CallbackList):
+            return
+        writers = (keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
+        before = caller.callbacks[: caller.callbacks.index(self)]
+        for callback in before:
+            if isinstance(callback, writers):
+                warnings.warn(
+                    f"{type(callback).__name__} comes before AlphaHistory and never "
+                    "sees alpha: put it after AlphaHistory in `callbacks`.",
+                    stacklevel=2,
+                )
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         for row in alpha_table(self.model):
             key = f"alpha/{row['unit']}/{row['task']}_from_{row['source']}"
             logs[key] = row["mean"]
 
 
-def plot_alpha(model):
+def plot_alpha(model: keras.Model) -> "Figure":
     """Draws every alpha of a model, as the paper's Table 4 does.
 
     One column per unit, one row per task. Each line is the alpha of one source over
@@ -155,7 +176,7 @@ def plot_alpha(model):
     return figure
 
 
-def _alphas(model):
+def _alphas(model: keras.Model) -> list[tuple[str, dict[tuple[str, str], Any]]]:
     """[(unit, {(task, source): alpha})], alpha of shape (C,), or (1,) per layer."""
     units = _units(model)
     if not units:
@@ -171,7 +192,7 @@ def _alphas(model):
     return [(unit.name, _by_task(unit)) for unit in units]
 
 
-def _by_task(unit):
+def _by_task(unit: CrossStitch) -> dict[tuple[str, str], Any]:
     alpha = keras.ops.convert_to_numpy(unit.alpha)  # (T, T, C) or (T, T)
     return {
         (task, source): np.atleast_1d(alpha[i, j])
@@ -180,9 +201,9 @@ def _by_task(unit):
     }
 
 
-def _units(model):
+def _units(model: keras.Model) -> list[CrossStitch]:
     """The units of the model and its nested models, in the order of the graph."""
-    units = []
+    units: list[CrossStitch] = []
     for layer in model.layers:
         if isinstance(layer, CrossStitch):
             units.append(layer)

@@ -1,192 +1,50 @@
-"""A tower opened into the calls of its layers, and a layer copied whole.
+"""A layer copied whole, and whether two layers are alike; knows no towers."""
 
-Knows nothing of tasks that share: `networks` decides which calls are built.
-"""
-
-import dataclasses
 import inspect
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Call:
-    """One call of a layer (or operation) in a tower's graph."""
-
-    task: str  # whose tower
-    path: str  # "conv1", or "backbone/conv1" where it is within a nested model
-    layer: Any
-    args: tuple
-    kwargs: dict
-    outputs: tuple  # of the tower's tensors
-
-    @property
-    def reads(self) -> list:
-        """What it is called with, tensors and constants, in one list."""
-        return keras.tree.flatten((self.args, self.kwargs))
-
-
-class Tower:
-    """A functional or Sequential model as the calls of its layers.
-
-    Nested models are opened: their calls stand in the place of their own.
-
-    Attributes:
-        task: String.
-        inputs: List of `keras.layers.InputLayer`.
-        calls: List of `Call`, each after those whose outputs it reads.
-        output: The model's output tensors, in its structure.
-        nested: Dict of path to output tensors, of the nested models.
-    """
-
-    def __init__(self, task: str, model: keras.Model):
-        graph = _graph(model)
-        if graph is None:
-            raise ValueError(
-                f"The tower of '{task}' must be a functional model, or a Sequential "
-                "one that starts with `keras.Input`; a subclass with a `call` of its "
-                f"own cannot be taken apart. Received: {model!r}"
-            )
-        self.task = task
-        self.inputs = [
-            next(layer for layer in graph.layers if _is_input(layer, x))
-            for x in graph.inputs
-        ]
-        self.calls: list[Call] = []
-        self.nested: dict[str, list] = {}
-        self._outside: dict[
-            int, Any
-        ] = {}  # {id of a nested model's tensor: what it is}
-        self._used: set[Any] = set()
-        self._open(graph, prefix="", context={})
-        self.output = keras.tree.map_structure(self._resolve, graph.output)
-
-    def call_of(self, x) -> Call:
-        """The call that gives a tensor, or a ValueError for an input."""
-        for call in self.calls:
-            if any(x is output for output in call.outputs):
-                return call
-        raise ValueError(
-            f"In the tower of '{self.task}', {x} is an input, which cannot be a tap"
-        )
-
-    def _resolve(self, x):
-        if isinstance(x, keras.KerasTensor):
-            return self._outside.get(id(x), x)
-        return x
-
-    def _open(self, graph, prefix, context):
-        for depth in sorted(graph._nodes_by_depth, reverse=True):
-            for node in graph._nodes_by_depth[depth]:
-                if not node.is_input:
-                    self._add(node, prefix + node.operation.name, context)
-
-    def _add(self, node, path, context):
-        layer = node.operation
-        if layer in self._used:
-            raise ValueError(
-                f"The tower of '{self.task}' uses its layer '{path}' more than once; "
-                "only towers that use each layer once can be joined"
-            )
-        self._used.add(layer)
-        args, kwargs = node.arguments.convert(self._resolve)
-        nested = _graph(layer)
-        if nested is not None:
-            if _comes_by_itself(node.arguments):
-                kwargs = {key: x for key, x in kwargs.items() if key != "mask"}
-            self._add_nested(nested, node, path, context, args, dict(kwargs))
-            return
-        if context and "training" in inspect.signature(layer.call).parameters:
-            kwargs = {**context, **kwargs}
-        outputs = tuple(node.outputs)
-        self.calls.append(Call(self.task, path, layer, args, kwargs, outputs))
-
-    def _add_nested(self, nested, node, path, context, args, kwargs):
-        given = args[0] if args else kwargs.pop("inputs", None)
-        if isinstance(given, dict):
-            given = [given.get(x.name) for x in nested.inputs]
-        given = keras.tree.flatten(given)
-        if set(kwargs) - {"training"} or len(given) != len(nested.inputs):
-            raise ValueError(
-                f"In the tower of '{self.task}', the nested model '{path}' is called "
-                "in a way that cannot be taken apart: give it its inputs, and no "
-                f"argument but `training`. Received: {given}, {kwargs}"
-            )
-        for x, outside in zip(nested.inputs, given, strict=True):
-            self._outside[id(x)] = outside
-        self._open(nested, f"{path}/", {**context, **kwargs})
-        for x, inside in zip(node.outputs, nested.outputs, strict=True):
-            self._outside[id(x)] = self._resolve(inside)
-        self.nested[path] = [self._resolve(x) for x in node.outputs]
-
-
-def _comes_by_itself(arguments):
-    """Whether a call's mask is its input's own, which the copy's input has, too."""
-    masks = keras.tree.flatten(arguments.kwargs.get("mask"))
-    given = arguments.args[0] if arguments.args else arguments.kwargs.get("inputs")
-    own = [getattr(x, "_keras_mask", None) for x in keras.tree.flatten(given)]
-    return all(any(mask is x for x in [None, *own]) for mask in masks)
-
-
-def _is_input(layer, x):
-    return isinstance(layer, keras.layers.InputLayer) and layer.output is x
-
-
-def _graph(model):
-    """The model as a functional one; None for a layer, and for a `call` of its own."""
-    if isinstance(model, keras.Sequential) and getattr(model, "inputs", None):
-        return keras.Model(model.inputs, model.outputs[0])
-    if not isinstance(model, keras.Model) or not hasattr(model, "operations"):
-        return None
-    own_call = any(
-        "call" in vars(kind) and not kind.__module__.startswith("keras.")
-        for kind in type(model).__mro__
-    )
-    return None if own_call else model
-
-
 def copy_layer(layer: Any, name: str) -> Any:
-    """A new layer (or operation) of that name, whose weights are still to come.
-
-    Adapted state of layers without weights, such as a vocabulary, comes along, since
-    it may be needed at the first call. `carry_over` brings the rest.
-    """
+    """A new layer (or operation) of that name; `carry_over` gives it the weights."""
     with warnings.catch_warnings():
         # Keras warns that a lambda cannot be saved, which is not done here.
         warnings.simplefilter("ignore")
         config = _unbuilt(layer.get_config())
     functions: dict[str, Callable] = {}
     config = _with_functions(config, layer, functions)
-    config["name"] = name
-    refused = _refused(type(layer), config)
     classes = {type(x).__name__: type(x) for x in _within(layer)}
     with keras.saving.custom_object_scope({**classes, **functions}):
-        copy = type(layer).from_config(
-            {key: value for key, value in config.items() if key not in refused}
-        )
+        try:
+            copy = _from_config(layer, {**config, "name": name})
+        except Exception:
+            # Some configs have more than their constructor takes (KerasHub's ViT).
+            # Keras itself keeps what a layer was constructed with.
+            if getattr(layer, "_auto_config", None) is None:
+                raise
+            copy = _from_config(layer, {**layer._auto_config.config, "name": name})
     if copy.name != name:
         copy.name = name
-    if isinstance(layer, keras.layers.Layer):
-        # The config of a layer of one's own may leave it out.
-        if copy.dtype_policy.name != layer.dtype_policy.name:
-            copy.dtype_policy = layer.dtype_policy
-        if not layer.weights:
-            _carry_state(layer, copy)
+    # The config of a layer of one's own may leave it out.
+    policy = getattr(layer, "dtype_policy", None)
+    if policy is not None and copy.dtype_policy.name != policy.name:
+        copy.dtype_policy = policy
     return copy
 
 
-def _refused(kind, config):
-    """What every layer's config has, and the layer's constructor may not take."""
-    parameters = inspect.signature(kind.__init__).parameters
-    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
-        return set()
-    return {"name", "trainable", "dtype"} & set(config) - set(parameters)
+def _from_config(layer: Any, config: dict) -> Any:
+    """A layer like the one given, without the arguments that only Keras's own take."""
+    parameters = inspect.signature(type(layer).__init__).parameters
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        refused = {"name", "trainable", "dtype"} - set(parameters)
+        config = {key: value for key, value in config.items() if key not in refused}
+    return type(layer).from_config(config)
 
 
 def carry_over(layer: Any, copy: Any) -> None:
@@ -203,7 +61,7 @@ def carry_over(layer: Any, copy: Any) -> None:
             copied.trainable = weight.trainable
 
 
-def _carry_state(layer, copy):
+def _carry_state(layer: Any, copy: Any) -> None:
     """State that is not in the weights, in the way in which Keras itself saves it."""
     keras_own = keras.layers.Layer.load_own_variables
     for original, copied in _pairs(layer, copy):
@@ -219,17 +77,17 @@ def _carry_state(layer, copy):
                 copied.load_assets(directory)
 
 
-def _pairs(layer, copy):
+def _pairs(layer: Any, copy: Any) -> Iterable[tuple]:
     return zip(_within(layer), _within(copy), strict=True)
 
 
-def _within(layer) -> Iterator:
+def _within(layer: Any) -> Iterator:
     """The layer and all layers within it."""
     if isinstance(layer, keras.layers.Layer):
         yield from layer._flatten_layers()
 
 
-def _unbuilt(config):
+def _unbuilt(config: Any) -> Any:
     """The config, without what builds a wrapped layer before its wrapper has a name."""
     if isinstance(config, list):
         return [_unbuilt(x) for x in config]
@@ -238,14 +96,14 @@ def _unbuilt(config):
     return config
 
 
-def _with_functions(config, layer, functions):
+def _with_functions(config: dict, layer: Any, functions: dict[str, Callable]) -> dict:
     """The config, with the layer's own functions where it has their names or code.
 
     `functions` gets those that Keras looks up by name, here by one of ours.
     """
     found = dict(config)
     for key, value in config.items():
-        held = getattr(layer, key, getattr(layer, f"_{key}", None))
+        held: Any = getattr(layer, key, getattr(layer, f"_{key}", None))
         if isinstance(held, keras.layers.Layer) and isinstance(value, dict):
             inner = _with_functions(value.get("config", {}), held, functions)
             found[key] = {**value, "config": inner}
@@ -261,7 +119,7 @@ def _with_functions(config, layer, functions):
     return found
 
 
-def _is_function_config(value, held):
+def _is_function_config(value: Any, held: Any) -> bool:
     return (
         isinstance(held, types.FunctionType)
         and isinstance(value, dict)
@@ -277,11 +135,11 @@ def alike(layer: Any, other: Any) -> bool:
     )
 
 
-def _kind(layer):
+def _kind(layer: Any) -> tuple:
     """What a layer is, whatever it and the layers in it are called."""
     names = [x.name for x in _within(layer)]
 
-    def nameless(x):
+    def nameless(x: Any) -> Any:
         if isinstance(x, dict):
             return {key: nameless(value) for key, value in x.items() if key != "name"}
         if isinstance(x, list | tuple):
@@ -293,7 +151,7 @@ def _kind(layer):
         return type(layer), nameless(layer.get_config()), len(_functions(layer))
 
 
-def _functions(layer):
+def _functions(layer: Any) -> list[types.FunctionType]:
     """The functions that the layer was given, which its config only names."""
     return [
         value
@@ -304,7 +162,7 @@ def _functions(layer):
     ]
 
 
-def _same_function(a, b):
+def _same_function(a: types.FunctionType, b: types.FunctionType) -> bool:
     """The same one, or made anew by the same code with the same values."""
     if a is b:
         return True
@@ -330,11 +188,11 @@ def frozen_alike(layer: Any, other: Any) -> bool:
     )
 
 
-def _weights(layer):
+def _weights(layer: Any) -> list:
     return layer.get_weights() if isinstance(layer, keras.layers.Layer) else []
 
 
-def _is_fixed(layer):
+def _is_fixed(layer: Any) -> bool:
     """Nothing to train, no moving statistics, no randomness, no loss of its own."""
     return all(
         (not part.trainable or not part.weights)

@@ -1,5 +1,7 @@
 """The cross-stitch unit as a Keras layer; knows nothing of towers or training."""
 
+from typing import Any, Literal
+
 import keras
 from keras import ops
 
@@ -22,6 +24,7 @@ class CrossStitch(keras.layers.Layer):
             other tasks share `1 - same_task` evenly, so that rows sum to 1.
             Ignored where `alpha_initializer` is given.
         alpha_initializer: Initializer of `alpha`, or `None` for `same_task`.
+            `"identity"` starts every channel at the identity: nothing is shared.
         alpha_regularizer: Regularizer of `alpha`, or `None`.
         alpha_constraint: Constraint on `alpha`, or `None`. The paper has none:
             the rows sum to 1 only at the start.
@@ -66,14 +69,14 @@ class CrossStitch(keras.layers.Layer):
 
     def __init__(
         self,
-        per="channel",
-        same_task=0.9,
-        alpha_initializer=None,
-        alpha_regularizer=None,
-        alpha_constraint=None,
-        data_format=None,
-        **kwargs,
-    ):
+        per: Literal["channel", "layer"] = "channel",
+        same_task: float = 0.9,
+        alpha_initializer: keras.initializers.Initializer | str | None = None,
+        alpha_regularizer: keras.regularizers.Regularizer | str | None = None,
+        alpha_constraint: keras.constraints.Constraint | str | None = None,
+        data_format: Literal["channels_last", "channels_first"] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if per not in ("channel", "layer"):
             raise ValueError(
@@ -96,7 +99,7 @@ class CrossStitch(keras.layers.Layer):
             )
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         shapes = _by_task(input_shape)
         shape = _common_shape(shapes)
         axis = 1 if self.data_format == "channels_first" else -1
@@ -115,28 +118,35 @@ class CrossStitch(keras.layers.Layer):
             name="alpha",
             shape=(len(shapes), len(shapes))
             + ((channels,) if self.per == "channel" else ()),
-            initializer=self.alpha_initializer or self._convex,
+            initializer=self._initial_alpha,
             regularizer=self.alpha_regularizer,
             constraint=self.alpha_constraint,
             autocast=False,
         )
+        # LearningRateGroups spares it from weight decay, whatever its layer's name.
+        self.alpha.is_cross_stitch_alpha = True
 
-    def _convex(self, shape, dtype=None):
-        tasks = shape[0]
-        different_task = (1.0 - self.same_task) / (tasks - 1)
-        same = ops.reshape(
-            ops.eye(tasks, dtype=dtype), (tasks, tasks) + (1,) * (len(shape) - 2)
-        )
+    def _initial_alpha(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
+        tasks, _, *channels = shape
+        if self.alpha_initializer is None:
+            same = ops.eye(tasks, dtype=dtype)
+            different_task = (1.0 - self.same_task) / (tasks - 1)
+            alpha = self.same_task * same + different_task * (1.0 - same)
+        elif isinstance(self.alpha_initializer, keras.initializers.Identity):
+            # Keras's makes a matrix: here, that of each channel.
+            alpha = self.alpha_initializer((tasks, tasks), dtype)
+        else:
+            return self.alpha_initializer(shape, dtype)
+        alpha = ops.reshape(alpha, (tasks, tasks) + (1,) * len(channels))
         # Not broadcast_to, which in PyTorch gives a view that cannot be assigned.
-        same = same * ops.ones(shape, dtype=dtype)
-        return self.same_task * same + different_task * (1.0 - same)
+        return alpha * ops.ones(shape, dtype=dtype)
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         maps = _by_task(inputs)
         # Again, since later calls may come with shapes that would broadcast.
         rank = len(_common_shape({task: x.shape for task, x in maps.items()}))
         # alpha[i, j] against a map: (C,), or (C, 1, 1) where channels stand first.
-        trailing = (1,)
+        trailing: tuple[int, ...] = (1,)
         if self.per == "channel":
             first = self.data_format == "channels_first"
             trailing = (-1,) + (1,) * (rank - 2 if first else 0)
@@ -148,13 +158,13 @@ class CrossStitch(keras.layers.Layer):
             return dict(zip(maps, mixed, strict=True))
         return type(inputs)(mixed)
 
-    def compute_mask(self, inputs, mask=None):
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return mask
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "per": self.per,
@@ -169,7 +179,7 @@ class CrossStitch(keras.layers.Layer):
 
 
 @ops.custom_gradient
-def _mix(weights, *maps):
+def _mix(weights: Any, *maps: Any) -> Any:
     """One row of Eq. 1: `sum_j weights[j] * maps[j]`, for one receiving task.
 
     Sums of products, since stack and einsum are 4 to 8 times slower on a CPU.
@@ -180,7 +190,7 @@ def _mix(weights, *maps):
         mixed = mixed + weight * x
 
     # PyTorch hands `upstream` by name, the others as the only argument.
-    def gradient(*args, upstream=None):
+    def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
         if upstream is None:
             (upstream,) = args
         d_maps = [weight * upstream for weight in row]  # Eq. 2
@@ -190,7 +200,7 @@ def _mix(weights, *maps):
     return mixed, gradient
 
 
-def _d_weight(upstream, x, weight):
+def _d_weight(upstream: Any, x: Any, weight: Any) -> Any:
     """dL/dalpha[i, j]: the sum of `upstream * x` wherever the weight is one."""
     dtype = keras.backend.result_type(weight.dtype, "float32")
     product = ops.cast(upstream, dtype) * ops.cast(x, dtype)
@@ -199,7 +209,7 @@ def _d_weight(upstream, x, weight):
     return ops.cast(ops.reshape(ops.sum(product, axes), weight.shape), weight.dtype)
 
 
-def _by_task(inputs):
+def _by_task(inputs: Any) -> dict[Any, Any]:
     """The inputs (or their shapes) as a dict in the order of alpha's axes."""
     if isinstance(inputs, dict):
         return {task: inputs[task] for task in sorted(inputs)}
@@ -211,7 +221,7 @@ def _by_task(inputs):
     )
 
 
-def _common_shape(shapes):
+def _common_shape(shapes: dict[Any, Any]) -> tuple[int | None, ...]:
     """The one shape that all inputs have; unknown axes agree with any."""
     if len(shapes) < 2:
         raise ValueError(

@@ -3,8 +3,11 @@
 import functools
 import math
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import keras
+from keras import ops
 
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
@@ -17,11 +20,12 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     and `tf.distribute` work over all variables, as `inner_optimizer` has them.
 
     Weight decay (`weight_decay`, the decoupled one) follows a variable's rate too,
-    so that a multiplier of 0 freezes it. Variables named `alpha`, the cross-stitch
-    weights, are never decayed, besides those that `exclude_from_weight_decay` names.
+    so that a multiplier of 0 freezes it. The alpha of `CrossStitch` units is never
+    decayed, nor is what `exclude_from_weight_decay` names.
 
     Args:
-        inner_optimizer: The `keras.optimizers.Optimizer` that updates the variables.
+        inner_optimizer: The `keras.optimizers.Optimizer` that updates the variables,
+            or what `keras.optimizers.get` takes for one, such as `"adam"`.
         multipliers: Dict of regular expressions, searched in `variable.path`, to
             non-negative numbers. A variable that none of them matches has
             multiplier 1. Where towers have an `alpha` of their own (PReLU), tell
@@ -49,7 +53,14 @@ class LearningRateGroups(keras.optimizers.Optimizer):
       learn best at 100 to 1000 times the learning rate of the network.
     """
 
-    def __init__(self, inner_optimizer, multipliers, name=None):
+    def __init__(
+        self,
+        inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
+        multipliers: Mapping[str, float],
+        name: str | None = None,
+    ) -> None:
+        if isinstance(inner_optimizer, str | dict):
+            inner_optimizer = keras.optimizers.get(inner_optimizer)
         # An optimizer that only wraps others has no step whose rate could change.
         if not isinstance(inner_optimizer, keras.optimizers.Optimizer) or (
             type(inner_optimizer).update_step is keras.optimizers.Optimizer.update_step
@@ -82,15 +93,16 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         # What `apply_gradients` returns.
         self._iterations = inner_optimizer._iterations
 
-    def build(self, variables):
+    def build(self, variables: list[keras.Variable]) -> None:
         if self.built:
             return
         self._multiplier_of = self._match(variables)
         inner = self.inner_optimizer
+        self._decay_of = {self._var_key(v): _weight_decay(inner, v) for v in variables}
         inner.build(variables)
         # Set on the instance, from which the inner optimizer's own `apply` calls them.
         inner.update_step = self._update_at_own_rate
-        inner._apply_weight_decay = self._decay_at_own_rate
+        inner._apply_weight_decay = lambda variables: None  # each update decays
         if hasattr(inner, "_parallel_update_step"):
             # PyTorch's variant never calls `update_step`; the class it varies does.
             keras_class = getattr(keras.optimizers, type(inner).__name__)
@@ -99,7 +111,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             )
         super().build(variables)
 
-    def _match(self, variables):
+    def _match(self, variables: list[keras.Variable]) -> dict[Any, float]:
         """The multiplier of each variable, by the variable's key."""
         paths = [variable.path for variable in variables]
         for pattern in self.multipliers:
@@ -108,7 +120,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
                     "Each pattern of `multipliers` must match a trainable variable. "
                     f"Received: {pattern!r}, which matches none of {paths}"
                 )
-        multiplier_of = {}
+        multiplier_of: dict[Any, float] = {}
         for variable in variables:
             matches = [p for p in self.multipliers if re.search(p, variable.path)]
             if len(matches) > 1:
@@ -122,31 +134,27 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             )
         return multiplier_of
 
-    # The two methods below take the place of the inner optimizer's. They call its
-    # class's, not what they replaced, lest a second wrapper multiply a second time.
-
-    def _update_at_own_rate(self, gradient, variable, learning_rate):
+    def _update_at_own_rate(
+        self, gradient: Any, variable: Any, learning_rate: Any
+    ) -> None:
         # By key: under `tf.distribute` a replica's variable has no path.
-        rate = learning_rate * self._multiplier_of[self._var_key(variable)]
+        key = self._var_key(variable)
+        rate = learning_rate * self._multiplier_of[key]
         inner = self.inner_optimizer
+        if decay := self._decay_of[key]:
+            # w <- (1 - rate * decay) * w, before the step, as Keras decays.
+            inner.assign_sub(
+                variable, variable * ops.cast(rate * decay, variable.dtype)
+            )
+        # The class's, not what this took the place of, lest a second wrapper multiply
+        # a second time.
         type(inner).update_step(inner, gradient, variable, rate)
 
-    def _decay_at_own_rate(self, variables):
-        inner = self.inner_optimizer
-        learning_rate = type(inner)._get_current_learning_rate
-        # One at a time, and checked here: PyTorch's decay takes no empty list.
-        for variable in variables:
-            if variable.name == "alpha" or not inner._use_weight_decay(variable):
-                continue
-            multiplier = self._multiplier_of[self._var_key(variable)]
-            # Decay takes no rate as an argument, but asks for the current one.
-            inner._get_current_learning_rate = lambda m=multiplier: (
-                learning_rate(inner) * m
-            )
-            type(inner)._apply_weight_decay(inner, [variable])
-        inner._get_current_learning_rate = functools.partial(learning_rate, inner)
-
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: list[Any],
+        trainable_variables: Iterable[keras.Variable] | None = None,
+    ) -> None:
         if not self.built:
             self.build(list(trainable_variables or []))
         self.inner_optimizer.apply(grads, trainable_variables)
@@ -154,49 +162,53 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     # All that follows belongs to the inner optimizer.
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         return self.inner_optimizer.variables
 
     @property
-    def iterations(self):
+    def iterations(self) -> Any:
         return self.inner_optimizer.iterations
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def loss_scale_factor(self):
+    def loss_scale_factor(self) -> float | None:
         return self.inner_optimizer.loss_scale_factor
 
     @loss_scale_factor.setter
-    def loss_scale_factor(self, loss_scale_factor):
+    def loss_scale_factor(self, loss_scale_factor: float | None) -> None:
         # Keras's constructor sets it before there is an inner optimizer.
         if hasattr(self, "inner_optimizer"):
             self.inner_optimizer.loss_scale_factor = loss_scale_factor
 
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+    def exclude_from_weight_decay(
+        self,
+        var_list: list[keras.Variable] | None = None,
+        var_names: list[str] | None = None,
+    ) -> None:
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: list[Any]) -> None:
         self.inner_optimizer.set_weights(weights)
 
     # Keras saves the inner optimizer by itself, as an attribute of this one.
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         pass
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         pass
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "inner_optimizer": keras.optimizers.serialize(self.inner_optimizer),
@@ -204,8 +216,23 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "LearningRateGroups":
         inner_optimizer = keras.saving.deserialize_keras_object(
             config["inner_optimizer"], custom_objects=custom_objects
         )
         return cls(inner_optimizer, config["multipliers"], config["name"])
+
+
+def _weight_decay(optimizer: keras.optimizers.Optimizer, variable: Any) -> float | None:
+    """The optimizer's weight decay of a variable; a unit's alpha has none."""
+    is_alpha_of_unit = getattr(variable, "is_cross_stitch_alpha", False)
+    if is_alpha_of_unit or not optimizer._use_weight_decay(variable):
+        return None
+    # Muon has another decay for the variables that it leaves to AdamW.
+    if isinstance(optimizer, keras.optimizers.Muon) and optimizer._should_use_adamw(
+        variable
+    ):
+        return optimizer.adam_weight_decay
+    return optimizer.weight_decay

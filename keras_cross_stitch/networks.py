@@ -6,20 +6,14 @@ copy under a new name. The towers stay as they are.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_cross_stitch.copying import (
-    Tower,
-    alike,
-    carry_over,
-    copy_layer,
-    frozen_alike,
-)
+from keras_cross_stitch.copying import alike, frozen_alike
 from keras_cross_stitch.cross_stitch import CrossStitch
+from keras_cross_stitch.joining import Call, Joined, Tower, built_once, with_purpose
 
 
 def stitch(
@@ -100,9 +94,9 @@ def stitch(
     taps = [_tap(tap, opened) for tap in at]
     inputs = _inputs(opened, shared_input)
     tapped = [call for tap in taps for call in tap.values()]
-    same = _same(opened, inputs, tapped, _frozen) if share_frozen else {}
-    same = _with_purpose(same, opened)
-    joined = _Joined(opened, inputs, same)
+    same = built_once(opened, inputs, tapped, _frozen) if share_frozen else {}
+    same = with_purpose(same, opened)
+    joined = Joined(opened, inputs, same)
     for tap, received in zip(taps, at, strict=True):
         maps = {}
         for task, call in tap.items():
@@ -178,18 +172,18 @@ def split(
         for call in _depending(opened[task], _path(name_, opened[task]))
     }
 
-    def may_share(call, other):
+    def may_share(call: Call, other: Call) -> bool:
         if call not in own and other not in own:
             return alike(call.layer, other.layer)
         return share_frozen and call in own and other in own and _frozen(call, other)
 
-    same = _same(opened, inputs, [], may_share)
+    same = built_once(opened, inputs, [], may_share)
     _check_alike_below(opened, own, same)
-    same = _with_purpose(same, opened, own)
-    return _Joined(opened, inputs, same).model(name)
+    same = with_purpose(same, opened, own)
+    return Joined(opened, inputs, same).model(name)
 
 
-def check_task_names(tasks):
+def check_task_names(tasks: Iterable[str]) -> None:
     """Raises a ValueError where a task's name cannot be that of a signature."""
     for task in tasks:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", str(task)):
@@ -204,7 +198,7 @@ def check_task_names(tasks):
             )
 
 
-def _opened(towers):
+def _opened(towers: Any) -> dict[str, Tower]:
     if not isinstance(towers, Mapping) or len(towers) < 2:
         raise ValueError(
             "`towers` must be a dict of at least two: task name to model. "
@@ -214,7 +208,7 @@ def _opened(towers):
     return {task: Tower(task, model) for task, model in towers.items()}
 
 
-def _by_task(tap, towers):
+def _by_task(tap: Any, towers: Mapping[str, Tower]) -> dict[str, str]:
     """A tap (a layer name, or a dict of them) as {task: layer name}."""
     if isinstance(tap, str):
         tap = dict.fromkeys(towers, tap)
@@ -226,7 +220,7 @@ def _by_task(tap, towers):
     return {task: tap[task] for task in towers}
 
 
-def _tap(tap, towers):
+def _tap(tap: Any, towers: Mapping[str, Tower]) -> dict[str, Call]:
     """{task: the `Call` whose output is the tap}, checked."""
     calls = {}
     for task, name in _by_task(tap, towers).items():
@@ -243,7 +237,7 @@ def _tap(tap, towers):
     return calls
 
 
-def _path(name, tower):
+def _path(name: str, tower: Tower) -> str:
     """The path of the tower's layer, or nested model, of that name or path."""
     layers = [
         call.path for call in tower.calls if isinstance(call.layer, keras.layers.Layer)
@@ -271,7 +265,7 @@ def _path(name, tower):
     )
 
 
-def _inputs(towers, shared_input):
+def _inputs(towers: Mapping[str, Tower], shared_input: bool) -> dict[str, list]:
     """New inputs of the model: {task: list of `keras.Input`}."""
     layers = {
         task: {
@@ -309,7 +303,7 @@ def _inputs(towers, shared_input):
     return {task: [shared[key] for key in spec] for task, spec in specs.items()}
 
 
-def _input_names(tower):
+def _input_names(tower: Tower) -> list[str]:
     """The inputs' names, fixed where Keras made them up: it would count them on."""
     made_up = r"(keras_tensor|input_layer|input)(_\d+)?"
     several = len(tower.inputs) > 1
@@ -321,7 +315,7 @@ def _input_names(tower):
     ]
 
 
-def _spec(layer):
+def _spec(layer: keras.layers.InputLayer) -> dict[str, Any]:
     """What an input takes, as the arguments of `keras.Input`."""
     spec = {"batch_shape": layer.batch_shape, "dtype": layer.dtype}
     flags = {
@@ -332,13 +326,14 @@ def _spec(layer):
     return {**spec, **{flag: True for flag, value in flags.items() if value}}
 
 
-def _new_input(layer, name):
+def _new_input(layer: keras.layers.InputLayer, name: str) -> Any:
     return keras.Input(name=name, **_spec(layer))
 
 
-def _depending(tower, path):
+def _depending(tower: Tower, path: str) -> list[Call]:
     """The calls of a layer, or within a nested model, and all that depend on them."""
-    calls, tensors = [], set()
+    calls: list[Call] = []
+    tensors: set[int] = set()
     for call in tower.calls:
         if (
             call.path == path
@@ -350,79 +345,13 @@ def _depending(tower, path):
     return calls
 
 
-def _frozen(call, other):
+def _frozen(call: Call, other: Call) -> bool:
     return frozen_alike(call.layer, other.layer)
 
 
-def _same(towers, inputs, taps, may_share):
-    """The calls that are built once for several tasks.
-
-    Each tensor gets a value; tensors that are the same have the same one. A call
-    gives what a call of an earlier tower gives if it reads the same values, and if
-    `may_share(call, other)`. Behind the `taps`, a list of calls, every task goes on
-    with a value of its own.
-
-    Returns:
-        Dict of `Call` to the one that is built for it, also of that one to itself.
-    """
-    same = {}
-    known = []  # [(call, what it reads, the values of its outputs)]
-    for task, tower in towers.items():
-        values = _by_id([layer.output for layer in tower.inputs], inputs[task])
-        free = list(known)
-        for call in tower.calls:
-            reads = [(values.get(id(x)), x) for x in call.reads]
-            twins = [
-                entry
-                for entry in free
-                if _read_the_same(entry[1], reads) and may_share(entry[0], call)
-            ]
-            if twins:
-                # Of twin branches, the one of the same name.
-                entry = min(twins, key=lambda entry: entry[0].path != call.path)
-                free.remove(entry)
-                same[call] = same[entry[0]] = entry[0]
-            else:
-                entry = (call, reads, [object() for _ in call.outputs])
-                known.append(entry)
-            own = [object() for _ in call.outputs]
-            values |= _by_id(call.outputs, own if call in taps else entry[2])
-    return same
-
-
-def _with_purpose(same, towers, own=None):
-    """Of the calls that are built once, those with weights, and what leads to them.
-
-    Layers without weights alone are not worth another name. `own` are the calls that
-    this is about, all where it is None.
-    """
-    kept = set()
-    for tower in towers.values():
-        needed = set()
-        for call in reversed(tower.calls):
-            if call in same and (
-                (own is not None and call not in own)
-                or getattr(call.layer, "weights", None)
-                or any(id(x) in needed for x in call.outputs)
-            ):
-                kept.add(same[call])
-                needed.update(id(x) for x in call.reads)
-    return {call: first for call, first in same.items() if first in kept}
-
-
-def _by_id(tensors, values):
-    return {id(x): value for x, value in zip(tensors, values, strict=True)}
-
-
-def _read_the_same(reads, others):
-    """Whether both are lists of the same (value, None) and equal (None, constant)."""
-    return len(reads) == len(others) and all(
-        a is b and (a is not None or (type(x) is type(y) and np.array_equal(x, y)))
-        for (a, x), (b, y) in zip(reads, others, strict=True)
-    )
-
-
-def _check_alike_below(towers, own, same):
+def _check_alike_below(
+    towers: Mapping[str, Tower], own: Collection[Call], same: dict[Call, Call]
+) -> None:
     """Raises a ValueError where the first tower and another differ below the split."""
     below = [
         [call for call in tower.calls if call not in own] for tower in towers.values()
@@ -441,92 +370,7 @@ def _check_alike_below(towers, own, same):
             )
 
 
-class _Joined:
-    """The joined model while it is built.
-
-    Attributes:
-        tensors: {task: {id of the tower's tensor: the new one}}, as far as built.
-        layers: {name of a new layer: what it is, in words}.
-    """
-
-    def __init__(self, towers, inputs, same):
-        self.towers = towers
-        self.inputs = inputs
-        self.same = same  # see `_same`
-        self.tensors = {
-            task: _by_id([layer.output for layer in tower.inputs], inputs[task])
-            for task, tower in towers.items()
-        }
-        self.layers = {x.name: "an input" for xs in inputs.values() for x in xs}
-        self._outputs = {}  # {call: what its copy gives}
-        self._copies = []  # [(layer, copy)]
-
-    def run(self, task, outputs):
-        """Builds what the tower's `outputs` need, and returns the new tensors."""
-        tensors = self.tensors[task]
-        needed = {id(x) for x in outputs}
-        todo = []
-        for call in reversed(self.towers[task].calls):
-            if any(id(x) in needed and id(x) not in tensors for x in call.outputs):
-                todo.append(call)
-                needed.update(id(x) for x in call.reads)
-        for call in reversed(todo):
-            tensors |= _by_id(call.outputs, self._build(call))
-        return [tensors[id(x)] for x in outputs]
-
-    def _build(self, call):
-        first = self.same.get(call, call)
-        if first not in self._outputs:
-            prefix = "shared" if call in self.same else call.task
-            name = f"{prefix}_{call.path.replace('/', '_')}"
-            self.claim(name, f"layer '{call.path}' of the tower of '{call.task}'")
-            self._outputs[first] = self._copy(call, first.layer, name)
-        return self._outputs[first]
-
-    def _copy(self, call, layer, name):
-        tensors = self.tensors[call.task]
-        args, kwargs = keras.tree.map_structure(
-            lambda x: tensors[id(x)] if isinstance(x, keras.KerasTensor) else x,
-            (call.args, call.kwargs),
-        )
-        try:
-            copy = copy_layer(layer, name)
-            outputs = keras.tree.flatten(copy(*args, **kwargs))
-        except Exception as error:
-            raise ValueError(
-                f"In the tower of '{call.task}', layer '{call.path}' "
-                f"({type(layer).__name__}) cannot be copied. A layer of your own needs "
-                "a `get_config` with all that its `__init__` takes, and `**kwargs` in "
-                f"`__init__` for the name. Keras says: {error}"
-            ) from error
-        self._copies.append((layer, copy))
-        return outputs
-
-    def claim(self, name, what):
-        """Takes a name for a new layer; what it is, in words, is for the error."""
-        if name in self.layers:
-            raise ValueError(
-                f"Two layers of the joined model would be called '{name}': "
-                f"{self.layers[name]}, and {what}. Give a task or a layer another name"
-            )
-        self.layers[name] = what
-
-    def model(self, name):
-        """The model, all that is missing built, with the towers' weights."""
-        outputs = {}
-        for task, tower in self.towers.items():
-            flat = keras.tree.flatten(tower.output)
-            new = self.run(task, flat)
-            outputs[task] = keras.tree.pack_sequence_as(tower.output, new)
-        flat = {x.name: x for xs in self.inputs.values() for x in xs}
-        inputs = flat if len(flat) > 1 else next(iter(flat.values()))
-        model = keras.Model(inputs, outputs, name=name)
-        for layer, copy in self._copies:
-            carry_over(layer, copy)
-        return model
-
-
-def _unit(joined, tap, arguments):
+def _unit(joined: Joined, tap: dict[str, Call], arguments: dict) -> CrossStitch:
     """The unit of a tap, named after the first tower's layer, with its dtype."""
     first = next(iter(tap.values()))
     policy = getattr(first.layer, "dtype_policy", None)

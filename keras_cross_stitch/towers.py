@@ -4,6 +4,8 @@ Stitch at `pool1`, `pool2`, `pool5`, `fc6` and `fc7`, as the paper does: each is
 the output that the next layer of the original AlexNet reads.
 """
 
+from typing import Any, Literal
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -18,18 +20,19 @@ _CONVOLUTIONS = (
 )
 _FULLY_CONNECTED = 4096
 _NORMALIZATIONS = ("batch", "local_response", None)
+_Normalization = Literal["batch", "local_response"] | None
 
 
 def alexnet(
-    outputs,
-    input_shape=(227, 227, 3),
+    outputs: int,
+    input_shape: tuple[int | None, int | None, int] = (227, 227, 3),
     *,
-    width=1.0,
-    normalization="batch",
-    dropout=0.5,
-    kernel_regularizer=None,
-    name="alexnet",
-):
+    width: float = 1.0,
+    normalization: _Normalization = "batch",
+    dropout: float = 0.5,
+    kernel_regularizer: keras.regularizers.Regularizer | str | None = None,
+    name: str = "alexnet",
+) -> keras.Model:
     """AlexNet for classification.
 
     Args:
@@ -84,20 +87,20 @@ def alexnet(
 
 
 def fcn_alexnet(
-    outputs,
-    input_shape=(None, None, 3),
+    outputs: int,
+    input_shape: tuple[int | None, int | None, int] = (None, None, 3),
     *,
-    width=1.0,
-    normalization="batch",
-    dropout=0.5,
-    upsampling=32,
-    kernel_regularizer=None,
-    name="fcn_alexnet",
-):
+    width: float = 1.0,
+    normalization: _Normalization = "batch",
+    dropout: float = 0.5,
+    upsampling: int = 32,
+    kernel_regularizer: keras.regularizers.Regularizer | str | None = None,
+    name: str = "fcn_alexnet",
+) -> keras.Model:
     """FCN-32s on AlexNet: one prediction a pixel.
 
-    `fc6` and `fc7` are convolutions, `score` starts at zero, and bilinear
-    upsampling takes the map of one cell per 32 pixels back to the image.
+    `fc6` and `fc7` are convolutions, and bilinear upsampling takes the map of `score`,
+    of one cell per 32 pixels, back to the image.
 
     Args:
         outputs: Integer, channels of the prediction.
@@ -145,7 +148,9 @@ def fcn_alexnet(
     x = layers.Conv2D(
         outputs,
         1,
-        kernel_initializer="zeros",
+        # Long et al. start it at zero and found random as good. Losses that normalise,
+        # such as the cosine, have a gradient of 1e7 at zero, and throw it off.
+        kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
         kernel_regularizer=kernel_regularizer,
         name="score",
     )(x)
@@ -180,7 +185,7 @@ class LocalResponseNormalization(layers.Layer):
     - [Krizhevsky et al., 2012](https://papers.nips.cc/paper/4824), section 3.3
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         channels = inputs.shape[-1]
         # The squares of float16 maps overflow.
         x = ops.cast(inputs, "float32")
@@ -190,7 +195,7 @@ class LocalResponseNormalization(layers.Layer):
         scale = ops.power(1.0 + 1e-4 / 5 * energy, -0.75)
         return ops.cast(x * scale, self.compute_dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 
 
@@ -211,7 +216,7 @@ class BilinearUpsampling(layers.Layer):
         `(N, H * factor, W * factor, C)`
     """
 
-    def __init__(self, factor, **kwargs):
+    def __init__(self, factor: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.factor = factor
         # Where each new cell's centre lies, in old cells, from that of its own.
@@ -220,7 +225,7 @@ class BilinearUpsampling(layers.Layer):
         # (factor, 3): the weights of the cell before, the own and the one after
         self.weights_of_neighbours = np.stack([before, 1 - before - after, after], 1)
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         _, height, width, channels = ops.shape(inputs)
         x = ops.reshape(inputs, (-1, width, channels))
         x = self._enlarge(x, width, channels)
@@ -228,7 +233,7 @@ class BilinearUpsampling(layers.Layer):
         x = self._enlarge(ops.reshape(x, (-1, height, row)), height, row)
         return ops.reshape(x, (-1, height * self.factor, width * self.factor, channels))
 
-    def _enlarge(self, x, length, depth):
+    def _enlarge(self, x: Any, length: int, depth: int) -> Any:
         """(M, length, depth) to (M, length * factor, depth)."""
         before = ops.concatenate([x[:, :1], x[:, :-1]], axis=1)
         after = ops.concatenate([x[:, 1:], x[:, -1:]], axis=1)
@@ -237,16 +242,22 @@ class BilinearUpsampling(layers.Layer):
         enlarged = ops.matmul(weights, neighbours)  # (M, length, factor, depth)
         return ops.reshape(enlarged, (-1, length * self.factor, depth))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         batch, height, width, channels = input_shape
         height, width = (n and n * self.factor for n in (height, width))
         return batch, height, width, channels
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "factor": self.factor}
 
 
-def _trunk(image, padding, width, normalization, kernel_regularizer):
+def _trunk(
+    image: Any,
+    padding: str,
+    width: float,
+    normalization: _Normalization,
+    kernel_regularizer: Any,
+) -> Any:
     x = layers.Rescaling(1 / 127.5, offset=-1.0, name="rescaling")(image)
     for name, filters, kernel, stride, pool in _CONVOLUTIONS:
         filters = _scaled(filters, width)
@@ -269,7 +280,15 @@ def _trunk(image, padding, width, normalization, kernel_regularizer):
     return x
 
 
-def _convolution(x, name, filters, kernel, stride, padding, kernel_regularizer):
+def _convolution(
+    x: Any,
+    name: str,
+    filters: int,
+    kernel: int,
+    stride: int,
+    padding: str,
+    kernel_regularizer: Any,
+) -> Any:
     return layers.Conv2D(
         filters,
         kernel,
@@ -282,11 +301,11 @@ def _convolution(x, name, filters, kernel, stride, padding, kernel_regularizer):
     )(x)
 
 
-def _scaled(filters, width):
+def _scaled(filters: int, width: float) -> int:
     return max(1, round(filters * width))
 
 
-def _check(outputs, width, normalization):
+def _check(outputs: int, width: float, normalization: _Normalization) -> None:
     if not isinstance(outputs, int) or outputs < 1:
         raise ValueError(
             f"`outputs` must be a positive integer. Received: outputs={outputs!r}"

@@ -185,6 +185,13 @@ def test_tensorboard_after_it_writes_alpha(tmp_path):
     assert written == pytest.approx([row["mean"] for row in alpha_table(model)])
 
 
+@pytest.mark.parametrize("name", ["CSVLogger", "TensorBoard"])
+def test_behind_a_callback_that_writes_it_warns(tmp_path, name):
+    writer = getattr(keras.callbacks, name)(str(tmp_path / "written"))
+    with pytest.warns(UserWarning, match=f"{name} comes before AlphaHistory.*put it"):
+        fit(stitched(units=["only"]), [writer, AlphaHistory()])
+
+
 def test_a_progress_bar_before_it_stays_short(capsys):
     callbacks = [keras.callbacks.ProgbarLogger(), AlphaHistory()]
     fit(stitched(), callbacks, verbose=2)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from keras_cross_stitch import CrossStitch, split, stitch
-from keras_cross_stitch.copying import Tower
+from keras_cross_stitch.joining import Tower
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(1, 2, (7, 5)).astype("float32")
@@ -79,6 +79,21 @@ LOOKUPS = {
             )
         ],
         WORDS,
+    ),
+    "a string to one hot": (
+        lambda: [
+            _adapted(layers.StringLookup(output_mode="one_hot", name="adapted"), WORDS)
+        ],
+        WORDS[:, :1],
+    ),
+    "text to multi hot": (
+        lambda: [
+            _adapted(
+                layers.TextVectorization(output_mode="multi_hot", name="adapted"),
+                WORDS[:, 0],
+            )
+        ],
+        WORDS[:, :1],
     ),
     "strings to tf-idf": (
         lambda: [
@@ -295,6 +310,20 @@ class _Plain(layers.Layer):
         return self.factor * x
 
 
+class _SaysTooMuch(layers.Layer):
+    """Its config holds more than it can be constructed with."""
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, x):
+        return self.factor * x
+
+    def get_config(self):
+        return {**super().get_config(), "factor": 1.0, "derived": 2 * self.factor}
+
+
 def _scale(factor):
     return lambda x: factor * x
 
@@ -312,6 +341,7 @@ FUNCTIONS = {
         layers.Dense(3, activation=_twice)
     ),
     "a plain layer": lambda: _Plain(3.0),
+    "a layer that says too much": lambda: _SaysTooMuch(3.0),
     "a layer that says little": lambda: _Forgetful(3),
     "a wrapped layer of one's own": lambda: layers.TimeDistributed(_Forgetful(3)),
 }
@@ -774,5 +804,7 @@ def test_the_private_names_that_copying_reads_are_there():
     assert args[0] is tower.inputs[0]
     assert first.outputs[0] is tower.get_layer("first").output
     assert not first.is_input
+    constructed = tower.get_layer("first")._auto_config.config
+    assert constructed["units"] == 3
     assert tower.get_layer("first")._flatten_layers() == [tower.get_layer("first")]
     assert [call.path for call in Tower("a", tower).calls] == ["first", "tap", "score"]

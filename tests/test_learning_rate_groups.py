@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_cross_stitch.learning_rate_groups import LearningRateGroups
+from keras_cross_stitch import CrossStitch, LearningRateGroups
 
 # Keras's callbacks read the learning rate so that NumPy 2 warns.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -25,22 +26,15 @@ RATE = 1e-3
 _random = np.random.default_rng(0)
 X = _random.normal(size=(8, 3))
 Y = _random.normal(size=(8, 2))
-WEIGHTS = [_random.normal(size=shape) for shape in [(3, 4), (4,), (4,), (4, 2), (2,)]]
-
-
-@keras.saving.register_keras_serializable("test_learning_rate_groups")
-class Scale(keras.layers.Layer):
-    def build(self, input_shape):
-        self.alpha = self.add_weight(name="alpha", shape=input_shape[-1:])
-
-    def call(self, x):
-        return x * keras.ops.cast(self.alpha, x.dtype)
+SHAPES = [(3, 4), (4,), (2, 2, 4), (4, 2), (2,)]
+WEIGHTS = [_random.normal(size=shape) for shape in SHAPES]
 
 
 def new_model(optimizer=None, **compile_arguments):
     x = keras.Input((3,))
     y = keras.layers.Dense(4, name="first")(x)
-    y = Scale(name="scale")(y)
+    # The other task's map is zero: what comes out is alpha[0, 0] * y.
+    y, _ = CrossStitch(name="unit")([y, keras.ops.zeros_like(y)])
     y = keras.layers.Dense(2, name="second", dtype="float32")(y)
     model = keras.Model(x, y)
     model.set_weights(WEIGHTS)
@@ -60,14 +54,16 @@ def gradients(weights):
     """Of the mean squared error, by the chain rule."""
     w1, b1, alpha, w2, b2 = weights
     hidden = X @ w1 + b1
-    scaled = hidden * alpha
+    scaled = hidden * alpha[0, 0]
     d_y = 2 * (scaled @ w2 + b2 - Y) / Y.size
     d_scaled = d_y @ w2.T
-    d_hidden = d_scaled * alpha
+    d_hidden = d_scaled * alpha[0, 0]
+    d_alpha = np.zeros_like(alpha)
+    d_alpha[0, 0] = (d_scaled * hidden).sum(0)
     return [
         X.T @ d_hidden,
         d_hidden.sum(0),
-        (d_scaled * hidden).sum(0),
+        d_alpha,
         scaled.T @ d_y,
         d_y.sum(0),
     ]
@@ -237,6 +233,23 @@ def test_exclusions_made_before_wrapping_are_kept():
     assert_weights(model, expected([RATE] * 3, Adam, decay=[0.5, 0, 0, 0.5, 0]))
 
 
+def test_decay_spares_the_alpha_of_units_and_no_other():
+    x = keras.Input((3,))
+    unit, prelu = CrossStitch(name="mixing"), keras.layers.PReLU(name="cross_stitch")
+    model = keras.Model(x, prelu(unit([x, x])[0]))
+    start = [np.full(weight.shape, 2.0) for weight in model.get_weights()]
+    model.set_weights(start)
+    sgd = keras.optimizers.SGD(0.1, weight_decay=0.5)
+    optimizer = LearningRateGroups(sgd, {"cross_stitch/alpha": 4})
+    assert [v.name for v in model.trainable_variables] == ["alpha", "alpha"]
+
+    zeros = [keras.ops.zeros(weight.shape) for weight in start]
+    optimizer.apply(zeros, model.trainable_variables)
+
+    np.testing.assert_array_equal(unit.alpha, start[0])
+    np.testing.assert_allclose(prelu.alpha, start[1] * (1 - 0.1 * 4 * 0.5), rtol=1e-6)
+
+
 def test_multiplier_0_freezes_even_under_weight_decay():
     adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
     model = new_model(LearningRateGroups(adamw, {"first": 0}))
@@ -321,14 +334,34 @@ def test_each_group_moves_as_under_an_optimizer_of_its_own_rate(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_multiplier_1_is_the_inner_optimizer_bit_for_bit(name):
+def test_multiplier_1_is_the_inner_optimizer(name):
     new_optimizer = getattr(keras.optimizers, name)
     plain = new_optimizer(RATE)
     plain.exclude_from_weight_decay(var_names=["alpha"])
     ones = {"kernel": 1, "bias": 1, "alpha": 1}
     grouped = LearningRateGroups(new_optimizer(RATE), ones)
     for weight, value in zip(apply_twice(grouped), apply_twice(plain), strict=True):
-        np.testing.assert_array_equal(weight, value)
+        np.testing.assert_allclose(weight, value, rtol=1e-5)
+
+
+def test_each_of_muons_two_decays_follows_the_rate():
+    def muon(rate):
+        return keras.optimizers.Muon(rate, weight_decay=0.5, adam_weight_decay=0.25)
+
+    grouped = apply_twice(LearningRateGroups(muon(RATE), {"first": 20}))
+    alone = apply_twice(muon(20 * RATE))
+    for i in (0, 1):  # a kernel, which is Muon's, and a bias, which is AdamW's
+        np.testing.assert_allclose(grouped[i], alone[i], rtol=1e-5)
+
+
+def test_an_optimizer_may_be_given_by_name_or_config():
+    by_name = LearningRateGroups("adam", MULTIPLIERS)
+    config = keras.optimizers.serialize(keras.optimizers.SGD(RATE, momentum=0.9))
+    by_config = LearningRateGroups(config, MULTIPLIERS)
+    assert isinstance(by_name.inner_optimizer, keras.optimizers.Adam)
+    model = new_model(by_config)
+    fit(model, 2)
+    assert_weights(model, expected([RATE] * 2))
 
 
 @pytest.mark.parametrize(
@@ -489,12 +522,42 @@ assert strategy.num_replicas_in_sync == 2
     assert_weights(Weights(weights), expected([RATE] * 3, decay=[0.5, 0, 0, 0.5, 0]))
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_other_backends(backend, tmp_path):
+# PyTorch has optimizers of its own, so all are tried there.
+ALL_OPTIMIZERS = """
+import test_learning_rate_groups as tests
+for name in tests.OPTIMIZERS:
+    tests.test_each_group_moves_as_under_an_optimizer_of_its_own_rate(name)
+tests.test_each_of_muons_two_decays_follows_the_rate()
+tests.test_decay_spares_the_alpha_of_units_and_no_other()
+"""
+
+
+@pytest.mark.parametrize(("backend", "setup"), [("jax", ""), ("torch", ALL_OPTIMIZERS)])
+def test_other_backends(backend, setup, tmp_path):
     if not importlib.util.find_spec(backend):
         pytest.skip(f"needs {backend}, which is not installed")
-    weights = fit_in_subprocess(tmp_path, "", "contextlib.nullcontext()", backend)
+    weights = fit_in_subprocess(tmp_path, setup, "contextlib.nullcontext()", backend)
     assert_weights(Weights(weights), expected([RATE] * 3, decay=[0.5, 0, 0, 0.5, 0]))
+
+
+# What is used of Keras that is not public: where a name goes, the numbers above do.
+
+
+def test_keras_still_has_what_is_not_public():
+    methods = ["_apply_weight_decay", "_backend_update_step"]
+    methods += ["_use_weight_decay", "_var_key"]
+    assert all(hasattr(keras.optimizers.Optimizer, name) for name in methods)
+    assert hasattr(keras.optimizers.Muon, "_should_use_adamw")
+    assert hasattr(keras.optimizers.SGD(), "_iterations")
+
+
+def test_pytorchs_optimizers_still_have_what_is_not_public():
+    # Read, since Keras imports them only where PyTorch is installed.
+    folder = Path(keras.__file__).parent / "src/backend/torch/optimizers"
+    names = {"_backend_update_step", "_parallel_update_step"}
+    parallel = (folder / "torch_parallel_optimizer.py").read_text()
+    assert names <= set(re.findall(r"\w+", parallel))
+    assert "def _parallel_update_step(" in (folder / "torch_sgd.py").read_text()
 
 
 # Errors.
@@ -510,7 +573,7 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 
 def test_a_frozen_layer_is_no_match():
     model = new_model()
-    model.get_layer("scale").trainable = False
+    model.get_layer("unit").trainable = False
     model.compile(grouped_sgd(), loss="mse")
     with pytest.raises(ValueError, match="must match a trainable variable"):
         fit(model, 1)
@@ -536,15 +599,21 @@ def test_an_invalid_regular_expression_is_an_error():
 @pytest.mark.parametrize(
     "inner_optimizer",
     [
-        lambda: "sgd",
+        lambda: 0.001,
+        lambda: None,
         lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(RATE)),
         grouped_sgd,
     ],
-    ids=["name", "loss_scale", "groups"],
+    ids=["number", "none", "loss_scale", "groups"],
 )
 def test_the_inner_optimizer_must_update_variables_itself(inner_optimizer):
     with pytest.raises(ValueError, match="updates variables itself"):
         LearningRateGroups(inner_optimizer(), MULTIPLIERS)
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(ValueError, match="adamm"):
+        LearningRateGroups("adamm", MULTIPLIERS)
 
 
 def test_applying_without_variables_names_what_is_missing():

@@ -45,10 +45,16 @@ def test_only_the_export_needs_tensorflow():
             assert "tensorflow" not in set(imports(path)), path
 
 
-def test_the_wheel_holds_the_library_alone(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
-    subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*command, "--wheel-dir", folder, ROOT], check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_holds_the_library_alone(wheel):
     files = zipfile.ZipFile(wheel).namelist()
 
     packages = {name.split("/")[0] for name in files if "dist-info" not in name}
@@ -64,23 +70,120 @@ def test_every_public_name_is_documented():
         assert f"`{name}`" in (ROOT / "README.md").read_text(), name
 
 
-def test_the_readme_starts_with_code_that_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    normals = rng.normal(size=(2, 240, 320, 3))
-    targets = {
-        "segmentation": rng.integers(0, 40, (2, 240, 320)),
-        "normals": normals / np.linalg.norm(normals, axis=-1, keepdims=True),
-    }
-    image = rng.uniform(0, 255, (2, 240, 320, 3))
-    dataset = tf.data.Dataset.from_tensors((image, targets))
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    fit = keras.Model.fit
-    # Quiet, and without the advice on shuffling.
-    monkeypatch.setattr(
-        keras.Model, "fit", lambda *args: fit(*args, shuffle=False, verbose=0)
+def test_the_wheel_and_the_package_have_one_version(wheel):
+    assert wheel.name.startswith(
+        f"keras_cross_stitch-{keras_cross_stitch.__version__}-"
     )
-    exec(code.group(1), {"dataset": dataset})
 
+
+# What the README's python blocks need, by words that stand in one of them alone. They
+# run in order, in one namespace.
+
+
+def dataset():
+    """Two images in eight steps: the left half is a wall, the right a floor."""
+    image = np.random.default_rng(0).uniform(0, 255, (2, 120, 160, 3))
+    image[:, :, 80:, 0] *= 0.2
+    segmentation = np.zeros((2, 120, 160), int)
+    segmentation[:, :, 80:] = 1
+    normals = np.zeros((2, 120, 160, 3))
+    normals[:, :, :80, 2] = -1
+    normals[:, :, 80:, 0] = 1
+    targets = {"segmentation": segmentation, "normals": normals}
+    return {"dataset": tf.data.Dataset.from_tensors((image, targets)).repeat(8)}
+
+
+def towers_with_layers_of_other_names():
+    def tower(tap):
+        image = keras.Input((8, 8, 3), name="image")
+        x = keras.layers.Conv2D(4, 3, padding="same", name=tap)(image)
+        return keras.Model(image, keras.layers.Conv2D(1, 1, name="out")(x))
+
+    return {"unet": tower("down2"), "mobilenet": tower("block_3_project_BN")}
+
+
+def backbone():
+    return {
+        "backbone": keras.applications.MobileNetV2(
+            weights=None,
+            include_top=False,
+            input_shape=(96, 96, 3),
+            alpha=0.35,
+            name="mobilenetv2",
+        )
+    }
+
+
+def labels_of_some_tasks():
+    """Two data sets of one image each, and a model of both tasks."""
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0, 1, (16, 16, 3)).astype("float32")
+    inputs = keras.Input((16, 16, 3), name="image")
+    outputs = {
+        "depth": keras.layers.Conv2D(1, 1)(inputs),
+        "segmentation": keras.layers.Conv2D(3, 1)(inputs),
+    }
+    depth = image[..., :1] + 2.0
+    classes = image.argmax(axis=-1).astype("int32")
+    return {
+        "tf": tf,
+        "MaskedLoss": keras_cross_stitch.MaskedLoss,
+        "MaskedMetric": keras_cross_stitch.MaskedMetric,
+        "model": keras.Model(inputs, outputs),
+        "depths": tf.data.Dataset.from_tensors((image, depth)),
+        "segmentations": tf.data.Dataset.from_tensors((image, classes)),
+    }
+
+
+def weigh_losses():
+    return {"weigh_losses": keras_cross_stitch.weigh_losses}
+
+
+NEEDS = {
+    "fcn_alexnet(outputs=40": dataset,
+    "at=[{": towers_with_layers_of_other_names,
+    "backbone.layers[:54]": backbone,
+    "sample_from_datasets": labels_of_some_tasks,
+    "weigh_losses(model": weigh_losses,
+}
+
+
+class EveryLossFalls(keras.callbacks.Callback):
+    """Fails where training does harm: a loss that stays, a weight that runs away."""
+
+    def on_train_begin(self, logs=None):
+        self.means = []  # Keras logs the mean since the epoch's start
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.means.append({k: v for k, v in logs.items() if k.endswith("loss")})
+
+    def on_train_end(self, logs=None):
+        steps = np.arange(1, len(self.means) + 1)
+        for name in self.means[0]:
+            sums = steps * [means[name] for means in self.means]
+            losses = np.diff(sums, prepend=0)
+            assert losses[-2:].mean() < losses[:2].mean() - 0.05, (name, losses)
+        for variable in self.model.trainable_variables:
+            assert np.abs(variable).max() < 20, variable.path
+
+
+def test_the_python_blocks_of_the_readme_run_and_train(tmp_path, monkeypatch):
+    keras.utils.set_random_seed(0)
+    monkeypatch.chdir(tmp_path)
+    fit = keras.Model.fit
+    # Quiet, watched, and without the advice on shuffling.
+    watched = {"shuffle": False, "verbose": 0, "callbacks": [EveryLossFalls()]}
+    monkeypatch.setattr(
+        keras.Model, "fit", lambda *args, **more: fit(*args, **more, **watched)
+    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    namespace = {}
+    for block in blocks:
+        needs = [NEEDS[words] for words in NEEDS if words in block]
+        assert len(needs) == 1, f"say in NEEDS what this block needs:\n{block}"
+        namespace.update(needs[0]())
+        exec(block, namespace)
+
+    assert len(blocks) == len(NEEDS)
     served = tf.saved_model.load(tmp_path / "serving/my_model/1")
     assert set(served.signatures) == {"serving_default", "segmentation", "normals"}

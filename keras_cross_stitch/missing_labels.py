@@ -1,0 +1,314 @@
+"""Any Keras loss or metric where labels are missing.
+
+Knows nothing of tasks: an example that has the labels of some tasks only writes NaN,
+or a number that is no label, for the others.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_cross_stitch")
+class MaskedLoss(keras.losses.Loss):
+    """The mean of a Keras loss over the labels that are there.
+
+        loss = sum(weight * value) / sum(weight)
+
+    A label is missing where it is NaN (or `missing`), where its `sample_weight` is 0,
+    and where Keras masks the prediction. Such a label has weight 0, and neither it nor
+    its prediction reaches the loss or a gradient, whatever stands there. The others
+    have their `sample_weight`, or 1. A batch without a label has loss 0 and gradients
+    of exactly 0; an optimizer with momentum or weight decay may still move the weights.
+
+    A label is what belongs to one vector of the prediction's last axis: a class, a
+    number, or a vector, which is missing if any of its components is. To leave out
+    single components (of 64 attributes, say), make them labels of their own: reshape
+    prediction and labels from `(N, 64)` to `(N, 64, 1)`.
+
+    The mean is taken where Keras takes it. Each replica of a `tf.distribute` strategy,
+    and each step of gradient accumulation, divides by its own labels, and the gradient
+    is the mean of theirs; one without a label counts as 0. So does a batch in the
+    `<task>_loss` of the logs: `MaskedMetric` gives the mean over an epoch's labels.
+
+    Args:
+        loss: The loss: a `keras.losses.Loss`, a function `(y_true, y_pred)` or its
+            name. It gives one value for each label, from that label and prediction
+            alone; or one for several labels (`Dice(axis=(1, 2, 3))`), which counts
+            only if none of them is missing. Its own reduction must be a mean.
+        missing: Number that marks a missing label, -1 or 255, say. Defaults to
+            `None`: NaN does. Numbers of classes have no NaN, unless they are floats.
+        name: String, the name of the loss.
+
+    Input shape:
+        `y_pred`: `(N, ..., C)`; or `(N,)`, as `(N, 1)`. Integers are numbers of
+            classes, `(N, ...)`.
+        `y_true`: `(N, ..., C)`, or without its last axis, or with one of length 1.
+        `sample_weight`: `(N,)`, or any of the axes `(N, ...)`.
+
+    Raises:
+        ValueError: If `loss` is no loss, gives a sum, compares examples with each
+            other, or has an `ignore_class`; if `missing` is no number; or, when
+            called, if the shapes do not fit.
+
+    Example:
+
+    Three examples, the first with both labels, the others with one each.
+
+    >>> from numpy import array, nan
+    >>> labels = {"depth": array([[2.0], [nan], [5.0]]), "kind": array([1, 0, -1])}
+    >>> x = keras.Input((4,))
+    >>> depth = keras.layers.Dense(1)(x)
+    >>> kind = keras.layers.Dense(3, activation="softmax")(x)
+    >>> model = keras.Model(x, {"depth": depth, "kind": kind})
+    >>> model.compile(
+    ...     loss={
+    ...         "depth": MaskedLoss("mse"),
+    ...         "kind": MaskedLoss("sparse_categorical_crossentropy", missing=-1),
+    ...     },
+    ... )
+    >>> logs = model.fit(keras.ops.ones((3, 4)), labels, verbose=0).history
+    >>> sorted(logs)
+    ['depth_loss', 'kind_loss', 'loss']
+
+    The mean squared error of the two numbers that are known:
+
+    >>> loss = MaskedLoss("mse")
+    >>> float(loss([[2.0], [nan], [5.0]], [[1.0], [7.0], [2.0]]))
+    5.0
+    """
+
+    def __init__(
+        self,
+        loss: keras.losses.Loss | Callable | str,
+        missing: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.loss = checked_loss(loss)
+        self.missing = _marker(missing)
+        super().__init__(
+            name=name,
+            reduction="mean_with_sample_weight",
+            dtype=getattr(self.loss, "dtype", None),
+        )
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        y_true, safe_pred, weight = _without_missing(
+            y_true, y_pred, sample_weight, self.missing, self.dtype
+        )
+        values = values_of(self.loss, y_true, safe_pred)
+        extra = len(weight.shape) - len(values.shape)
+        if extra > 0:
+            # One value for several labels, and they must all be there.
+            weight = ops.min(weight, axis=tuple(range(-extra, 0)))
+        elif extra < 0:
+            values = ops.mean(values, axis=tuple(range(extra, 0)))
+        values = ops.where(weight != 0, values, 0)
+        # Keras reduces the values, which go through `call`.
+        return super().__call__(values, y_pred, weight)
+
+    def call(self, values: Any, y_pred: Any) -> Any:
+        return values
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "loss": keras.losses.serialize(self.loss),
+            "missing": self.missing,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MaskedLoss":
+        return cls(**{**config, "loss": keras.losses.deserialize(config["loss"])})
+
+
+@keras.saving.register_keras_serializable("keras_cross_stitch")
+class MaskedMetric(keras.metrics.Metric):
+    """A Keras metric of the labels that are there.
+
+    What is missing is as for `MaskedLoss`: the metric gets a label of 0, a prediction
+    of 1 and a weight of 0 for it. Over all batches, and all replicas of
+    a `tf.distribute` strategy, the result is that of the labelled examples alone.
+
+    `compile(weighted_metrics=...)` hands it the sample weights, `compile(metrics=...)`
+    does not.
+
+    Args:
+        metric: The metric: a `keras.metrics.Metric` whose `update_state` takes a
+            `sample_weight`, a function `(y_true, y_pred)` that gives a value for each
+            label, or the name of either.
+        missing: Number that marks a missing label. Defaults to `None`: NaN does.
+        name: String, the name of the metric. Defaults to the wrapped one's.
+
+    Input shape:
+        As for `MaskedLoss`.
+
+    Raises:
+        ValueError: If `metric` is no metric, or `"accuracy"`, of which Keras has
+            several; or, when called, if the shapes do not fit.
+
+    Example:
+
+    >>> metric = MaskedMetric("mae")
+    >>> metric.update_state([[2.0], [float("nan")], [5.0]], [[1.0], [7.0], [2.0]])
+    >>> float(metric.result())
+    2.0
+    """
+
+    def __init__(
+        self,
+        metric: keras.metrics.Metric | Callable | str,
+        missing: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        if metric in ("accuracy", "acc"):
+            raise ValueError(
+                "`metric` must say which accuracy it is: 'binary_accuracy', "
+                "'categorical_accuracy' or 'sparse_categorical_accuracy'. "
+                f"Received: {metric!r}"
+            )
+        metric = keras.metrics.get(metric)
+        if not callable(metric):
+            raise ValueError(f"`metric` must be a Keras metric. Received: {metric!r}")
+        if not isinstance(metric, keras.metrics.Metric):
+            metric = keras.metrics.MeanMetricWrapper(metric, name=metric.__name__)
+        super().__init__(name=name or metric.name, dtype=metric.dtype)
+        self.metric = metric
+        self.missing = _marker(missing)
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        floatx = keras.config.floatx()
+        y_true, y_pred, weight = _without_missing(
+            y_true, y_pred, sample_weight, self.missing, floatx
+        )
+        if sample_weight is None:
+            # Metrics that count (IoU) want whole numbers.
+            weight = ops.cast(weight, self.dtype)
+        self.metric.update_state(y_true, y_pred, sample_weight=weight)
+
+    def result(self) -> Any:
+        return self.metric.result()
+
+    def reset_state(self) -> None:
+        self.metric.reset_state()
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "metric": keras.metrics.serialize(self.metric),
+            "missing": self.missing,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MaskedMetric":
+        return cls(**{**config, "metric": keras.metrics.deserialize(config["metric"])})
+
+
+def values_of(loss: Any, y_true: Any, y_pred: Any) -> Any:
+    """The values of a loss that Keras would reduce, one for each label."""
+    call = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    y_true, y_pred = _aligned(y_true, y_pred, y_pred.dtype)
+    values = call(y_true, y_pred)
+    if not len(values.shape):
+        raise ValueError(
+            "The loss must give a value for each label, not one for the whole batch: "
+            f"take the mean over the last axis alone. Received: {loss!r}, which gives "
+            f"a scalar for labels of shape {tuple(y_true.shape)} and predictions of "
+            f"shape {tuple(y_pred.shape)}"
+        )
+    return values
+
+
+def checked_loss(loss: Any) -> Any:
+    """The loss of an identifier, if its values can be taken one by one."""
+    loss = keras.losses.get(loss)
+    if not callable(loss):
+        raise ValueError(f"`loss` must be a Keras loss. Received: {loss!r}")
+    if isinstance(loss, MaskedLoss):
+        raise ValueError(f"`loss` must not be masked already. Received: {loss!r}")
+    if isinstance(loss, keras.losses.Circle):
+        raise ValueError(
+            "`loss` must take each value from one label and its prediction. Received: "
+            f"{loss!r}, which compares the examples of a batch with each other"
+        )
+    if isinstance(loss, keras.losses.Loss) and loss.reduction in ("sum", "none", None):
+        raise ValueError(
+            "`loss` must be a mean over the batch. Received: a loss with "
+            f"reduction={loss.reduction!r}"
+        )
+    if getattr(loss, "ignore_class", None) is not None:
+        raise ValueError(
+            "`loss` must have no `ignore_class`: write `MaskedLoss(loss, "
+            f"missing={loss.ignore_class})`. Received: a loss with "
+            f"ignore_class={loss.ignore_class}"
+        )
+    return loss
+
+
+def _marker(missing: float | None) -> float | None:
+    """The number that marks a missing label, `None` for NaN."""
+    if missing is None:
+        return None
+    if not isinstance(missing, int | float):
+        raise ValueError(f"`missing` must be a number. Received: {missing!r}")
+    return None if math.isnan(missing) else missing
+
+
+def _aligned(y_true: Any, y_pred: Any, dtype: Any) -> tuple[Any, Any]:
+    """Labels (N, ...) or (N, ..., C) and predictions (N, ..., C)."""
+    y_true, y_pred = ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
+    if len(y_pred.shape) == 1 or "int" in keras.backend.standardize_dtype(y_pred.dtype):
+        y_pred = ops.expand_dims(y_pred, -1)
+    y_true, y_pred = ops.cast(y_true, dtype), ops.cast(y_pred, dtype)
+    if len(y_true.shape) == len(y_pred.shape) - 1 and y_pred.shape[-1] == 1:
+        y_true = ops.expand_dims(y_true, -1)
+    of_labels, of_vectors = tuple(y_true.shape), tuple(y_pred.shape)
+    positions = of_vectors[:-1]
+    if len(of_labels) - len(positions) not in (0, 1) or any(
+        a != b and None not in (a, b)
+        for a, b in zip(of_labels, positions, strict=False)
+    ):
+        raise ValueError(
+            "The labels must have the shape of the predictions, with or without its "
+            f"last axis. Received: y_true of shape {of_labels}, y_pred of shape "
+            f"{of_vectors}"
+        )
+    return y_true, y_pred
+
+
+def _without_missing(
+    y_true: Any, y_pred: Any, sample_weight: Any, missing: float | None, dtype: Any
+) -> tuple[Any, Any, Any]:
+    """Labels, 0 where missing; predictions, 1 there; and weights (N, ...)."""
+    # Private: Keras has no public name for the mask that a layer hands on.
+    mask = getattr(y_pred, "_keras_mask", None)
+    y_true, y_pred = _aligned(y_true, y_pred, dtype)
+    vectors = len(y_true.shape) == len(y_pred.shape)
+
+    absent = ops.isnan(y_true) if missing is None else ops.equal(y_true, missing)
+    if vectors:
+        absent = ops.any(absent, axis=-1)
+    weight = ops.where(absent, 0, ops.ones_like(y_pred[..., 0]))
+    for factor in (sample_weight, mask):
+        if factor is not None:
+            weight = ops.where(absent, 0, weight * _to_positions(factor, weight, dtype))
+
+    # Predictions, too: a gradient that is NaN stops here, where 0 times it would not.
+    # By 1, since some metrics divide by the sum of a prediction, or take its logarithm.
+    there = ops.expand_dims(weight != 0, -1)
+    y_pred = ops.where(there, y_pred, 1)
+    y_true = ops.where(there if vectors else weight != 0, y_true, 0)
+    return y_true, y_pred, weight
+
+
+def _to_positions(factor: Any, weight: Any, dtype: Any) -> Any:
+    """A sample weight or mask with axes of length 1 until it has those of `weight`."""
+    factor = ops.convert_to_tensor(factor, dtype=dtype)
+    if len(factor.shape) == len(weight.shape) + 1:
+        factor = ops.squeeze(factor, -1)
+    while len(factor.shape) < len(weight.shape):
+        factor = ops.expand_dims(factor, -1)
+    return factor

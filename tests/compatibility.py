@@ -1,0 +1,310 @@
+"""Which ready-made models can be stitched: `make compatibility` writes the table.
+
+Every model runs in a process of its own and adds a row to the results as it ends; rows
+that are there are not made again. Not a test, and not run by CI.
+"""
+
+import csv
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+
+from keras_cross_stitch import LearningRateGroups, export_saved_model, stitch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "compatibility.csv"
+PAGE = ROOT / "docs" / "compatibility.md"
+HEADER = ["model", "way", "input", "layers", "taps", "seconds", "result"]
+MINUTES = 10  # for one model; the largest have over 300 million weights
+
+# Runs where Keras is not installed: TensorFlow's loader alone.
+SERVED = """
+import sys
+import numpy as np
+sys.modules["keras"] = None
+import tensorflow as tf
+data = np.load(sys.argv[2] + "/data.npz")
+loaded = tf.saved_model.load(sys.argv[1])
+inputs = {k[3:]: tf.constant(data[k]) for k in data if k.startswith("in/")}
+for task in ("a", "b"):
+    served = loaded.signatures[task](**inputs)[task].numpy()
+    expected = data["out/" + task]
+    assert np.abs(served - expected).max() <= 1e-5 * np.abs(expected).max(), task
+assert "keras" not in {name for name, module in sys.modules.items() if module}
+"""
+
+
+def applications():
+    """The names of all constructors of `keras.applications`."""
+    return sorted(
+        name
+        for name, value in vars(keras.applications).items()
+        if inspect.isfunction(value)
+    )
+
+
+def application(name):
+    """A model without weights or top, of the smallest input that it takes."""
+    build = getattr(keras.applications, name)
+    for side in (32, 48, 64, 71, 75, 96, 128, 224, 331):
+        try:
+            return build(include_top=False, weights=None, input_shape=(side, side, 3))
+        except ValueError as error:
+            refusal = error
+    raise refusal
+
+
+def keras_hub_bert():
+    import keras_hub
+
+    return keras_hub.models.BertBackbone(
+        vocabulary_size=50,
+        num_layers=3,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=12,
+    )
+
+
+def keras_hub_resnet():
+    import keras_hub
+
+    return keras_hub.models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 64],
+        stackwise_num_blocks=[2, 2],
+        stackwise_num_strides=[1, 2],
+        block_type="basic_block",
+        image_shape=(32, 32, 3),
+    )
+
+
+def keras_hub_vit():
+    import keras_hub
+
+    return keras_hub.models.ViTBackbone(
+        image_shape=(32, 32, 3),
+        patch_size=8,
+        num_layers=3,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+    )
+
+
+KERAS_HUB = {
+    "keras_hub BertBackbone": keras_hub_bert,
+    "keras_hub ResNetBackbone": keras_hub_resnet,
+    "keras_hub ViTBackbone": keras_hub_vit,
+}
+
+
+def tower(name, way, outputs):
+    """The model with a head, flat (on its output) or nested (called as a layer)."""
+    backbone = KERAS_HUB[name]() if name in KERAS_HUB else application(name)
+    # The first third is frozen, as a user would who has few labels.
+    for layer in backbone.layers[: len(backbone.layers) // 3]:
+        layer.trainable = False
+    inputs, features = backbone.input, backbone.output
+    if way == "nested":
+        inputs = keras.tree.map_structure(
+            lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=x.name), inputs
+        )
+        features = backbone(inputs)
+    if isinstance(features, dict):
+        features = features.get("pooled_output", next(iter(features.values())))
+    while len(features.shape) > 2:
+        features = keras.ops.mean(features, axis=1)
+    return keras.Model(inputs, keras.layers.Dense(outputs, name="task_score")(features))
+
+
+def inner(model, prefix=""):
+    """(path, layer) of the layers of a model, those of nested models in their place."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from inner(layer, f"{prefix}{layer.name}/")
+        else:
+            yield prefix + layer.name, layer
+
+
+def taps(model):
+    """Two taps, at a third and two thirds of the layers that can be one."""
+    found = [
+        path
+        for path, layer in inner(model)
+        if not isinstance(layer, keras.layers.InputLayer)
+        and layer.name != "task_score"
+        and isinstance(layer.output, keras.KerasTensor)
+        and 2 <= len(layer.output.shape) <= 5
+        and layer.output.shape[-1] is not None
+        and "float" in layer.output.dtype
+    ]
+    return [found[len(found) // 3], found[2 * len(found) // 3]]
+
+
+def data_for(model, n=2):
+    rng = np.random.default_rng(0)
+    return {
+        x.name: rng.integers(
+            0, 2 if "int" in x.dtype else 256, [n, *(s or 8 for s in x.shape[1:])]
+        ).astype(x.dtype)
+        for x in model.inputs
+    }
+
+
+def check(name, way):
+    """Stitches two towers of the model; returns what there is to say in the table."""
+    towers = {"a": tower(name, way, 2), "b": tower(name, way, 3)}
+    # Names that Keras makes up count on from tower to tower.
+    by_task = {task: taps(one) for task, one in towers.items()}
+    at = [
+        dict(zip(towers, tap, strict=True))
+        for tap in zip(*by_task.values(), strict=True)
+    ]
+    model = stitch(towers, at, same_task=1.0)
+    data = data_for(model)
+    given = data if isinstance(model.input, dict) else next(iter(data.values()))
+    for task, one in towers.items():
+        apart = one(data if len(one.inputs) > 1 else next(iter(data.values())))
+        _assert_close(model(given)[task], apart, "identity gives other outputs")
+
+    frozen = {v.path: v.numpy() for v in model.non_trainable_variables}
+    model.compile(
+        LearningRateGroups(keras.optimizers.SGD(1e-6), {r"cross_stitch.*/alpha": 100}),
+        loss="mse",
+        jit_compile=False,
+    )
+    targets = {"a": np.zeros((2, 2)), "b": np.zeros((2, 3))}
+    loss = model.train_on_batch(given, targets)
+    assert np.isfinite(loss).all(), f"the loss of a step is {loss}"
+    for variable in model.non_trainable_variables:
+        if "moving" not in variable.path and "seed" not in variable.path:
+            same = np.array_equal(variable.numpy(), frozen[variable.path])
+            assert same, f"{variable.path} is frozen, and moved"
+
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = {task: np.asarray(x) for task, x in model(given).items()}
+        model.save(f"{directory}/model.keras")
+        loaded = keras.saving.load_model(f"{directory}/model.keras", compile=False)
+        for task, output in loaded(given).items():
+            _assert_close(output, outputs[task], "a loaded .keras gives other outputs")
+        path = export_saved_model(loaded, f"{directory}/served")
+        np.savez(
+            f"{directory}/data.npz",
+            **{f"in/{key}": x for key, x in data.items()},
+            **{f"out/{task}": x for task, x in outputs.items()},
+        )
+        served = subprocess.run(
+            [sys.executable, "-c", SERVED, str(path), directory],
+            capture_output=True,
+            text=True,
+        )
+        assert served.returncode == 0, served.stderr.strip().splitlines()[-1]
+    shapes = ", ".join(str(tuple(x.shape[1:])) for x in model.inputs)
+    return shapes, len(list(inner(towers["a"]))), " ".join(by_task["a"])
+
+
+def _assert_close(actual, expected, what):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    difference = np.abs(actual - expected).max()
+    # Written so that a NaN is a failure.
+    assert difference <= 1e-5 * max(np.abs(expected).max(), 1e-6), (
+        f"{what}: they differ by {difference:.2g}"
+    )
+
+
+def run(name, way):
+    """One row, in this process."""
+    keras.utils.set_random_seed(0)
+    warnings.simplefilter("ignore")
+    start = time.monotonic()
+    try:
+        shapes, layers, at = check(name, way)
+        result = "works"
+    except Exception as error:
+        shapes, layers, at = "", "", ""
+        result = " ".join(str(error).split())[:300]
+    seconds = round(time.monotonic() - start)
+    with open(RESULTS, "a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(
+            [name, way, shapes, layers, at, seconds, result]
+        )
+
+
+def rows():
+    with open(RESULTS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_page():
+    """The table, from the results as far as they are there."""
+    works = sum(row["result"] == "works" for row in rows())
+    lines = [
+        "# Compatibility",
+        "",
+        f"Keras {keras.__version__}. {works} of {len(rows())} ready-made models are "
+        "stitched, trained, saved and served.",
+        "",
+        "Each row: two towers of the model with random weights and a head each, the "
+        "first third of the layers frozen, as one flat model or with the backbone "
+        "nested (called as a layer). Units at two layers. With alpha = identity the "
+        "stitched model gives the towers' outputs (1e-5); a training step is finite, "
+        "and what is frozen stays; a saved `.keras` file gives the same; and one "
+        "signature a task, loaded without Keras, gives what the model gives (1e-5).",
+        "",
+        "Made by `make compatibility`; raw rows in "
+        "[`results/compatibility.csv`](results/compatibility.csv).",
+        "",
+        "| model | backbone | input | layers | units behind | result |",
+        "| --- | --- | --- | ---: | --- | --- |",
+    ]
+    for row in sorted(rows(), key=lambda row: (row["model"].lower(), row["way"])):
+        cells = [row[key] for key in ("model", "way", "input", "layers", "taps")]
+        result = row["result"].replace("|", "\\|")
+        lines.append(f"| {' | '.join(cells)} | {result} |")
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def main():
+    if not RESULTS.exists():
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(",".join(HEADER) + "\n")
+    there = {(row["model"], row["way"]) for row in rows()}
+    for name in [*KERAS_HUB, *applications()]:
+        for way in ("nested", "flat"):
+            if (name, way) in there:
+                continue
+            command = [sys.executable, __file__, name, way]
+            limit = f"takes over {MINUTES} minutes on two cores"
+            try:
+                ended = subprocess.run(command, timeout=60 * MINUTES).returncode
+            except subprocess.TimeoutExpired:
+                ended = limit
+            if ended:
+                result = ended if ended == limit else f"ended with exit code {ended}"
+                with open(RESULTS, "a", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerow(
+                        [name, way, "", "", "", "", result]
+                    )
+            row = rows()[-1]
+            print(f"{name}, {way}: {row['result']} ({row['seconds']} s)", flush=True)
+            write_page()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        run(*sys.argv[1:])
+    else:
+        main()

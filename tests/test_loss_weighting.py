@@ -1,0 +1,380 @@
+"""weigh_losses and DynamicWeightAverage against the papers' formulas in NumPy, float64.
+
+The model is one linear layer a task, so that every gradient is a line of algebra.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_cross_stitch import (
+    DynamicWeightAverage,
+    LearningRateGroups,
+    MaskedLoss,
+    stitch,
+    weigh_losses,
+)
+
+RATE = 0.1
+TASKS = {"a": 1, "b": 2, "c": 3}
+random = np.random.default_rng(0)
+X = random.normal(size=(8, 3))
+Y = {task: random.normal(size=(8, n)) for task, n in TASKS.items()}
+KERNELS = {task: random.normal(size=(3, n)) for task, n in TASKS.items()}
+# The last half has no label of a, the first few none of b.
+Y["a"][4:] = np.nan
+Y["b"][:3] = np.nan
+
+
+def new_model(by, tasks=TASKS, optimizer=None, **compile_arguments):
+    x = keras.Input((3,))
+    outputs = {
+        task: keras.layers.Dense(tasks[task], use_bias=False, name=task)(x)
+        for task in tasks
+    }
+    model = keras.Model(x, outputs)
+    model.set_weights([KERNELS[task] for task in tasks])
+    model, loss = weigh_losses(model, {task: MaskedLoss("mse") for task in tasks}, by)
+    model.compile(
+        optimizer or keras.optimizers.SGD(RATE), loss=loss, **compile_arguments
+    )
+    return model
+
+
+def fit(model, epochs, tasks=TASKS, callbacks=(), y=Y):
+    y = {task: y[task] for task in tasks}
+    arguments = {"batch_size": 8, "epochs": epochs, "shuffle": False, "verbose": 0}
+    return model.fit(X, y, callbacks=list(callbacks), **arguments).history
+
+
+def weight_of(model, name):
+    (weight,) = (w for w in model.weights if w.path.split("/")[-1] == name)
+    return keras.ops.convert_to_numpy(weight)
+
+
+def kernels(model, tasks=TASKS):
+    return {task: model.get_layer(task).get_weights()[0] for task in tasks}
+
+
+def squared_error(kernel, x, y):
+    """The mean over the labels that are there, and its gradient."""
+    there = ~np.isnan(y[:, 0])
+    if not there.any():
+        return 0.0, np.zeros_like(kernel), False
+    error = x[there] @ kernel - y[there]
+    return (error**2).mean(), 2 * x[there].T @ error / error.size, True
+
+
+def uncertainty_steps(steps, parts=1, tasks=TASKS, y=Y):
+    """Kernels, log-variances and total loss after gradient descent on the formula.
+
+    The gradient is the mean of those of the batch's parts, as of replicas.
+    """
+    w = {task: KERNELS[task] for task in tasks}
+    v = dict.fromkeys(tasks, 0.0)
+    for _ in range(steps):
+        total = 0.0
+        for task in tasks:
+            d_w, d_v = 0.0, 0.0
+            for rows in np.split(np.arange(8), parts):
+                loss, gradient, any_label = squared_error(
+                    w[task], X[rows], y[task][rows]
+                )
+                # L / (2 s^2) + log s, with s^2 = exp(v)
+                if any_label:
+                    total += (loss * np.exp(-v[task]) / 2 + v[task] / 2) / parts
+                    d_v += (0.5 - loss * np.exp(-v[task]) / 2) / parts
+                d_w = d_w + gradient * np.exp(-v[task]) / 2 / parts
+            w[task] = w[task] - RATE * d_w
+            v[task] = v[task] - RATE * d_v
+    return w, v, total
+
+
+def dynamic_epochs(epochs, temperature, tasks=TASKS):
+    """Kernels and weights after epochs of one step each."""
+    w = {task: KERNELS[task] for task in tasks}
+    losses = []
+    weights = np.ones(len(tasks))
+    for _ in range(epochs):
+        losses.append([squared_error(w[task], X, Y[task])[0] for task in tasks])
+        for task, weight in zip(tasks, weights, strict=True):
+            gradient = squared_error(w[task], X, Y[task])[1]
+            w[task] = w[task] - RATE * weight * gradient
+        if len(losses) > 1:
+            e = np.exp(np.divide(losses[-1], losses[-2]) / temperature)
+            weights = len(tasks) * e / e.sum()
+    return w, weights
+
+
+def assert_kernels(model, expected, tasks=TASKS):
+    for task, kernel in kernels(model, tasks).items():
+        np.testing.assert_allclose(kernel, expected[task], rtol=1e-4, atol=1e-6)
+
+
+some_tasks = pytest.mark.parametrize("tasks", [{"a": 1, "b": 2}, TASKS])
+
+
+@some_tasks
+def test_uncertainty_is_descent_on_kendalls_formula(tasks):
+    model = new_model("uncertainty", tasks)
+    history = fit(model, 5, tasks)
+    w, v, total = uncertainty_steps(5, tasks=tasks)
+    assert_kernels(model, w, tasks)
+    np.testing.assert_allclose(
+        weight_of(model, "log_variance"), list(v.values()), rtol=1e-4
+    )
+    np.testing.assert_allclose(history["loss"][-1], total, rtol=1e-4)
+
+
+@some_tasks
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_dynamic_weights_are_lius_formula(tasks, temperature):
+    model = new_model("dynamic_average", tasks)
+    fit(model, 6, tasks, [DynamicWeightAverage(temperature)])
+    w, weights = dynamic_epochs(6, temperature, tasks)
+    assert_kernels(model, w, tasks)
+    np.testing.assert_allclose(weight_of(model, "weight"), weights, rtol=1e-4)
+    np.testing.assert_allclose(weights.sum(), len(tasks))
+
+
+def test_dynamic_weights_stay_1_for_two_epochs():
+    model = new_model("dynamic_average")
+    fit(model, 1, callbacks=[DynamicWeightAverage()])
+    np.testing.assert_array_equal(weight_of(model, "weight"), [1, 1, 1])
+
+
+def test_a_loss_of_zero_counts_as_one_that_stays():
+    y = {**Y, "b": np.full_like(Y["b"], np.nan)}
+    model = new_model("dynamic_average")
+    fit(model, 3, callbacks=[DynamicWeightAverage()], y=y)
+    weights = weight_of(model, "weight")
+    assert np.isfinite(weights).all()
+    np.testing.assert_allclose(weights.sum(), 3, rtol=1e-6)
+
+
+def test_a_task_without_labels_keeps_its_uncertainty():
+    y = {**Y, "b": np.full_like(Y["b"], np.nan)}
+    model = new_model("uncertainty")
+    fit(model, 2, y=y)
+    a, b, c = weight_of(model, "log_variance")
+    assert b == 0
+    assert a != 0
+    assert c != 0
+
+
+def test_what_marks_a_missing_label_stays():
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(1)(x) for task in "ab"})
+    masked = MaskedLoss("mse", missing=-1)
+    _, loss = weigh_losses(model, {"a": masked, "b": "mse"}, "dynamic_average")
+    assert float(loss["a"]([[-1.0], [3.0]], [[5.0], [1.0]])) == 4
+
+
+def test_without_a_mask_the_loss_is_the_same():
+    x = keras.Input((3,))
+    losses = {"c": "mse", "b": keras.losses.MeanSquaredError()}
+    totals = []
+    for masked in (False, True):
+        outputs = {task: keras.layers.Dense(TASKS[task], name=task)(x) for task in "bc"}
+        model = keras.Model(x, outputs)
+        model.set_weights([np.full(w.shape, 0.5) for w in model.get_weights()])
+        loss = {t: MaskedLoss(x) if masked else x for t, x in losses.items()}
+        model, loss = weigh_losses(model, loss, "uncertainty")
+        model.compile(keras.optimizers.SGD(RATE), loss=loss)
+        y = {"b": Y["c"][:, :2], "c": Y["c"]}
+        totals.append(fit(model, 3, "bc", y=y)["loss"])
+    np.testing.assert_allclose(totals[0], totals[1], rtol=1e-5)
+
+
+def test_a_stitched_model_with_a_rate_for_the_uncertainties():
+    towers = {}
+    for task, n in TASKS.items():
+        x = keras.Input((3,))
+        y = keras.layers.Dense(4, name="hidden")(x)
+        towers[task] = keras.Model(x, keras.layers.Dense(n, name="head")(y))
+    stitched = stitch(towers, at=["hidden"])
+    before = stitched.predict(X, verbose=0)
+    model, loss = weigh_losses(
+        stitched, dict.fromkeys(TASKS, MaskedLoss("mse")), "uncertainty"
+    )
+    for task, output in model.predict(X, verbose=0).items():
+        np.testing.assert_array_equal(output, before[task])
+    sgd = keras.optimizers.SGD(1e-3)
+    multipliers = {"alpha": 100, "log_variance": 10}
+    model.compile(LearningRateGroups(sgd, multipliers), loss=loss)
+    expected = model.evaluate(X, Y, verbose=0, return_dict=True)
+    fit(model, 1)
+    d_v = [0.5 - expected[f"{task}_loss"] for task in TASKS]
+    np.testing.assert_allclose(
+        weight_of(model, "log_variance"), -1e-2 * np.array(d_v), rtol=1e-4
+    )
+
+
+def test_mixed_float16_keeps_the_weights_in_float32():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = new_model("uncertainty")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    # Keras skips the first steps, until the scale is small enough for float16.
+    while int(model.optimizer.iterations) < 5:
+        fit(model, 1)
+    w, v, _ = uncertainty_steps(5)
+    for task in TASKS:
+        np.testing.assert_allclose(kernels(model)[task], w[task], atol=0.03)
+    log_variance = weight_of(model, "log_variance")
+    np.testing.assert_allclose(log_variance, list(v.values()), atol=0.03)
+    assert log_variance.dtype == "float32"
+
+
+# Saving.
+
+
+@pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])
+def test_a_loaded_model_goes_on_as_the_saved_one(by, tmp_path):
+    def callbacks():
+        return [DynamicWeightAverage()] if by == "dynamic_average" else []
+
+    model = new_model(by, optimizer=keras.optimizers.Adam(RATE))
+    fit(model, 3, callbacks=callbacks())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert [w.path for w in loaded.weights] == [w.path for w in model.weights]
+    first = fit(model, 3, callbacks=callbacks())
+    second = fit(loaded, 3, callbacks=callbacks())
+    # The loss reads the very weights that are the model's.
+    for weight, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, other, rtol=1e-5)
+    for key, values in first.items():
+        np.testing.assert_allclose(values, second[key], rtol=1e-5)
+
+
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+
+def test_dynamic_weights_are_resumed(tmp_path):
+    callbacks = [
+        DynamicWeightAverage(),
+        keras.callbacks.BackupAndRestore(tmp_path),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_model("dynamic_average"), 6, callbacks=[*callbacks, Interrupt()])
+    resumed = new_model("dynamic_average")
+    fit(resumed, 6, callbacks=callbacks)
+    w, weights = dynamic_epochs(6, 2.0)
+    assert_kernels(resumed, w)
+    np.testing.assert_allclose(weight_of(resumed, "weight"), weights, rtol=1e-4)
+
+
+# Other processes: a distribution strategy, another backend. With MaskedLoss inside.
+
+ROOT = Path(__file__).parents[1]
+
+
+def fit_in_subprocess(tmp_path, backend, bys, setup="", scope="nullcontext()"):
+    """For each of `bys`, after five steps of `fit`: the weights, and a's last error."""
+    script = f"""
+from contextlib import nullcontext
+{setup}
+import numpy as np
+from keras_cross_stitch import DynamicWeightAverage, MaskedMetric
+from test_loss_weighting import fit, new_model
+for by in {bys}:
+    with {scope}:
+        model = new_model(by, metrics={{"a": MaskedMetric("mse", name="error")}})
+    callbacks = [DynamicWeightAverage()] if by == "dynamic_average" else []
+    history = fit(model, 5, callbacks=callbacks)
+    np.savez(by + ".npz", *model.get_weights()[:4], history["a_error"][-1])
+"""
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return [list(np.load(tmp_path / f"{by}.npz").values()) for by in bys]
+
+
+def assert_result(result, w, weights, error):
+    expected = [*w.values(), weights, error]
+    for value, of_numpy in zip(result, expected, strict=True):
+        np.testing.assert_allclose(value, of_numpy, rtol=1e-4, atol=1e-6)
+
+
+def test_each_of_two_replicas_takes_the_mean_over_its_own_labels(tmp_path):
+    (result,) = fit_in_subprocess(
+        tmp_path,
+        "tensorflow",
+        ["uncertainty"],
+        """
+import tensorflow as tf
+cpu, half = tf.config.list_physical_devices("CPU"), tf.config.LogicalDeviceConfiguration
+tf.config.set_logical_device_configuration(cpu[0], [half(), half()])
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert strategy.num_replicas_in_sync == 2
+""",
+        "strategy.scope()",
+    )
+    # The second replica has no label of task a at all; the metric is over both.
+    before, _, _ = uncertainty_steps(4, parts=2)
+    w, v, _ = uncertainty_steps(5, parts=2)
+    error, _, _ = squared_error(before["a"], X, Y["a"])
+    assert_result(result, w, list(v.values()), error)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends(backend, tmp_path):
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"needs {backend}, which is not installed")
+    uncertainty, dynamic = fit_in_subprocess(
+        tmp_path, backend, ["uncertainty", "dynamic_average"]
+    )
+    (before, _, _), (w, v, _) = uncertainty_steps(4), uncertainty_steps(5)
+    error, _, _ = squared_error(before["a"], X, Y["a"])
+    assert_result(uncertainty, w, list(v.values()), error)
+    (before, _), (w, weights) = dynamic_epochs(4, 2.0), dynamic_epochs(5, 2.0)
+    error, _, _ = squared_error(before["a"], X, Y["a"])
+    assert_result(dynamic, w, weights, error)
+
+
+# Errors.
+
+
+def test_by_must_be_known():
+    with pytest.raises(ValueError, match=r"'uncertainty', 'dynamic_average'.*'fixed'"):
+        new_model("fixed")
+
+
+def test_every_output_needs_a_loss():
+    x = keras.Input((3,))
+    one = keras.layers.Dense(1)(x)
+    for outputs in ({"a": one}, {"a": one, "c": one}, [one, one]):
+        with pytest.raises(ValueError, match=r"a loss for each of them. Received: out"):
+            weigh_losses(
+                keras.Model(x, outputs), {"a": "mse", "b": "mse"}, "uncertainty"
+            )
+    with pytest.raises(ValueError, match="a dict of two outputs or more"):
+        weigh_losses(keras.Model(x, {"a": one}), {"a": "mse"}, "uncertainty")
+
+
+def test_the_callback_needs_its_model():
+    with pytest.raises(ValueError, match='by="dynamic_average"'):
+        fit(new_model("uncertainty"), 1, callbacks=[DynamicWeightAverage()])
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match="must be positive"):
+        DynamicWeightAverage(temperature)

@@ -1,0 +1,465 @@
+"""MaskedLoss and MaskedMetric: the labelled part alone, and NumPy in float64."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_cross_stitch import MaskedLoss, MaskedMetric, stitch
+
+random = np.random.default_rng(0)
+
+
+def softmax(x):
+    e = np.exp(x)
+    return e / e.sum(-1, keepdims=True)
+
+
+def numbers(*shape):
+    return random.uniform(0.1, 1, shape), random.uniform(0.1, 1, shape)
+
+
+def classes(*shape):
+    return (
+        random.integers(0, 5, shape).astype("float64"),
+        softmax(random.normal(size=(*shape, 5))).astype("float32"),
+    )
+
+
+def one_hot(*shape):
+    ids, probabilities = classes(*shape)
+    return np.eye(5)[ids.astype(int)], probabilities
+
+
+def binary(*shape):
+    return random.integers(0, 2, shape).astype("float64"), random.uniform(size=shape)
+
+
+LOSSES = [
+    ("MeanSquaredError", numbers),
+    ("MeanAbsoluteError", numbers),
+    ("MeanAbsolutePercentageError", numbers),
+    ("MeanSquaredLogarithmicError", numbers),
+    ("CosineSimilarity", numbers),
+    ("Huber", numbers),
+    ("LogCosh", numbers),
+    ("Poisson", numbers),
+    ("KLDivergence", one_hot),
+    ("Hinge", binary),
+    ("SquaredHinge", binary),
+    ("CategoricalHinge", one_hot),
+    ("BinaryCrossentropy", binary),
+    ("BinaryFocalCrossentropy", binary),
+    ("CategoricalCrossentropy", one_hot),
+    ("CategoricalFocalCrossentropy", one_hot),
+    ("CategoricalGeneralizedCrossEntropy", classes),
+    ("SparseCategoricalCrossentropy", classes),
+]
+SHAPES = {numbers: [(7, 3), (3, 5, 4, 3)], binary: [(7, 1), (3, 5, 4, 3)]}
+
+
+def cases(entries):
+    """An example's label, and a map of them; marked by a number, and by NaN."""
+    for name, data in entries:
+        shapes = SHAPES.get(data, [(7,), (3, 5, 4)])
+        for shape, missing in zip(shapes, (-7, np.nan), strict=True):
+            yield pytest.param(name, *data(*shape), missing, id=f"{name}{missing}")
+
+
+def with_gaps(y_true, y_pred, missing):
+    """Labels with `missing` for a third of them, and where they are there."""
+    there = random.uniform(size=y_pred.shape[:-1]) > 0.3
+    there.flat[:2] = True, False
+    expanded = there[..., None] if y_true.ndim == y_pred.ndim else there
+    return np.where(expanded, y_true, missing), there
+
+
+@pytest.mark.parametrize(("name", "y_true", "y_pred", "missing"), [*cases(LOSSES)])
+def test_the_loss_is_that_of_the_labels_that_are_there(name, y_true, y_pred, missing):
+    loss = getattr(keras.losses, name)()
+    gaps, there = with_gaps(y_true, y_pred, missing)
+    np.testing.assert_allclose(
+        MaskedLoss(loss, missing=missing)(gaps, y_pred),
+        loss(y_true[there], y_pred[there]),
+        rtol=1e-5,
+    )
+
+
+METRICS = [
+    ("MeanSquaredError", numbers),
+    ("RootMeanSquaredError", numbers),
+    ("CosineSimilarity", numbers),
+    ("KLDivergence", one_hot),
+    ("BinaryAccuracy", binary),
+    ("CategoricalAccuracy", one_hot),
+    ("SparseCategoricalAccuracy", classes),
+    ("SparseTopKCategoricalAccuracy", classes),
+    ("SparseCategoricalCrossentropy", classes),
+]
+
+
+def metric_of(name):
+    arguments = {"SparseTopKCategoricalAccuracy": {"k": 2}}.get(name, {})
+    return getattr(keras.metrics, name)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "y_true", "y_pred", "missing"),
+    [
+        *cases(METRICS),
+        pytest.param("AUC", *binary(9, 1), -7, id="AUC"),
+        pytest.param("Precision", *binary(9, 1), -7, id="Precision"),
+        pytest.param("R2Score", *numbers(9, 3), np.nan, id="R2Score"),
+        pytest.param("F1Score", *one_hot(9), np.nan, id="F1Score"),
+    ],
+)
+def test_the_metric_is_that_of_the_labels_that_are_there(name, y_true, y_pred, missing):
+    gaps, there = with_gaps(y_true, y_pred, missing)
+    masked, plain = MaskedMetric(metric_of(name), missing=missing), metric_of(name)
+    # Two batches, of which the second has no label.
+    masked.update_state(gaps, y_pred)
+    masked.update_state(np.full_like(gaps, missing), y_pred)
+    plain.update_state(y_true[there], y_pred[there])
+    np.testing.assert_allclose(masked.result(), plain.result(), rtol=1e-5)
+    masked.reset_state()
+    masked.update_state(y_true, y_pred)
+    plain.reset_state()
+    plain.update_state(
+        y_true.reshape(-1, *y_true.shape[y_pred.ndim - 1 :]),
+        y_pred.reshape(-1, y_pred.shape[-1]),
+    )
+    np.testing.assert_allclose(masked.result(), plain.result(), rtol=1e-5)
+
+
+def test_mean_iou_of_maps_whose_predictions_are_numbers_of_classes():
+    truth = np.array([[[0, 1, 255], [1, 255, 255]]], "int32")
+    prediction = np.array([[[0, 1, 1], [0, 0, 1]]], "int32")
+    metric = MaskedMetric(keras.metrics.MeanIoU(num_classes=2), missing=255)
+    metric.update_state(truth, prediction)
+    assert float(metric.result()) == 0.5
+
+
+def test_sample_weights_weigh_the_mean():
+    y_true, y_pred = numbers(5, 3, 4, 2)
+    gaps, there = with_gaps(y_true, y_pred, np.nan)
+    errors = ((y_true - y_pred) ** 2).mean(-1)
+    for shape in [(5,), (5, 1), (5, 3, 4), (5, 3, 4, 1)]:
+        weight = random.uniform(size=shape)
+        weight[2] = 0
+        full = weight.reshape(shape[:3] + (1,) * (3 - len(shape))) * there
+        expected = (errors * full).sum() / full.sum()
+        masked = MaskedLoss("mse")(gaps, y_pred, weight)
+        np.testing.assert_allclose(masked, expected, rtol=1e-5)
+        metric = MaskedMetric("mse")
+        metric.update_state(gaps, y_pred, weight)
+        np.testing.assert_allclose(metric.result(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("y_true", "y_pred"),
+    [
+        ([1.0, 2.0, np.nan], [[3.0], [5.0], [7.0]]),
+        ([[1.0], [2.0], [np.nan]], [3.0, 5.0, 7.0]),
+        ([1.0, 2.0, np.nan], [3.0, 5.0, 7.0]),
+    ],
+)
+def test_one_number_an_example_with_or_without_an_axis(y_true, y_pred):
+    assert float(MaskedLoss("mse")(y_true, y_pred)) == 6.5
+    metric = MaskedMetric("mse")
+    metric.update_state(y_true, y_pred)
+    assert float(metric.result()) == 6.5
+
+
+def test_classes_with_an_axis_of_length_1():
+    y_true, y_pred = classes(4)
+    loss = MaskedLoss("sparse_categorical_crossentropy", missing=-1)
+    y_true[1] = -1
+    expected = -np.log(y_pred[[0, 2, 3], y_true[[0, 2, 3]].astype(int)]).mean()
+    np.testing.assert_allclose(loss(y_true, y_pred), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(y_true[:, None], y_pred), expected, rtol=1e-5)
+
+
+def test_a_map_without_a_last_axis_has_a_label_a_pixel():
+    y_true, y_pred = numbers(3, 4, 5)
+    y_true[0, 1, 2] = y_true[2, 0, 0] = np.nan
+    np.testing.assert_allclose(
+        MaskedLoss("mae")(y_true, y_pred[..., None]),
+        np.nanmean(np.abs(y_true - y_pred)),
+        rtol=1e-5,
+    )
+
+
+def test_a_vector_is_missing_if_a_component_is():
+    assert float(MaskedLoss("mae")([[1, np.nan], [3, 4]], [[9.0, 9], [4, 6]])) == 1.5
+
+
+def test_a_loss_of_several_labels_counts_if_all_are_there():
+    y_true, y_pred = one_hot(4, 3, 5)
+    loss = keras.losses.Dice(axis=(1, 2, 3))
+    expected = loss(y_true[[0, 3]], y_pred[[0, 3]])
+    y_true[1] = np.nan
+    y_true[2, 1, 2] = np.nan
+    np.testing.assert_allclose(MaskedLoss(loss)(y_true, y_pred), expected, rtol=1e-5)
+
+
+def test_a_function_may_give_a_value_a_component():
+    y_true, y_pred = numbers(4, 3)
+    y_true[2] = np.nan
+    np.testing.assert_allclose(
+        MaskedLoss(lambda t, p: keras.ops.abs(t - p))(y_true, y_pred),
+        np.nanmean(np.abs(y_true - y_pred)),
+        rtol=1e-5,
+    )
+
+
+def distance(y_true, y_pred):
+    """Its gradient is NaN where the two are equal."""
+    return keras.ops.sqrt(keras.ops.sum((y_true - y_pred) ** 2, axis=-1))
+
+
+def two_heads(**compile_arguments):
+    """Towers of known weights, with a unit between them and a head each."""
+    towers = {}
+    weights = np.random.default_rng(1)
+    for task, outputs in [("depth", 1), ("kind", 3)]:
+        x = keras.Input((4,))
+        y = keras.layers.Dense(5, activation="tanh", name="hidden")(x)
+        activation = "softmax" if task == "kind" else None
+        y = keras.layers.Dense(outputs, activation=activation, name="head")(y)
+        towers[task] = keras.Model(x, y)
+        towers[task].set_weights(
+            [weights.normal(size=w.shape) for w in towers[task].get_weights()]
+        )
+    model = stitch(towers, at=["hidden"])
+    arguments = {
+        "optimizer": "sgd",
+        "loss": {
+            "depth": MaskedLoss("mse"),
+            "kind": MaskedLoss("sparse_categorical_crossentropy", missing=-1),
+        },
+        "metrics": {
+            "depth": [MaskedMetric("mae")],
+            "kind": [MaskedMetric("sparse_categorical_accuracy", missing=-1)],
+        },
+    }
+    model.compile(**{**arguments, **compile_arguments})
+    return model
+
+
+X = random.normal(size=(6, 4))
+DEPTH = random.normal(size=(6, 1))
+KIND = random.integers(0, 3, 6)
+NO_DEPTH, NO_KIND = np.full_like(DEPTH, np.nan), np.full_like(KIND, -1)
+
+
+def head(model, task):
+    return [w.numpy() for w in model.weights if w.path.startswith(f"{task}_head")]
+
+
+def fit(model, depth, kind, **arguments):
+    arguments = {"batch_size": 6, "shuffle": False, "verbose": 0, **arguments}
+    return model.fit(X, {"depth": depth, "kind": kind}, **arguments).history
+
+
+def assert_equal(weights, others):
+    for weight, other in zip(weights, others, strict=True):
+        np.testing.assert_array_equal(weight, other)
+
+
+def assert_close(weights, others, rtol=1e-5):
+    for weight, other in zip(weights, others, strict=True):
+        np.testing.assert_allclose(weight, other, rtol=rtol, atol=rtol)
+
+
+def test_a_step_without_a_tasks_labels_leaves_its_head_and_trains_the_other():
+    model, alone = two_heads(), two_heads(loss_weights={"depth": 1, "kind": 0})
+    before = head(model, "kind")
+    assert before
+    history = fit(model, DEPTH, NO_KIND)
+    fit(alone, DEPTH, KIND)
+    assert history["kind_loss"] == [0]
+    assert_equal(head(model, "kind"), before)
+    assert_close(model.get_weights(), alone.get_weights())
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_batch_without_any_label_changes_nothing(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = two_heads()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    before = model.get_weights()
+    history = fit(model, NO_DEPTH, NO_KIND)
+    assert history["loss"] == [0]
+    assert_equal(model.get_weights(), before)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_trains_on_what_is_labelled(policy):
+    depth, kind = DEPTH.copy(), KIND.copy()
+    depth[:3], kind[2:] = np.nan, -1
+    plain = two_heads(optimizer=keras.optimizers.SGD(0.1))
+    fit(plain, depth, kind)
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = two_heads(optimizer=keras.optimizers.SGD(0.1))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    # Keras skips the first steps, until the scale is small enough for float16.
+    while int(model.optimizer.iterations) == 0:
+        fit(model, depth, kind)
+    assert_close(model.get_weights(), plain.get_weights(), rtol=0.02)
+
+
+@pytest.mark.parametrize("loss", [distance, "mse", "msle"])
+def test_nothing_of_a_row_of_weight_0_reaches_the_gradients(loss):
+    # Predictions are 0, where the gradient of `distance` to a label of 0 is NaN.
+    def new_model():
+        x = keras.Input((4,))
+        y = keras.layers.Dense(2, kernel_initializer="zeros")(x)
+        model = keras.Model(x, y)
+        model.compile("sgd", loss=MaskedLoss(loss), weighted_metrics=[masked_mae()])
+        return model
+
+    def masked_mae():
+        return MaskedMetric("mae", name="mae")
+
+    y = random.normal(size=(6, 2))
+    garbage = y.copy()
+    garbage[1], garbage[2], garbage[3, 1] = np.nan, np.inf, -np.inf
+    weight = np.array([1.0, 0, 0, 0, 1, 1])
+    model, alone = new_model(), new_model()
+    arguments = {"verbose": 0, "shuffle": False}
+    history = model.fit(X, garbage, sample_weight=weight, **arguments).history
+    kept = weight > 0
+    expected = alone.fit(
+        X[kept], y[kept], sample_weight=weight[kept], **arguments
+    ).history
+    assert_close(model.get_weights(), alone.get_weights())
+    assert np.isfinite(model.get_weights()[0]).all()
+    assert_close(list(history.values()), list(expected.values()))
+
+
+def test_a_prediction_that_is_no_number_does_not_reach_the_loss():
+    loss = MaskedLoss(lambda t, p: keras.ops.log(p[..., 0]) - keras.ops.log(t[..., 0]))
+    values = float(loss([[np.nan], [1.0]], [[np.nan], [np.e]]))
+    np.testing.assert_allclose(values, 1, rtol=1e-6)
+
+
+def test_accumulated_gradients_are_the_mean_of_the_steps():
+    def new_model(**arguments):
+        return two_heads(optimizer=keras.optimizers.SGD(0.1, **arguments))
+
+    depth = DEPTH.copy()
+    depth[3:] = np.nan
+    accumulating = new_model(gradient_accumulation_steps=2)
+    before = accumulating.get_weights()
+    fit(accumulating, depth, NO_KIND, batch_size=3)
+    once = new_model()
+    once.fit(X[:3], {"depth": DEPTH[:3], "kind": NO_KIND[:3]}, verbose=0)
+    assert_close(
+        [w - b for w, b in zip(accumulating.get_weights(), before, strict=True)],
+        [(w - b) / 2 for w, b in zip(once.get_weights(), before, strict=True)],
+    )
+
+
+def test_the_masked_metrics_of_an_epoch_are_over_its_labels():
+    depth = DEPTH.copy()
+    depth[2:] = np.nan
+    model = two_heads(optimizer=keras.optimizers.SGD(0.0))
+    history = fit(model, depth, KIND, batch_size=2)
+    predictions = model.predict(X, verbose=0)
+    error = np.abs(DEPTH - predictions["depth"])[:2].mean()
+    right = (predictions["kind"].argmax(-1) == KIND).mean()
+    np.testing.assert_allclose(history["depth_mean_absolute_error"], [error], rtol=1e-5)
+    np.testing.assert_allclose(
+        history["kind_sparse_categorical_accuracy"], [right], rtol=1e-5
+    )
+
+
+def test_what_keras_masks_is_missing():
+    # The `_keras_mask` of a layer's output.
+    x = keras.Input((3, 1))
+    y = keras.layers.Masking()(x)
+    y = keras.layers.Dense(1, kernel_initializer="ones")(y)
+    model = keras.Model(x, y)
+    model.compile("sgd", loss=MaskedLoss("mae"), metrics=[MaskedMetric("mae")])
+    steps = np.array([[[2.0], [0.0], [3.0]]])
+    labels = np.array([[[1.0], [9.0], [np.nan]]])
+    history = model.evaluate(steps, labels, verbose=0, return_dict=True)
+    assert history == {"loss": 1.0, "mean_absolute_error": 1.0}
+
+
+# Serialization.
+
+
+def test_a_loaded_model_takes_the_same_next_step(tmp_path):
+    depth, kind = DEPTH.copy(), KIND.copy()
+    depth[:3], kind[2:] = np.nan, -1
+    model = two_heads(optimizer="adam")
+    fit(model, depth, kind)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    first, second = fit(model, depth, kind), fit(loaded, depth, kind)
+    assert_close(loaded.get_weights(), model.get_weights())
+    assert_close(list(second.values()), list(first.values()))
+    assert list(second) == list(first)
+
+
+def test_serialize_and_deserialize():
+    for loss in [keras.losses.Huber(delta=2.0), "mae", keras.losses.mean_squared_error]:
+        masked = MaskedLoss(loss, missing=-1, name="masked")
+        copy = keras.losses.deserialize(keras.losses.serialize(masked))
+        assert copy.get_config() == masked.get_config()
+    assert MaskedLoss("mse", missing=np.nan).get_config()["missing"] is None
+    for metric in [keras.metrics.MeanIoU(3), "mae", keras.losses.mean_squared_error]:
+        masked = MaskedMetric(metric, missing=255)
+        copy = keras.metrics.deserialize(keras.metrics.serialize(masked))
+        assert copy.get_config() == masked.get_config()
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("sparse_crossentropy", "Could not interpret loss"),
+        (None, "must be a Keras loss. Received: None"),
+        (keras.losses.Circle(), "compares the examples"),
+        (keras.losses.MeanSquaredError(reduction="sum"), "reduction='sum'"),
+        (keras.losses.MeanSquaredError(reduction=None), "reduction=None"),
+        (
+            keras.losses.SparseCategoricalCrossentropy(ignore_class=255),
+            "missing=255",
+        ),
+        (MaskedLoss("mse"), "masked already"),
+    ],
+)
+def test_a_loss_that_cannot_be_masked(loss, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedLoss(loss)
+
+
+def test_a_loss_of_the_whole_batch():
+    with pytest.raises(ValueError, match=r"gives a scalar for labels of shape \(2, 1"):
+        MaskedLoss(lambda t, p: keras.ops.mean(t - p))([[1.0], [2.0]], [[1.0], [2.0]])
+
+
+@pytest.mark.parametrize("missing", ["nan", [-1]])
+def test_missing_must_be_a_number(missing):
+    for masked in (MaskedLoss, MaskedMetric):
+        with pytest.raises(ValueError, match="`missing` must be a number"):
+            masked("mse", missing=missing)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "acc"])
+def test_accuracy_must_say_which(name):
+    with pytest.raises(ValueError, match="which accuracy it is: 'binary_accuracy'"):
+        MaskedMetric(name)
+
+
+def test_shapes_that_do_not_fit():
+    for y_true in [np.ones((2, 6)), np.ones((2, 3, 4, 1)), np.ones(2)]:
+        with pytest.raises(ValueError, match=r"y_pred of shape \(2, 3, 5\)"):
+            MaskedLoss("mse")(y_true, np.ones((2, 3, 5)))
