@@ -8,6 +8,9 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from training.datasets import proposals
+from training.recipe import RegionData
+
 
 def prepare(recipe, source, directory):
     """Builds the recipe's data set, once.
@@ -49,6 +52,8 @@ def prepare(recipe, source, directory):
         unfinished.replace(stamp)
     elif reads_files and source is not None:
         _check_same(folder, json.loads(stamp.read_text())["source"], source)
+    if isinstance(recipe.data, RegionData):
+        proposals.prepare(builder, (recipe.data.train_split, recipe.data.test_split))
     return builder
 
 
