@@ -7,8 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
-from training import runs
-from training.batches import dense
+from training import batches, runs
 
 PICTURES = 5
 
@@ -45,9 +44,9 @@ def compare(experiment, methods, seed):
         for method, path in folders.items()
     }
     builder, recipe, tasks = experiment.builder, experiment.recipe, experiment.tasks
-    test = dense.test_batches(builder, recipe, tasks)
+    passes = batches.test_passes(builder, recipe, tasks)
     count = builder.info.splits[recipe.data.test_split].num_examples
-    figure = predictions(models, tasks, test, count)
+    figure = predictions(models, passes, count)
     figure.savefig(target / "predictions.png", dpi=110)
     last = methods[-1]
     if any(isinstance(layer, CrossStitch) for layer in models[last].layers):
@@ -81,45 +80,57 @@ def markdown(metrics):
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *body))
 
 
-def predictions(models, tasks, test, count):
+def predictions(models, passes, count):
     """Image, truth and each model's answer, for test images spread over the split.
 
     Args:
-        models: Dict of method to model, image to {task: answer}.
-        tasks: Dict of task name to `Task`.
-        test: The batches of the test split.
-        count: Integer, how many examples they hold.
+        models: Dict of method to model, inputs to {task: answer}.
+        passes: The passes over the test split, as `batches.test_passes` gives them.
+        count: Integer, how many examples each holds.
 
     Returns:
         A matplotlib `Figure`: one row per image.
     """
-    wanted = set(np.linspace(0, count - 1, PICTURES, dtype=int).tolist())
-    examples = [
-        example
-        for index, example in enumerate(test.unbatch().as_numpy_iterator())
-        if index in wanted
-    ]
-    images = np.stack([image for image, _ in examples])
-    answers = {
-        method: model.predict(images, verbose=0) for method, model in models.items()
-    }
-
-    columns = 1 + len(tasks) * (1 + len(models))
-    height, width = images.shape[1:3]
-    figure = Figure(
-        (2.0 * columns, 2.0 * len(images) * height / width + 0.4), layout="constrained"
-    )
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for row, (image, targets) in zip(range(len(images)), examples, strict=True):
-        cells = [("image", image.astype("uint8"))]
+    columns = {}
+    for tasks, test in passes:
+        examples = _spread(test, count)
+        images = [_image(inputs) for inputs, _ in examples]
+        columns["image"] = [image.astype("uint8") for image in images]
         for name, task in tasks.items():
-            cells.append((f"{name}\ntruth", task.draw(targets[name])))
-            for method in models:
-                answer = task.draw(answers[method][name][row])
-                cells.append((f"{name}\n{method.replace('_', '-')}", answer))
-        for ax, (title, picture) in zip(axes[row], cells, strict=True):
+            columns[f"{name}\ntruth"] = [
+                task.draw(targets[name], inputs) for inputs, targets in examples
+            ]
+            for method, model in models.items():
+                columns[f"{name}\n{method.replace('_', '-')}"] = [
+                    task.draw(_answer(model, name, inputs), inputs)
+                    for inputs, _ in examples
+                ]
+    height, width = images[0].shape[:2]
+    figure = Figure(
+        (2.0 * len(columns), 2.0 * len(images) * height / width + 0.4),
+        layout="constrained",
+    )
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for of_column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
+        of_column[0].set_title(title, fontsize=10)
+        for ax, picture in zip(of_column, pictures, strict=True):
             ax.imshow(picture, interpolation="nearest")
             ax.set_axis_off()
-            if row == 0:
-                ax.set_title(title, fontsize=10)
     return figure
+
+
+def _spread(test, count):
+    """Some examples of the batches, as arrays: (inputs, {task: target})."""
+    wanted = set(np.linspace(0, count - 1, PICTURES, dtype=int).tolist())
+    examples = test.unbatch().as_numpy_iterator()
+    return [example for index, example in enumerate(examples) if index in wanted]
+
+
+def _image(inputs):
+    return inputs["image"] if isinstance(inputs, dict) else inputs
+
+
+def _answer(model, task, inputs):
+    one = keras.tree.map_structure(lambda x: x[None], inputs)
+    answer = model.predict(one, verbose=0)[task]
+    return keras.tree.map_structure(lambda x: x[0], answer)

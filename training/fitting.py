@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_cross_stitch import AlphaHistory, CrossStitch, LearningRateGroups
-from training import methods, runs, towers
-from training.batches import dense
+from training import batches, methods, runs, towers
 from training.callbacks import Backup, History, ShowProgress, StopAtNaN
 
 
@@ -67,8 +66,8 @@ def fit(experiment, method, seed, *, strategy, progress):
 def evaluate(model, tasks, test):
     """The scores of a model that gives answers, {task: `Scores`}."""
     scores = {name: task.scores() for name, task in tasks.items()}
-    for image, targets in test:
-        answers = model.predict_on_batch(image)
+    for inputs, targets in test:
+        answers = model.predict_on_batch(inputs)
         for name in tasks:
             scores[name].update(targets[name].numpy(), answers[name])
     return scores
@@ -92,8 +91,11 @@ def compiled(model, tasks, recipe, schedule):
 def answering(model, tasks):
     """The model with each task's answer in place of its logits."""
     logits = model.output
-    answers = {name: task.answer(logits[name], name) for name, task in tasks.items()}
-    return keras.Model(model.inputs, answers)
+    answers = {
+        name: task.answer(logits[name], name, model.input)
+        for name, task in tasks.items()
+    }
+    return keras.Model(model.input, answers)
 
 
 def _train(experiment, plan, seed, starts, run, progress):
@@ -113,7 +115,7 @@ def _train(experiment, plan, seed, starts, run, progress):
     compiled(model, tasks, recipe, schedule)
     backup = Backup(run / "backup" / "latest.weights.h5", steps, seed)
     first = backup.restore(model)
-    batches = dense.train_batches(
+    of_steps = batches.of(recipe).train_batches(
         experiment.train_examples,
         recipe,
         tasks,
@@ -129,7 +131,7 @@ def _train(experiment, plan, seed, starts, run, progress):
         ShowProgress(progress, f"{recipe.name} {plan.spelled}, seed {seed}"),
     ]
     model.fit(
-        batches,
+        of_steps,
         epochs=epochs,
         initial_epoch=first,
         steps_per_epoch=steps,
@@ -141,20 +143,20 @@ def _train(experiment, plan, seed, starts, run, progress):
 
 
 def _averaged(starts, tasks):
-    """The models' answers, averaged."""
+    """The models' common answer."""
     models = [keras.models.load_model(path, compile=False) for path in starts]
-    image = keras.Input(models[0].input_shape[1:], name="image")
-    answers = []
-    for index, model in enumerate(models):
-        model.name = f"net{index}"
-        answers.append(model(image))
-    return keras.Model(
-        image,
-        {
-            name: task.average([answer[name] for answer in answers], name)
-            for name, task in tasks.items()
-        },
+    inputs = keras.tree.map_structure(
+        lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=x.name), models[0].input
     )
+    logits = []
+    for index, model in enumerate(models):
+        outputs = {name: model.get_layer(f"{name}_logits").output for name in tasks}
+        logits.append(keras.Model(model.input, outputs, name=f"net{index}")(inputs))
+    answers = {
+        name: task.average([of_model[name] for of_model in logits], name, inputs)
+        for name, task in tasks.items()
+    }
+    return keras.Model(inputs, answers)
 
 
 def _save(model, tasks, run):
@@ -169,8 +171,12 @@ def _save(model, tasks, run):
 
 def _evaluate(experiment, run):
     model = keras.models.load_model(run / "model.keras", compile=False)
-    test = dense.test_batches(experiment.builder, experiment.recipe, experiment.tasks)
-    scores = evaluate(model, experiment.tasks, test)
+    scores = {}
+    for tasks, test in batches.test_passes(
+        experiment.builder, experiment.recipe, experiment.tasks
+    ):
+        part = keras.Model(model.input, {name: model.output[name] for name in tasks})
+        scores |= evaluate(part, tasks, test)
     per_class = [
         (task, name, metric, round(value, 3))
         for task, of_task in scores.items()
