@@ -51,11 +51,16 @@ def take_out(model, task):
 
 
 def identity(tower):
-    """What a result depends on, of a recipe's tower: the backbone, not its path."""
-    if not isinstance(tower, SavedBackbone):
-        return {}
-    digest = hashlib.sha256(_existing(tower.backbone).read_bytes()).hexdigest()
-    return {"backbone": f"sha256 {digest}"}
+    """What a result depends on, of a recipe's tower: its files, not their paths."""
+    files = {}
+    if isinstance(tower, SavedBackbone):
+        files["backbone"] = _existing(tower.backbone)
+    if getattr(tower, "weights", None) is not None:
+        files["weights"] = tower.weights
+    return {
+        name: f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for name, path in files.items()
+    }
 
 
 def _fcn_alexnet(recipe, outputs):

@@ -1,7 +1,7 @@
 """Rendered rooms: detection and attributes, the paper's second pair, in minutes.
 
 Data: the rooms of `scenes`, 16 classes and 16 attributes, doubled to 192x256;
-proposals by selective search. Fast R-CNN on an AlexNet of an eighth of the width.
+proposals by selective search. Fast R-CNN on an AlexNet of a quarter of the width.
 
     python -m training fit scenes_detection
 """
@@ -41,7 +41,7 @@ RECIPE = Recipe(
         same_task=0.9,
         alpha_multiplier=10,
     ),
-    splits=("conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "score"),
+    splits=("conv2", "fc7"),
     best_split="conv2",
     training=Training(batch_size=8, momentum=0.9, dtype="float32"),
     one_task=Schedule(epochs=14, learning_rate=0.02),

@@ -46,7 +46,7 @@ RECIPE = Recipe(
         same_task=0.9,
         alpha_multiplier=100,
     ),
-    splits=("block7_expand_conv", "block11_expand_conv", "fc6", "fc7", "score"),
+    splits=("block7_expand_conv", "fc7"),
     best_split="block7_expand_conv",
     training=Training(batch_size=8, momentum=0.9, dtype="float32"),
     one_task=Schedule(epochs=6, learning_rate=0.02),
