@@ -96,14 +96,18 @@ def predictions(models, passes, count):
         examples = _spread(test, count)
         images = [_image(inputs) for inputs, _ in examples]
         columns["image"] = [image.astype("uint8") for image in images]
+        answers = {
+            method: [_answer(model, inputs) for inputs, _ in examples]
+            for method, model in models.items()
+        }
         for name, task in tasks.items():
             columns[f"{name}\ntruth"] = [
                 task.draw(targets[name], inputs) for inputs, targets in examples
             ]
-            for method, model in models.items():
+            for method, of_method in answers.items():
                 columns[f"{name}\n{method.replace('_', '-')}"] = [
-                    task.draw(_answer(model, name, inputs), inputs)
-                    for inputs, _ in examples
+                    task.draw(answer[name], inputs)
+                    for answer, (inputs, _) in zip(of_method, examples, strict=True)
                 ]
     height, width = images[0].shape[:2]
     figure = Figure(
@@ -130,7 +134,6 @@ def _image(inputs):
     return inputs["image"] if isinstance(inputs, dict) else inputs
 
 
-def _answer(model, task, inputs):
+def _answer(model, inputs):
     one = keras.tree.map_structure(lambda x: x[None], inputs)
-    answer = model.predict(one, verbose=0)[task]
-    return keras.tree.map_structure(lambda x: x[0], answer)
+    return keras.tree.map_structure(lambda x: x[0], model.predict_on_batch(one))
