@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -48,6 +51,22 @@ def write(folder, lines=LINES):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("voc") / "voc2008")
+
+
+def test_the_data_at_hand_is_whole():
+    path = Path(__file__).parents[3] / "shared/data"
+    path = Path(os.environ.get("KCS_DATA", path)) / "voc2008"
+    if not path.exists():
+        pytest.skip(
+            f"needs VOC 2008: set KCS_DATA to the folder that has it, not {path}"
+        )
+    found = voc2008.check_folder(path)
+    counts = {
+        split: (len(objects), sum(map(len, objects.values())))
+        for split, objects in found.items()
+    }
+
+    assert counts == {"train": (2111, 6337), "test": (2221, 6347)}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ def load(builder, split, data, tasks):
         (N, G, 4), `labels` (N, G), `attributes` (N, G, A), `proposals` (N, P, 4).
     """
     examples = _examples(builder, split, data)
-    (loaded,) = examples.padded_batch(len(examples), padding_values=(None, _FILL))
+    fill = {**dict.fromkeys(examples.element_spec[1]), "labels": -1}
+    (loaded,) = examples.padded_batch(len(examples), padding_values=(None, fill))
     return loaded
 
 
@@ -149,14 +150,6 @@ def _mirror(image, regions, seed):
 
     boxes = {name: flip(regions[name]) for name in ("boxes", "proposals")}
     return image, {**regions, **boxes}
-
-
-_FILL = {
-    "boxes": None,
-    "labels": tf.constant(-1, "int32"),
-    "attributes": None,
-    "proposals": None,
-}
 
 
 def _examples(builder, split, data):

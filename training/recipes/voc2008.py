@@ -38,7 +38,7 @@ RECIPE = Recipe(
         dropout=0.5,
         pooled=("block10_output", "block15_output"),
         pooled_size=4,
-        fully_connected=512,
+        fully_connected=256,
     ),
     units=Units(
         at=("block7_output", "block10_output", "block14_output", "fc6", "fc7"),
