@@ -1,3 +1,8 @@
+import importlib.util
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -208,3 +213,50 @@ def test_detections_are_the_moved_boxes_of_each_class_without_duplicates(rng):
 def test_what_cannot_be_pooled_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+ON_ANOTHER_BACKEND = """
+import sys
+import keras
+import numpy as np
+from keras_cross_stitch import Detections, RoIAlign
+
+given = np.load(sys.argv[1])
+maps, rois, scores, deltas = (given[f"arr_{k}"] for k in range(4))
+layer = RoIAlign(3, 16)
+inputs = [keras.Input(maps.shape[1:]), keras.Input((None, 4))]
+pooled = keras.Model(inputs, layer(inputs)).predict([maps, rois], verbose=0)
+found = Detections((64, 64), max_detections=20)([scores, deltas, rois])
+found = {name: keras.ops.convert_to_numpy(x) for name, x in found.items()}
+np.savez(sys.argv[2], pooled=pooled, **found)
+print(keras.backend.backend())
+"""
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_give_the_same(rng, tmp_path, backend):
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"needs {backend}, which is not installed")
+    rois = random_boxes(rng, 2, 9)
+    maps = rng.normal(size=(2, 4, 5, 3)).astype("float32")
+    scores = rng.dirichlet(np.ones(4), (2, 9)).astype("float32")
+    deltas = rng.normal(size=(2, 9, 12)).astype("float32")
+    np.savez(tmp_path / "given.npz", maps, rois, scores, deltas)
+    run = subprocess.run(
+        [
+            *(sys.executable, "-c", ON_ANOTHER_BACKEND),
+            *(tmp_path / "given.npz", tmp_path / "result.npz"),
+        ],
+        env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == backend
+    result = np.load(tmp_path / "result.npz")
+    pooled = RoIAlign(3, 16)([maps, rois])
+    np.testing.assert_allclose(result["pooled"], pooled, atol=1e-5)
+    found = Detections((64, 64), max_detections=20)([scores, deltas, rois])
+    for name, x in found.items():
+        np.testing.assert_allclose(result[name], x, rtol=1e-4, atol=1e-3)
