@@ -5,25 +5,33 @@ the library runs on the other backends without it.
 """
 
 import contextlib
-import itertools
+import logging
 import os
 import pathlib
 import re
 import tempfile
-import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_cross_stitch.networks import check_task_names
+from keras_cross_stitch.trial_input import from_sample, layer_named, tried
 
-_SIDES = (64, 32, 16, 8, 4, 2, 1)  # tried for unknown sizes, in pixels or words
 _TOLERANCE = 1e-5  # relative to the largest output
 
 
 def export_saved_model(
-    model, directory, *, version=None, from_jpeg=False, sample=None, progress=None
-):
+    model: keras.Model,
+    directory: str | os.PathLike,
+    *,
+    version: int | None = None,
+    from_jpeg: bool = False,
+    sample: Any = None,
+    finish: Callable[[pathlib.Path, dict[str, Any]], Any] | None = None,
+    progress: Callable[[str], Any] | None = None,
+) -> pathlib.Path:
     """Writes a multi-task model as the next version of a served model.
 
     Each task is a signature that runs only the layers which that task needs;
@@ -46,6 +54,10 @@ def export_saved_model(
             the vocabulary and indices in the range of the layers that read them,
             whole numbers to 255 for other floats, or 0 and 1 where these are
             refused, as for other integers.
+        finish: Optional function of the version's folder and of the inputs that it
+            was compared on, `{name in the signatures: array}`. Called before the
+            version gets its name: to add to `assets.extra/` what is served with the
+            model. What it raises ends the export.
         progress: Function that is called with a line of text for each signature
             as soon as its graph is made, such as `print`.
 
@@ -107,16 +119,19 @@ def export_saved_model(
     _check_model(model)
     if from_jpeg:
         _check_takes_images(model)
-    inputs = None if sample is None else _from_sample(sample, model, from_jpeg)
+    inputs = None if sample is None else from_sample(sample, model, from_jpeg)
     with _published(_local(directory), version) as (temporary, path):
         run = _traced(model, model)
-        inputs, outputs = _tried(run, model, inputs)
+        inputs, outputs = tried(run, model, inputs)
+        _check_dense(outputs)
         _write(run, model, temporary, from_jpeg, progress or (lambda line: None))
-        _compare(temporary, inputs, outputs, model, from_jpeg)
+        compared_on = _compare(temporary, inputs, outputs, model, from_jpeg)
+        if finish is not None:
+            finish(temporary, compared_on)
     return path
 
 
-def _check_model(model):
+def _check_model(model: keras.Model) -> None:
     # Only functional models have operations, and so a graph to cut by task.
     functional = isinstance(model, keras.Model) and hasattr(model, "operations")
     outputs = model.output if functional else model
@@ -141,7 +156,7 @@ def _check_model(model):
     _check_stateless(model)
 
 
-def _check_unique(what, names):
+def _check_unique(what: str, names: list[str]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(
             f"The names of the model's {what} must differ. Rename a task, a key of its "
@@ -149,13 +164,13 @@ def _check_unique(what, names):
         )
 
 
-def _layers(model):
+def _layers(model: keras.Model) -> Iterator[Any]:
     """All layers, those of nested models in the place of these."""
     for layer in model.layers:
         yield from _layers(layer) if isinstance(layer, keras.Model) else [layer]
 
 
-def _check_stateless(model):
+def _check_stateless(model: keras.Model) -> None:
     for layer in _layers(model):
         if getattr(layer, "stateful", False):
             raise ValueError(
@@ -165,7 +180,7 @@ def _check_stateless(model):
             )
 
 
-def _check_takes_images(model):
+def _check_takes_images(model: keras.Model) -> None:
     shapes = [x.shape for x in model.inputs]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][-1] != 3:
         raise ValueError(
@@ -174,7 +189,7 @@ def _check_takes_images(model):
         )
 
 
-def _local(directory):
+def _local(directory: str | os.PathLike) -> pathlib.Path:
     # A remote store has no rename in one step, and pathlib would make a folder "gs:".
     if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(directory)):
         raise ValueError(
@@ -195,7 +210,9 @@ def _local(directory):
 
 
 @contextlib.contextmanager
-def _published(directory, version):
+def _published(
+    directory: pathlib.Path, version: int | None
+) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
     """Gives a path to write to and the version's, which it becomes in the end."""
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
@@ -215,13 +232,13 @@ def _published(directory, version):
             yield temporary, path
             temporary.rename(path)
     except BaseException:
-        for folder in created:
+        for parent in created:
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                parent.rmdir()
         raise
 
 
-def _version_path(directory, version):
+def _version_path(directory: pathlib.Path, version: int | None) -> pathlib.Path:
     versions = {int(path.name) for path in directory.iterdir() if path.name.isdecimal()}
     if version is None:
         version = max(versions, default=0) + 1
@@ -237,7 +254,7 @@ def _version_path(directory, version):
     return directory / str(version)
 
 
-def _together(outputs):
+def _together(outputs: Mapping[str, Any]) -> dict[str, list[str]]:
     """The names in `serving_default` of each task's outputs, in their order."""
     return {
         task: [f"{task}_{key}" for key in values]
@@ -247,7 +264,7 @@ def _together(outputs):
     }
 
 
-def _signatures(outputs):
+def _signatures(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The model's outputs as {signature: {name: value}}, serving_default first."""
     by_task = {
         task: values if isinstance(values, dict) else {task: values}
@@ -261,22 +278,22 @@ def _signatures(outputs):
     return {"serving_default": together, **by_task}
 
 
-def _served_name(x):
+def _served_name(x: Any) -> str:
     # What TensorFlow makes of an input's name, or should: it refuses some.
     name = re.sub(r"\W", "_", x.name, flags=re.ASCII)
     return name if name[0].isalpha() else f"arg_{name}"
 
 
-def _specs(model):
+def _specs(model: keras.Model) -> Any:
     import tensorflow as tf
 
-    def spec(x):
+    def spec(x: Any) -> Any:
         return tf.TensorSpec((None, *x.shape[1:]), x.dtype, name=_served_name(x))
 
     return keras.tree.map_structure(spec, model.input)
 
 
-def _traced(part, model):
+def _traced(part: keras.Model, model: keras.Model) -> Callable:
     """`part`, of the model or the model itself, as a function of tensors.
 
     Traced once, here: Keras and TensorFlow would do it twice when they write.
@@ -284,55 +301,12 @@ def _traced(part, model):
     import tensorflow as tf
 
     run = tf.function(lambda inputs: part(inputs, training=False), autograph=False)
-    with _layer_named("cannot be exported by Keras"):
+    with layer_named("cannot be exported by Keras"):
         concrete = run.get_concrete_function(_specs(model))
     return lambda inputs: concrete(inputs)
 
 
-@contextlib.contextmanager
-def _layer_named(problem):
-    """Turns what a layer raises into a ValueError that names the layer."""
-    filtered = keras.config.is_traceback_filtering_enabled()
-    keras.config.disable_traceback_filtering()  # else its frames are cut out
-    try:
-        yield
-    except Exception as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        called = [frame.f_locals.get("self") for frame in frames]
-        layers = [x for x in called if isinstance(x, keras.layers.Layer)]
-        names = [x.name for x in layers if not isinstance(x, keras.Model)]
-        raise ValueError(
-            f"Layer '{names[0] if names else '?'}' {problem}. It raised "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
-    finally:
-        if filtered:
-            keras.config.enable_traceback_filtering()
-
-
-def _tried(run, model, inputs):
-    """Input to compare on, drawn where none is given, and the model's outputs."""
-    import tensorflow as tf
-
-    trials = [inputs]
-    if inputs is None:
-        unknown = any(None in x.shape[1:] for x in model.inputs)
-        sides = _SIDES if unknown else _SIDES[:1]
-        # Floats may be indices, of which 0 and 1 are there for sure.
-        trials = (_drawn(model, *x) for x in itertools.product((256, 2), sides))
-    for trial in trials:
-        inputs = trial if inputs is None else inputs
-        with contextlib.suppress(tf.errors.OpError):
-            return trial, _dense(run(trial))
-    # The error of a graph names no layer, that of Keras does.
-    with _layer_named(
-        "does not accept the input to compare the models on; give inputs that it "
-        "accepts as `sample=`"
-    ):
-        return inputs, _dense(model(inputs, training=False))
-
-
-def _dense(outputs):
+def _check_dense(outputs: Mapping[str, Any]) -> None:
     import tensorflow as tf
 
     for task, values in outputs.items():
@@ -343,103 +317,15 @@ def _dense(outputs):
                     "`sparse=` and `ragged=` of the layer that gives it). Received: "
                     f"{type(value).__name__}"
                 )
-    return outputs
 
 
-def _from_sample(sample, model, from_jpeg):
-    sample = list(sample) if isinstance(sample, tuple) else sample
-    try:
-        keras.tree.assert_same_structure(model.input, sample)
-        arrays = [
-            keras.ops.convert_to_tensor(array, x.dtype, sparse=False)
-            for x, array in zip(model.inputs, keras.tree.flatten(sample), strict=True)
-        ]
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "`sample` must be one array for each input of the model, in the same list "
-            f"or dict: {keras.tree.map_structure(lambda x: x.name, model.input)}. "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    for x, array in zip(model.inputs, arrays, strict=True):
-        if not array.shape[1:].is_compatible_with(x.shape[1:]) or not len(array):
-            raise ValueError(
-                f"`sample` must have the shape {(None, *x.shape[1:])} for input "
-                f"'{x.name}', and a row at least. Received: shape={array.shape}"
-            )
-    if from_jpeg:
-        pixels = keras.ops.clip(keras.ops.round(arrays[0]), 0, 255)
-        arrays = [keras.ops.cast(pixels, model.inputs[0].dtype)]
-    return keras.tree.pack_sequence_as(model.input, arrays)
-
-
-def _drawn(model, high, side):
-    """Random input: whole numbers below `high` for floats, `side` for unknown sizes."""
-    import tensorflow as tf
-
-    values = _accepted_values(model, high)
-
-    def draw(x):
-        shape = [n or (2 if axis == 0 else side) for axis, n in enumerate(x.shape)]
-        drawn = np.random.default_rng().choice(values[x.name], shape)
-        dtype = str if x.dtype == "string" else x.dtype
-        return tf.convert_to_tensor(drawn.astype(dtype))
-
-    return keras.tree.map_structure(draw, model.input)
-
-
-def _accepted_values(model, high):
-    """The values to draw from for each input: {name: array}."""
-    # Pixels are whole numbers; of indices and masks only 0 and 1 are sure.
-    values = {
-        x.name: np.arange(high if "float" in x.dtype or x.dtype == "uint8" else 2)
-        for x in model.inputs
-    }
-    narrowed = {}
-    for layer, names in _readers(model, {id(x): {x.name} for x in model.inputs}):
-        accepted = _accepted_by(layer)
-        for name in names if accepted is not None and len(accepted) else ():
-            narrowed[name] = min(narrowed.get(name, accepted), accepted, key=len)
-    return {**values, **narrowed}
-
-
-def _accepted_by(layer):
-    """The values that a layer can look up, or None where it does not look up."""
-    if isinstance(layer, keras.layers.Embedding):
-        return np.arange(layer.input_dim)
-    if isinstance(layer, keras.layers.CategoryEncoding):
-        return np.arange(layer.num_tokens)
-    lookups = ("StringLookup", "IntegerLookup", "TextVectorization")
-    if isinstance(layer, tuple(getattr(keras.layers, name) for name in lookups)):
-        if getattr(layer, "invert", False):
-            return np.arange(layer.vocabulary_size())
-        return np.array(layer.get_vocabulary(include_special_tokens=False))
-    return None
-
-
-def _readers(model, reached):
-    """Yields (layer, names of the inputs whose values it reads).
-
-    A layer reads what an input holds if only layers without weights, such as a
-    `Reshape`, stand between. `reached` is {id of a tensor: names}; it grows.
-    """
-    for depth in sorted(model._nodes_by_depth, reverse=True):
-        for node in model._nodes_by_depth[depth]:
-            layer, tensors = node.operation, node.input_tensors
-            names = set().union(*(reached.get(id(x), ()) for x in tensors))
-            if isinstance(layer, keras.Model) and names:
-                inner = keras.Model(layer.inputs, layer.outputs)
-                pairs = zip(inner.inputs, tensors, strict=True)
-                reached |= {id(x): reached.get(id(y), set()) for x, y in pairs}
-                yield from _readers(inner, reached)
-                pairs = zip(node.outputs, inner.outputs, strict=True)
-                reached |= {id(x): reached.get(id(y), set()) for x, y in pairs}
-            elif names:
-                yield layer, names
-                if _accepted_by(layer) is None and not getattr(layer, "weights", None):
-                    reached |= dict.fromkeys(map(id, node.outputs), names)
-
-
-def _write(run, model, path, from_jpeg, progress):
+def _write(
+    run: Callable,
+    model: keras.Model,
+    path: pathlib.Path,
+    from_jpeg: bool,
+    progress: Callable[[str], Any],
+) -> None:
     import tensorflow as tf
 
     archive = keras.export.ExportArchive()
@@ -449,7 +335,9 @@ def _write(run, model, path, from_jpeg, progress):
         archive.track(layer)
     specs = _specs(model)
 
-    def add(signature, function, inputs, outputs):
+    def add(
+        signature: str, function: Callable, inputs: Any, outputs: Mapping[str, Any]
+    ) -> None:
         archive.add_endpoint(signature, function, [inputs])
         names = [
             ", ".join(x.name for x in keras.tree.flatten(inputs)),
@@ -457,7 +345,7 @@ def _write(run, model, path, from_jpeg, progress):
         ]
         progress(f"{signature}: {names[0]} -> {names[1]}")
 
-    def together(inputs):
+    def together(inputs: Any) -> dict[str, Any]:
         return _signatures(run(inputs))["serving_default"]
 
     parts = _signatures(model.output)
@@ -474,7 +362,7 @@ def _write(run, model, path, from_jpeg, progress):
     archive.write_out(str(path), options=options, verbose=False)
 
 
-def _may_hold_tables(layer):
+def _may_hold_tables(layer: Any) -> bool:
     import tensorflow as tf
 
     holders = (keras.layers.Layer, tf.saved_model.experimental.TrackableResource)
@@ -482,18 +370,18 @@ def _may_hold_tables(layer):
     return any(isinstance(x, holders) for x in held)
 
 
-def _from_jpeg(run, model):
+def _from_jpeg(run: Callable, model: keras.Model) -> Callable:
     import tensorflow as tf
 
     size = model.inputs[0].shape[1:3]
 
-    def decode(image_bytes):
+    def decode(image_bytes: Any) -> Any:
         image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
         if None not in size:
             image = tf.image.resize(image, size, antialias=True)
         return tf.cast(image, model.inputs[0].dtype)
 
-    def run_from_jpeg(image_bytes):
+    def run_from_jpeg(image_bytes: Any) -> Any:
         spec = tf.TensorSpec((*size, 3), model.inputs[0].dtype)
         images = tf.map_fn(decode, image_bytes, fn_output_signature=spec)
         return run(keras.tree.pack_sequence_as(model.input, [images]))
@@ -501,10 +389,18 @@ def _from_jpeg(run, model):
     return run_from_jpeg
 
 
-def _compare(path, inputs, outputs, model, from_jpeg):
+def _compare(
+    path: pathlib.Path,
+    inputs: Any,
+    outputs: Mapping[str, Any],
+    model: keras.Model,
+    from_jpeg: bool,
+) -> dict[str, Any]:
+    """Raises where they differ; returns the inputs by their names in signatures."""
     import tensorflow as tf
 
-    loaded = tf.saved_model.load(str(path))
+    with _quiet():
+        loaded = tf.saved_model.load(str(path))
     tensors = keras.tree.flatten(inputs)
     names = [_served_name(x) for x in model.inputs]
     by_name = dict(zip(names, tensors, strict=True))
@@ -516,9 +412,24 @@ def _compare(path, inputs, outputs, model, from_jpeg):
             signature = f"{signature}_from_jpeg"
             served = loaded.signatures[signature](image_bytes=tf.stack(files))
             _check_equal(signature, served, expected)
+    return by_name
 
 
-def _check_equal(signature, served, expected):
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # TensorFlow warns of each custom gradient that was not written.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_equal(
+    signature: str, served: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
     for name, value in expected.items():
         difference = _difference(served[name], value)
         if difference:
@@ -530,7 +441,7 @@ def _check_equal(signature, served, expected):
             )
 
 
-def _difference(served, expected):
+def _difference(served: Any, expected: Any) -> str:
     """How two tensors differ, in words; empty where they do not."""
     is_float = expected.dtype.is_floating
     served, expected = served.numpy(), expected.numpy()
@@ -538,7 +449,7 @@ def _difference(served, expected):
         return f"its shape is {served.shape} where {expected.shape} is expected"
     if not is_float:
         count = np.count_nonzero(served != expected)
-        return count and f"{count} of {expected.size} values differ"
+        return f"{count} of {expected.size} values differ" if count else ""
     served, expected = served.astype("float64"), expected.astype("float64")
     unequal = served != expected  # equal infinities have no difference; NaN has
     difference = np.abs(served[unequal] - expected[unequal]).max(initial=0)

@@ -617,6 +617,22 @@ def test_masks_reach_the_layers_of_a_nested_model():
     _assert_as_apart(model, towers, np.array([[1, 2, 0, 0], [3, 4, 5, 0]]))
 
 
+def test_a_nested_model_that_is_called_as_in_training_stays_so():
+    def build(outputs):
+        inner = keras.Sequential(
+            [keras.Input((5,)), layers.BatchNormalization(name="norm")], name="inner"
+        )
+        inputs = keras.Input((5,), name="features")
+        x = inner(inputs, training=True)  # by the batch's own statistics
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(2), "b": build(3)}
+
+    model = stitch(towers, [])
+
+    _assert_as_apart(model, towers, FEATURES)
+
+
 NESTED_ERRORS = {
     "a bare name of two layers": (
         lambda: _two_backbones(),

@@ -1163,7 +1163,20 @@ def _wired_tower(swap):
     return keras.Model(inputs, layers.Dense(2, name="score")(block(inputs)))
 
 
+def _with_twin(twin):
+    inputs = keras.Input((5,), name="features")
+    x = layers.Dense(4, name="score")(layers.Dense(4, name="left")(inputs))
+    if twin:
+        x = layers.Subtract(name="meet")([x, layers.Dense(4, name="right")(inputs)])
+    return keras.Model(inputs, x)
+
+
 SPLIT_ERRORS = {
+    "a twin that the first has not": (
+        lambda: {"a": _with_twin(False), "b": _with_twin(True)},
+        "score",
+        "tower of 'b' has 'right' where the first has 'nothing'",
+    ),
     "unknown layer": (
         lambda: {"a": _fcn(3), "b": _fcn(2)},
         "con4",

@@ -41,7 +41,7 @@ def test_dependencies_point_one_way(package, forbidden):
 
 def test_only_the_export_needs_tensorflow():
     for path in (ROOT / "keras_cross_stitch").glob("*.py"):
-        if path.name != "saved_model.py":
+        if path.name not in ("saved_model.py", "trial_input.py"):
             assert "tensorflow" not in set(imports(path)), path
 
 

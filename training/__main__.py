@@ -61,6 +61,8 @@ Replicas = Annotated[
     int | None, typer.Option(min=2, help="Mirror over N logical CPUs, for testing.")
 ]
 
+Results = Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")]
+
 DEMO = ("one_task_whole", "shared", "cross_stitch_from_start")
 METHODS = ("one_task", "one_task_longer", "cross_stitch")
 
@@ -77,7 +79,7 @@ def demo(
     Without a command, this runs the **scenes** demo whole, in a few minutes on two
     cores: it renders rooms, of which a tenth get segmentation labels and all get
     surface normals; trains a network per task, one that shares all but its last
-    layers, and a cross-stitch network; and writes a table, pictures and a SavedModel.
+    layers, and a cross-stitch network; and writes a report and a SavedModel.
 
     What was stopped goes on where it was; what is finished is not run again.
     """
@@ -108,32 +110,34 @@ def fit(
     """Train a recipe's methods and compare them.
 
     Writes `RUNS/RECIPE/METHOD/seedS/` (model.keras, answers.json, metrics.json,
-    history.csv, alpha.npz, recipe.json) and `RUNS/RECIPE/comparison/seedS/`
-    (metrics.csv, metrics.md, predictions.png, alpha.png, serving/1).
+    history.csv, alpha.npz, recipe.json), `RUNS/RECIPE/gallery/`,
+    `RUNS/RECIPE/comparison/seedS/` (alpha.png, serving/1) and `RUNS/report.html`.
 
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
         from training import comparison, distribution, fitting
+        from training.runs import open_experiment
+        from training.study.report import write_report
 
         strategy = distribution.strategy(replicas)
-        experiment = _open(recipe, data, backbone, weights, runs, toy)
         methods = list(dict.fromkeys(method or METHODS))
+        chosen = _recipe(recipe, backbone, weights, toy, methods)
+        experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
         with _progress() as progress:
-            metrics = {
-                name: fitting.fit(
+            for name in methods:
+                fitting.fit(
                     experiment, name, seed, strategy=strategy, progress=progress
                 )
-                for name in methods
-            }
-            line = progress.add_task("table, pictures, SavedModel", total=None)
+            line = progress.add_task("pictures, SavedModel, report", total=None)
             target = comparison.compare(experiment, methods, seed)
+            page = write_report(runs, runs / "report.html")
             progress.update(line, total=1, completed=1)
-    header, rows = comparison.rows(metrics)
-    _print_table(header, rows)
+    _print_table(*comparison.rows(experiment, methods, seed))
     console.print("Angles: degrees, lower is better; all others: %, higher is")
-    console.print(f"Pictures and SavedModel: {target}")
+    console.print(f"Alphas and SavedModel: {target}")
+    console.print(f"Report, with pictures: {page}")
 
 
 @app.command()
@@ -171,14 +175,18 @@ def study(
     """
     with _errors_in_a_line():
         from training import distribution, fitting
+        from training.runs import Experiment, open_experiment
         from training.study import studies
 
-        experiment = _open(recipe, data, backbone, weights, runs, toy)
-        planned = studies.plan(experiment, table, range(seeds))
+        chosen = _recipe(recipe, backbone, weights, toy)
+        planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
         if dry_run:
             _print_missing(mine)
             return
+        experiment = open_experiment(chosen, data, runs)
+        planned = studies.plan(experiment, table, range(seeds))
+        mine = studies.shard(planned, shard)
         fitting.check(experiment, list(dict.fromkeys(run.method for run in planned)))
         with _progress() as progress:
             for run in mine:
@@ -191,6 +199,41 @@ def study(
                 )
         for path in studies.write(planned, results):
             console.print(f"Wrote {path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(help="Folder of all runs.")] = Path("runs"),
+    page: Annotated[
+        Path | None,
+        typer.Option(help="The file to write.", show_default="RUNS/report.html"),
+    ] = None,
+):
+    """Write one self-contained HTML page of all finished runs."""
+    with _errors_in_a_line():
+        from training.study.report import write_report
+
+        console.print(f"Wrote {write_report(runs, page or runs / 'report.html')}")
+
+
+@app.command()
+def tables(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Markdown files. Without: README.md and docs/*.md."),
+    ] = None,
+    results: Results = Path("docs/results"),
+):
+    """Write the tables of Markdown files anew, from the raw values of the studies.
+
+    A table stands between `<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`.
+    """
+    with _errors_in_a_line():
+        from training.study.tables import update_tables
+
+        for path in paths or [Path("README.md"), *sorted(Path("docs").glob("*.md"))]:
+            changed = update_tables(path, results)
+            console.print(f"{'Wrote' if changed else 'Unchanged:'} {path}")
 
 
 @app.command()
@@ -211,8 +254,11 @@ def bench(
     """
     with _errors_in_a_line():
         from training import benchmark
+        from training.runs import open_experiment
 
-        experiment = _open(recipe, data, backbone, weights, runs, toy)
+        experiment = open_experiment(
+            _recipe(recipe, backbone, weights, toy), data, runs
+        )
         rows = benchmark.measure(experiment, steps)
     _print_table(("", "ms, median", "ratio"), rows)
 
@@ -246,10 +292,10 @@ def prepare_voc2008(
     console.print(f"Now: python -m training fit voc2008 --data {directory}")
 
 
-def _open(name, data, backbone, weights, runs, toy):
-    """The experiment: the recipe, with its data prepared."""
+def _recipe(name, backbone, weights, toy, spelled=()):
+    """The recipe, checked with its methods before any data are prepared, and shown."""
+    from training import methods, towers
     from training import recipe as recipes
-    from training.runs import open_experiment
 
     recipe = recipes.find(name, toy)
     if backbone is not None:
@@ -260,8 +306,11 @@ def _open(name, data, backbone, weights, runs, toy):
         if not isinstance(recipe.tower, recipes.FastRcnnAlexNet):
             raise ValueError(f"The recipe '{name}' takes no weights: leave --weights")
         recipe = recipes.change(recipe, "tower", weights=weights)
+    towers.identity(recipe.tower)
+    for method in spelled:
+        methods.plan(method, recipe)
     _print_recipe(recipe)
-    return open_experiment(recipe, data, runs)
+    return recipe
 
 
 def _print_recipe(recipe):
@@ -286,13 +335,17 @@ def _print_missing(planned):
         for run, duration in zip(missing, seconds, strict=True)
     ]
     _print_table(("recipe", "method", "seed", "time"), rows)
-    total = "unknown" if None in seconds else _about(sum(seconds))
+    total = (
+        "unknown, since nothing of this recipe has run here"
+        if None in seconds
+        else _about(sum(seconds))
+    )
     console.print(f"Missing: {len(missing)} runs, time: {total}")
 
 
 def _about(seconds):
     if seconds is None:
-        return "unknown: nothing of this recipe has run here"
+        return "unknown"
     return f"about {seconds / 60:.0f} minutes"
 
 

@@ -1,23 +1,23 @@
-"""What the runs of one seed come to: a table, two pictures and a SavedModel."""
+"""What the runs of one seed come to: a table, a gallery, alphas and a SavedModel."""
 
 import shutil
+import textwrap
 
 import keras
 import numpy as np
-from matplotlib.figure import Figure
 
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
+from training.study import figures
 
 PICTURES = 5
 
 
 def compare(experiment, methods, seed):
-    """Writes the comparison of finished runs beside them.
+    """Writes pictures of finished runs, and the last one's model as a SavedModel.
 
-    In `<runs>/<recipe>/comparison/seed<seed>/`: `metrics.csv` (tidy: method, seed,
-    task, metric, value), `metrics.md`, `predictions.png`, and, of the last method
-    if it has units, `alpha.png` and `serving/1`, the SavedModel.
+    In `<runs>/<recipe>/`: `gallery/<task>_seed<seed>.png`; and, if the last method has
+    units, in `comparison/seed<seed>/`: `alpha.png` and `serving/1`.
 
     Args:
         experiment: The `Experiment`.
@@ -25,115 +25,86 @@ def compare(experiment, methods, seed):
         seed: Integer.
 
     Returns:
-        The path of the folder.
+        The path of the folder `comparison/seed<seed>`.
     """
+    folders = [experiment.folder(method, seed) / "model.keras" for method in methods]
+    models = [keras.models.load_model(path, compile=False) for path in folders]
     target = experiment.folder("comparison", seed)
     target.mkdir(parents=True, exist_ok=True)
-    folders = {method: experiment.folder(method, seed) for method in methods}
-    metrics = {method: runs.metrics(path) for method, path in folders.items()}
-    tidy = [
-        row
-        for method, of_run in metrics.items()
-        for row in runs.rows(method, seed, of_run)
-    ]
-    runs.write_csv(target / "metrics.csv", runs.TIDY, tidy)
-    runs.write(target / "metrics.md", markdown(metrics))
-
-    models = {
-        method: keras.models.load_model(path / "model.keras", compile=False)
-        for method, path in folders.items()
-    }
+    names = [textwrap.fill(method.replace("_", " "), 14) for method in methods]
+    titles = ["image", "truth", *names, "change"]
+    gallery = target.parents[1] / "gallery"
+    gallery.mkdir(exist_ok=True)
     builder, recipe, tasks = experiment.builder, experiment.recipe, experiment.tasks
-    passes = batches.test_passes(builder, recipe, tasks)
     count = builder.info.splits[recipe.data.test_split].num_examples
-    figure = predictions(models, passes, count)
-    figure.savefig(target / "predictions.png", dpi=110)
-    last = methods[-1]
-    if any(isinstance(layer, CrossStitch) for layer in models[last].layers):
-        plot_alpha(models[last]).savefig(target / "alpha.png", dpi=110)
-        trained = (folders[last] / "model.keras").stat().st_mtime
-        exported = target / "serving" / "1"
-        if exported.exists() and exported.stat().st_mtime < trained:
-            shutil.rmtree(exported)
-        if not exported.exists():
-            export_saved_model(models[last], target / "serving", version=1)
+    for together, test in batches.test_passes(builder, recipe, tasks):
+        inputs, targets = _spread(test, count)
+        answers = [[_answer(model, x) for x in inputs] for model in models]
+        for name, task in together.items():
+            of_task = [[x[name] for x in of_model] for of_model in answers]
+            truth = [x[name] for x in targets]
+            columns = _columns(task, inputs, truth, of_task)
+            # `strict` is off where there is no change to show.
+            figure = figures.gallery(dict(zip(titles, columns, strict=False)))
+            figure.savefig(gallery / f"{name}_seed{seed}.png", dpi=150)
+    if any(isinstance(layer, CrossStitch) for layer in models[-1].layers):
+        plot_alpha(models[-1]).savefig(target / "alpha.png", dpi=110)
+        _export(models[-1], folders[-1], target / "serving")
     return target
 
 
-def rows(metrics):
+def rows(experiment, methods, seed):
     """The table's header and rows: one row per metric, one column per method."""
-    first = next(iter(metrics.values()))
-    header = ["", *(method.replace("_", " ") for method in metrics)]
+    of_methods = [runs.metrics(experiment.folder(method, seed)) for method in methods]
+    header = ["", *(method.replace("_", " ") for method in methods)]
     body = [
         [f"{task} {metric}".replace("_", " ")]
-        + [f"{by_task[task][metric]:.1f}" for by_task in metrics.values()]
-        for task in first
-        for metric in first[task]
+        + [f"{of_method[task][metric]:.1f}" for of_method in of_methods]
+        for task, of_task in of_methods[0].items()
+        for metric in of_task
     ]
     return header, body
 
 
-def markdown(metrics):
-    """The table in Markdown."""
-    header, body = rows(metrics)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *body))
-
-
-def predictions(models, passes, count):
-    """Image, truth and each model's answer, for test images spread over the split.
-
-    Args:
-        models: Dict of method to model, inputs to {task: answer}.
-        passes: The passes over the test split, as `batches.test_passes` gives them.
-        count: Integer, how many examples each holds.
-
-    Returns:
-        A matplotlib `Figure`: one row per image.
-    """
-    columns = {}
-    for tasks, test in passes:
-        examples = _spread(test, count)
-        images = [_image(inputs) for inputs, _ in examples]
-        columns["image"] = [image.astype("uint8") for image in images]
-        answers = {
-            method: [_answer(model, inputs) for inputs, _ in examples]
-            for method, model in models.items()
-        }
-        for name, task in tasks.items():
-            columns[f"{name}\ntruth"] = [
-                task.draw(targets[name], inputs) for inputs, targets in examples
-            ]
-            for method, of_method in answers.items():
-                columns[f"{name}\n{method.replace('_', '-')}"] = [
-                    task.draw(answer[name], inputs)
-                    for answer, (inputs, _) in zip(of_method, examples, strict=True)
-                ]
-    height, width = images[0].shape[:2]
-    figure = Figure(
-        (2.0 * len(columns), 2.0 * len(images) * height / width + 0.4),
-        layout="constrained",
-    )
-    axes = figure.subplots(len(images), len(columns), squeeze=False)
-    for of_column, (title, pictures) in zip(axes.T, columns.items(), strict=True):
-        of_column[0].set_title(title, fontsize=10)
-        for ax, picture in zip(of_column, pictures, strict=True):
-            ax.imshow(picture, interpolation="nearest")
-            ax.set_axis_off()
-    return figure
-
-
 def _spread(test, count):
-    """Some examples of the batches, as arrays: (inputs, {task: target})."""
+    """Inputs and targets of some examples, from all over the split: two lists."""
     wanted = set(np.linspace(0, count - 1, PICTURES, dtype=int).tolist())
     examples = test.unbatch().as_numpy_iterator()
-    return [example for index, example in enumerate(examples) if index in wanted]
-
-
-def _image(inputs):
-    return inputs["image"] if isinstance(inputs, dict) else inputs
+    return zip(*(x for i, x in enumerate(examples) if i in wanted), strict=True)
 
 
 def _answer(model, inputs):
+    """The model's answer to one example."""
     one = keras.tree.map_structure(lambda x: x[None], inputs)
     return keras.tree.map_structure(lambda x: x[0], model.predict_on_batch(one))
+
+
+def _columns(task, inputs, truth, answers):
+    """Images, truth, answers, and where the last answer is better than the first."""
+
+    def draw(targets_or_answers):
+        pairs = zip(targets_or_answers, inputs, strict=True)
+        return [task.draw(x, of_example) for x, of_example in pairs]
+
+    images = [x["image"] if isinstance(x, dict) else x for x in inputs]
+    of_truth, drawn = draw(truth), [draw(answer) for answer in answers]
+    columns = [[x.astype("uint8") for x in images], of_truth, *drawn]
+    # Only of maps, pixel by pixel, can be said which one is nearer.
+    if len(drawn) > 1 and task.inputs == "image":
+        # Any other colour is a wrong class.
+        options = {"saturation": 1} if task.describe()["kind"] == "classes" else {}
+        columns.append(
+            [
+                figures.difference(*three, **options)
+                for three in zip(of_truth, drawn[0], drawn[-1], strict=True)
+            ]
+        )
+    return columns
+
+
+def _export(model, trained, directory):
+    exported = directory / "1"
+    if exported.exists() and exported.stat().st_mtime < trained.stat().st_mtime:
+        shutil.rmtree(exported)
+    if not exported.exists():
+        export_saved_model(model, directory, version=1)

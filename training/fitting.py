@@ -100,10 +100,11 @@ def answering(model, tasks):
 
 def _train(experiment, plan, seed, starts, run, progress):
     recipe, tasks = plan.recipe, experiment.tasks
-    of_tasks = towers.build(recipe, tasks, seed)
     if starts:
         start = keras.models.load_model(starts[0], compile=False)
         of_tasks = {name: towers.take_out(start, name) for name in tasks}
+    else:
+        of_tasks = towers.build(recipe, tasks, seed)
     keras.utils.set_random_seed(seed)
     model = plan.join(of_tasks)
 

@@ -17,12 +17,14 @@ from training import recipe as recipes
 class Method:
     """One way to train the towers of all tasks."""
 
+    says: str  # what it is, in a sentence
     # (towers, recipe, layer after the @) -> model; `None` for answers averaged
     join: Callable | None
     schedule: str | None  # the recipe's, by name; `None` where nothing is trained
     start: str | None = None  # the method whose trained towers it starts from
     seeds: tuple[int, ...] = (0,)  # of the runs that it starts from, added to its own
     parts: tuple[str, ...] = ()  # of the recipe that only this method depends on
+    control: str | None = None  # as long, and nothing shared: what it is compared with
 
 
 def side_by_side(towers, recipe, layer):
@@ -45,17 +47,57 @@ def shared(towers, recipe, layer):
 
 
 METHODS = {
-    "one_task": Method(side_by_side, "one_task"),
-    # The control of cross_stitch: trained on for as long, but not stitched.
-    "one_task_longer": Method(side_by_side, "extra", "one_task"),
-    # The control of the methods that train once, from the start.
-    "one_task_whole": Method(side_by_side, "whole"),
-    # Two one-task nets per task; nobody asks for a thousand seeds.
-    "ensemble": Method(None, None, "one_task", seeds=(0, 1000)),
-    "shared": Method(shared, "whole"),
-    "split": Method(split_at, "whole"),
-    "cross_stitch": Method(stitched, "extra", "one_task", parts=("units",)),
-    "cross_stitch_from_start": Method(stitched, "whole", parts=("units",)),
+    "one_task": Method(
+        "A network for each task, trained alone.", side_by_side, "one_task"
+    ),
+    "one_task_longer": Method(
+        "The one-task networks, trained on alone for as long as cross stitch is: its "
+        "control.",
+        side_by_side,
+        "extra",
+        "one_task",
+    ),
+    "ensemble": Method(
+        "Two one-task networks for each task, their answers averaged.",
+        None,
+        None,
+        "one_task",
+        seeds=(0, 1000),  # nobody asks for a thousand seeds
+        control="one_task",
+    ),
+    "cross_stitch": Method(
+        "The one-task networks, joined by cross-stitch units and trained on.",
+        stitched,
+        "extra",
+        "one_task",
+        parts=("units",),
+        control="one_task_longer",
+    ),
+    "one_task_whole": Method(
+        "A network for each task, trained alone for all epochs in one schedule: the "
+        "control of all that is joined from the start.",
+        side_by_side,
+        "whole",
+    ),
+    "shared": Method(
+        "One network, of which each task has but its last layer to itself.",
+        shared,
+        "whole",
+        control="one_task_whole",
+    ),
+    "split": Method(
+        "One network up to a layer; that layer and all above are each task's own.",
+        split_at,
+        "whole",
+        control="one_task_whole",
+    ),
+    "cross_stitch_from_start": Method(
+        "Untrained networks, joined by cross-stitch units from the first step.",
+        stitched,
+        "whole",
+        parts=("units",),
+        control="one_task_whole",
+    ),
 }
 
 

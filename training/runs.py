@@ -19,7 +19,7 @@ import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
@@ -28,7 +28,15 @@ from training.datasets import prepared
 from training.recipe import Recipe
 from training.tasks import TASKS
 
-TIDY = ("method", "seed", "task", "metric", "value")
+
+class Row(NamedTuple):
+    """One raw value, as a line of a tidy CSV file."""
+
+    method: str
+    seed: int
+    task: str
+    metric: str
+    value: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,7 +44,7 @@ class Experiment:
     """A recipe on its prepared data, and where its runs are kept."""
 
     recipe: Recipe
-    builder: tfds.core.DatasetBuilder
+    builder: tfds.core.DatasetBuilder | None  # `None` to look at its runs alone
     runs: Path
 
     @functools.cached_property
@@ -102,15 +110,17 @@ def metrics(folder):
 
 
 def rows(method, seed, of_run):
-    """A run's metrics as tidy rows, as `TIDY` names their columns."""
+    """A run's metrics as tidy rows."""
     return [
-        (method, seed, task, metric, value)
+        Row(method, seed, task, metric, value)
         for task, values in of_run.items()
         for metric, value in values.items()
     ]
 
 
 def write_csv(path, header, body):
+    """Writes a CSV file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"unfinished-{path.name}")
     with open(unfinished, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *body])

@@ -40,6 +40,7 @@ def test_the_demo_trains_every_method_and_shows_a_table(demo):
         assert (folder / method / "seed0" / "metrics.json").exists()
     assert "segmentation mean iu" in result.stdout
     assert "cross stitch from start" in result.stdout
+    assert "data:image/png" in (folder.parent / "report.html").read_text()
 
 
 @shares_the_demo
@@ -152,7 +153,7 @@ def test_nyuv2_runs_whole_on_the_real_data(tmp_path, nyuv2_folder, backbone):
     )
 
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "nyuv2_pretrained-toy/comparison/seed0/metrics.md").exists()
+    assert (tmp_path / "nyuv2_pretrained-toy/gallery/normals_seed0.png").exists()
 
 
 def test_bench_measures_both_dtypes_stitching_and_pipeline(finished):
@@ -171,11 +172,17 @@ def test_bench_measures_both_dtypes_stitching_and_pipeline(finished):
         (["study", "scenes", "table5", "--toy"], "no study 'table5'"),
         (["fit", "scenes", "--backbone", "x.keras"], "has no backbone"),
         (["fit", "scenes", "--weights", "x.npy"], "takes no weights"),
-        (["fit", "voc2008"], "give it with --data DIR"),
-        (["fit", "voc2008", "--data", "/nowhere"], "Missing: /nowhere"),
+        (["fit", "voc2008_alexnet", "--weights", "x.npy"], "x.npy"),
+        (["fit", "voc2008_alexnet"], "give it with --data DIR"),
+        (["fit", "voc2008_alexnet", "--data", "/nowhere"], "Missing: /nowhere"),
         (["prepare", "voc2008", "new", "--devkit=a", "--apascal=b"], "Missing: a/JPEG"),
+        (["fit", "nyuv2", "--data=.", "--method", "stich"], "no method 'stich'"),
+        (["fit", "nyuv2_pretrained", "--backbone", "x.keras"], "no backbone x.keras"),
+        (["study", "nyuv2", "splits", "--shard", "2"], "--shard must be k/n"),
         (["fit", "nyuv2"], "give it with --data DIR"),
         (["fit", "nyuv2", "--data", "/nowhere"], "Missing: /nowhere"),
+        (["report", "nowhere"], "There is no finished run in nowhere"),
+        (["tables", "nowhere.md"], "nowhere.md"),
         (["prepare", "nyuv2", "new", "--mat=a", "--splits=b", "--mapping=c"], "a"),
     ],
 )
@@ -194,5 +201,14 @@ def test_help_says_what_there_is():
     result = training("--help")
 
     assert result.exit_code == 0
-    for command in ("fit", "study", "bench", "prepare", "scenes", "SavedModel"):
+    for command in (
+        "fit",
+        "study",
+        "tables",
+        "report",
+        "bench",
+        "prepare",
+        "scenes",
+        "SavedModel",
+    ):
         assert command in result.stdout

@@ -13,6 +13,7 @@ from keras_cross_stitch import alexnet, fcn_alexnet, split, stitch
 from training import alexnet_weights, comparison, fitting, runs, towers
 from training import recipe as recipes
 from training.runs import open_experiment
+from training.study.report import write_report
 from training.tasks import Attributes, Detection
 
 TASKS = {"detection": Detection(("cat", "dog")), "attributes": Attributes(("a", "b"))}
@@ -304,7 +305,11 @@ def test_a_run_is_trained_judged_compared_and_served(experiment, train):
     assert "cross_stitch_fc7" in alpha
 
     target = comparison.compare(experiment, ["cross_stitch"], 0)
-    assert matplotlib.image.imread(target / "predictions.png").std() > 0.1
+    for name in metrics:
+        path = experiment.runs / f"backbone/gallery/{name}_seed0.png"
+        assert matplotlib.image.imread(path).std() > 0.1
+    page = write_report(experiment.runs, experiment.runs.parent / "report.html")
+    assert "backbone" in page.read_text()
     loaded = tf.saved_model.load(str(target / "serving/1"))
     assert set(loaded.signatures) == {"detection", "attributes", "serving_default"}
     given = inputs(experiment.recipe, np.random.default_rng(1), count=3)

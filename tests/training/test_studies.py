@@ -38,7 +38,8 @@ def test_the_studies_are_the_papers_tables(scenes):
     def study(name):
         return methods_of(studies.plan(scenes, name, [0]))
 
-    assert study("methods")[:4] == ["one_task", "one_task_longer", "ensemble", "shared"]
+    assert study("methods")[:3] == ["one_task", "ensemble", "one_task_longer"]
+    assert study("methods")[-2:] == ["split@conv4", "cross_stitch_from_start"]
     assert study("init")[1:] == [
         "cross_stitch@same_task=0.1",
         "cross_stitch@same_task=0.5",
@@ -166,7 +167,8 @@ def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
         if run.method == "cross_stitch"
     ]
     finish(alpha)
-    values = np.array([[[0.75, 0.25], [0.5, 0.0]], [[0.25, 0.25], [1.0, 1.0]]])
+    # (task that takes, task that gives, channel), the tasks in sorted order
+    values = np.array([[[0.75, 0.25], [0.5, 0.0]], [[0.25, 0.125], [1.0, 1.0]]])
     np.savez(alpha.folder / "alpha.npz", cross_stitch_fc7=values)
     (alpha.folder / "per_class.csv").write_text(
         "task,class,metric,value\nsegmentation,lamp,iu,12.5\n"
@@ -176,8 +178,8 @@ def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
     alpha_path, class_path = studies.write([alpha, by_class], tmp_path)
 
     found = {(row["task"], row["metric"]): row["value"] for row in rows(alpha_path)}
-    assert found["segmentation", "alpha/fc7/from_normals/mean"] == "0.25"
-    assert found["segmentation", "alpha/fc7/from_normals/max"] == "0.5"
-    assert found["normals", "alpha/fc7/from_normals/min"] == "1.0"
+    assert found["normals", "alpha/fc7/from_segmentation/max"] == "0.5"
+    assert found["segmentation", "alpha/fc7/from_normals/max"] == "0.25"
+    assert found["segmentation", "alpha/fc7/from_segmentation/min"] == "1.0"
     found = {row["metric"]: row["value"] for row in rows(class_path)}
     assert found == {"iu/lamp": "12.5", "pixels/lamp": "800"}

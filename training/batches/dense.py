@@ -33,7 +33,7 @@ def train_batches(examples, recipe, tasks, seed, steps):
         A `tf.data.Dataset` of as many batches.
     """
     images, targets = examples
-    starved, _ = recipe.data.label_budget
+    starved, share = recipe.data.label_budget
     labelled = budget(recipe.data, len(images), seed)
     order = _order(labelled, recipe.training.batch_size, steps.stop, seed)
 
@@ -42,10 +42,11 @@ def train_batches(examples, recipe, tasks, seed, steps):
         chosen_targets = {
             name: tf.gather(target, chosen) for name, target in targets.items()
         }
-        void = tf.cast(tasks[starved].void, chosen_targets[starved].dtype)
-        chosen_targets[starved] = _choose(
-            tf.gather(labelled, chosen), chosen_targets[starved], void
-        )
+        if share < 1:
+            target = chosen_targets[starved]
+            void = tf.cast(tasks[starved].void, target.dtype)
+            has_labels = tf.gather(labelled, chosen)
+            chosen_targets[starved] = _choose(has_labels, target, void)
         seeds = tf.stack([tf.constant(seed, "int64"), step])
         return _augment(
             tf.gather(images, chosen), chosen_targets, recipe.data, tasks, seeds

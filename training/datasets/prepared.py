@@ -63,8 +63,11 @@ def digest(builder):
 
 
 def fingerprint(folder):
-    """Each file's size and time of change, by its path in the folder."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    """Each file's size and time of change, by its path in the folder.
+
+    Without hidden files, which file managers leave.
+    """
+    files = sorted(path for path in Path(folder).rglob("[!.]*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime]
         for path in files

@@ -35,13 +35,13 @@ def _methods(recipe):
     """Table 5, with the two controls that the paper lacks."""
     return [
         "one_task",
-        "one_task_longer",
         "ensemble",
+        "one_task_longer",
+        "cross_stitch",
+        "one_task_whole",
         "shared",
         f"split@{recipe.best_split}",
-        "cross_stitch",
         "cross_stitch_from_start",
-        "one_task_whole",
     ]
 
 
@@ -188,8 +188,8 @@ def write(planned, results):
             )
         for run in finished:
             values[run.method, run.seed] = _rows(run)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_csv(path, runs.TIDY, itertools.chain.from_iterable(values.values()))
+        rows = itertools.chain.from_iterable(values.values())
+        runs.write_csv(path, runs.Row._fields, rows)
     return list(files)
 
 
@@ -208,7 +208,7 @@ def _rows(run):
 
 def _alphas(run):
     """{task: {"alpha/<unit>/from_<source>/<statistic>": value}} of a stitched run."""
-    tasks = run.experiment.recipe.data.tasks
+    tasks = sorted(run.experiment.recipe.data.tasks)  # as alpha's axes are
     values = {task: {} for task in tasks}
     with np.load(run.folder / "alpha.npz") as units:
         for unit, alpha in units.items():

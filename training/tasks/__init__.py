@@ -1,7 +1,9 @@
 """The tasks: one file each, with its targets, loss, answer, scores and colours."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from training.metric import Metric
 from training.tasks.attributes import Attributes
 from training.tasks.detection import Detection
 from training.tasks.normals import Normals
@@ -27,6 +29,7 @@ class Task(Protocol):
     inputs: str  # what it is tested on: an "image", or its "proposals" or "objects"
     outputs: int  # channels of the tower's logits
     void: float  # what a target holds where there is no label
+    metrics: Mapping[str, Metric]  # what its scores give, and in which direction
 
     def loss(self) -> Any:
         """The Keras loss of (target, logits)."""
@@ -69,7 +72,7 @@ class RegionTask(Task, Protocol):
         """What the answers for an image are compared with: a row an object."""
 
 
-TASKS = {
+TASKS: dict[str, type[Any]] = {
     "segmentation": Segmentation,
     "normals": Normals,
     "detection": Detection,

@@ -5,6 +5,7 @@ They are tested on the true boxes.
 """
 
 import dataclasses
+import types
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ import tensorflow as tf
 from sklearn.metrics import average_precision_score
 
 from keras_cross_stitch import MaskedLoss
+from training.metric import Metric
 from training.tasks.detection import draw_boxes
 
 RAREST = (10, 20)  # figure 5: the attributes with the fewest objects
@@ -25,6 +27,18 @@ class Attributes:
     names: tuple[str, ...]
     inputs = "objects"
     void = np.nan
+    metrics = types.MappingProxyType(
+        {
+            "mean_ap": Metric("mean AP", "%", True),
+            **{
+                f"mean_ap_rarest_{k}": Metric(f"mean AP, {k} rarest", "%", True)
+                for k in RAREST
+            },
+            # By attribute:
+            "ap": Metric("AP", "%", True),
+            "objects": Metric("true objects", "", None),
+        }
+    )
 
     @classmethod
     def of(cls, builder):

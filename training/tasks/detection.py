@@ -6,6 +6,7 @@ The truth of a test image has a row for each object: its box and its class.
 """
 
 import dataclasses
+import types
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_cross_stitch import Detections
+from training.metric import Metric
 
 VARIANCE = (0.1, 0.1, 0.2, 0.2)  # deltas are divided by it, so that they are about 1
 DRAWN = 0.3  # the score from which an answer is drawn
@@ -25,6 +27,14 @@ class Detection:
     classes: tuple[str, ...]
     inputs = "proposals"
     void = -1.0
+    metrics = types.MappingProxyType(
+        {
+            "mean_ap": Metric("mean AP", "%", True),
+            # By class:
+            "ap": Metric("AP", "%", True),
+            "objects": Metric("true objects", "", None),
+        }
+    )
 
     @classmethod
     def of(cls, builder):

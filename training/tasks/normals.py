@@ -5,6 +5,7 @@ down, z away from the camera); (0, 0, 0) is undefined and counts nowhere.
 """
 
 import dataclasses
+import types
 from pathlib import Path
 
 import keras
@@ -13,6 +14,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from keras import ops
 from sklearn.cluster import KMeans
+
+from training.metric import Metric
 
 _UNDEFINED = 255  # as a codeword's number
 
@@ -25,6 +28,15 @@ class Normals:
     inputs = "image"
     feature = "normals"
     void = 0.0
+    metrics = types.MappingProxyType(
+        {
+            "mean_angle": Metric("mean angle", "degrees", False),
+            "median_angle": Metric("median angle", "degrees", False),
+            "within_11.25": Metric("within 11.25 degrees", "%", True),
+            "within_22.5": Metric("within 22.5 degrees", "%", True),
+            "within_30": Metric("within 30 degrees", "%", True),
+        }
+    )
 
     @classmethod
     def of(cls, builder):

@@ -1,11 +1,14 @@
 """Semantic segmentation: one class per pixel; 255 is void and counts nowhere."""
 
 import dataclasses
+import types
 
 import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
+
+from training.metric import Metric
 
 VOID = 255
 
@@ -18,6 +21,16 @@ class Segmentation:
     inputs = "image"
     feature = "segmentation"
     void = VOID
+    metrics = types.MappingProxyType(
+        {
+            "pixel_accuracy": Metric("pixel accuracy", "%", True),
+            "mean_iu": Metric("mean IU", "%", True),
+            "fw_iu": Metric("fw IU", "%", True),
+            # By class:
+            "iu": Metric("IU", "%", True),
+            "pixels": Metric("true pixels", "", None),
+        }
+    )
 
     @classmethod
     def of(cls, builder):

@@ -1,0 +1,179 @@
+"""python -m export serve, and predict."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from tensorflow_serving.apis import predict_pb2
+from typer.testing import CliRunner
+
+from export.__main__ import app
+
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
+runner = CliRunner()
+
+
+def run(*arguments):
+    return runner.invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def picture(served, tmp_path):
+    (pixels,) = served.pictures(seed=5)
+    path = tmp_path / "room.png"
+    Image.fromarray(pixels).save(path)
+    return path, pixels
+
+
+@pytest.mark.parametrize("address", ["grpc_address", "rest_address"])
+def test_predict_draws_each_task_over_the_picture(
+    served, picture, address, request, tmp_path
+):
+    path, pixels = picture
+    address = request.getfixturevalue(address)
+    tasks = ("--task", "segmentation", "--task", "normals")
+    folder = ("--model", served.directory, "--output", tmp_path / "drawn")
+    result = run("predict", path, *tasks, "--address", address, *folder)
+    assert result.exit_code == 0, result.output
+
+    expected = served.predict([pixels])
+    colours = np.array(served.answers["segmentation"]["colours"])
+    colours = colours[expected["segmentation"][0].argmax(axis=-1)]
+    with Image.open(tmp_path / "drawn" / "room.segmentation.png") as drawn:
+        over = np.array(drawn)[:24, :32].astype("float64")
+    np.testing.assert_allclose(over, 0.4 * pixels + 0.6 * colours, atol=1)
+    assert (tmp_path / "drawn" / "room.normals.png").is_file()
+
+
+def test_predict_prints_numbers_where_nothing_says_what_they_mean(
+    picture, grpc_address, tmp_path
+):
+    output = ("--output", tmp_path)
+    result = run(
+        "predict", picture[0], "--task", "normals", "--address", grpc_address, *output
+    )
+    assert result.exit_code == 0
+    assert "normals, mean" in result.output
+    assert list(tmp_path.iterdir()) == [picture[0]]
+
+
+def in_one_line(result, message):
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+def test_what_predict_cannot_do_is_told_in_a_line(picture, grpc_address, tmp_path):
+    path, _ = picture
+    at = ("--address", grpc_address, "--task", "normals")
+    in_one_line(run("predict", "none.png", *at), "There is no file none.png")
+    in_one_line(run("predict", path, *at, "--name", "x"), "Model 'x' not found")
+    in_one_line(run("predict", path, *at, "--model", tmp_path), "does not hold the")
+    at = ("--address", grpc_address, "--task", "depth")
+    in_one_line(run("predict", path, *at), "no signature 'depth_from_jpeg'. There are")
+
+
+def test_what_serve_cannot_do_is_told_in_a_line(served, server, tmp_path):
+    in_one_line(run("serve", tmp_path), "must hold versions")
+    in_one_line(run("serve", tmp_path / "none"), "must hold versions")
+    label = ("--label", "stable")
+    in_one_line(run("serve", served.directory, *label), "--label must be LABEL=VERSION")
+    for ports in (("--port", server[0]), ("--port", 0, "--rest-port", server[1])):
+        result = run("serve", served.directory, *ports)
+        in_one_line(result, "cannot be used: ")
+
+
+@pytest.fixture
+def process(served, tmp_path, wait_for, free_port):
+    """`serve` in a process of its own, with version 1: it, and its ports."""
+    source = served.directory / str(served.latest)
+    shutil.copytree(source, tmp_path / "served" / "1")
+    ports = free_port(), free_port()
+    command = [sys.executable, "-m", "export", "serve", tmp_path / "served"]
+    command += ["--port", str(ports[0]), "--rest-port", str(ports[1])]
+    command += ["--name", "rooms", "--label", "stable=1"]
+    # Its directory is the checkout's, from which export is imported.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = f"http://127.0.0.1:{ports[1]}/v1/models/rooms/labels/stable"
+        wait_for(lambda: answers(address), seconds=60)
+        yield process, *ports
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def answers(address):
+    try:
+        return httpx.get(address).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_sigterm_answers_what_is_under_way(served, process, wait_for):
+    process, port, rest_port = process
+    image = served.pictures().astype("float32")
+    expected = served.predict(image)["normals"]
+    body = json.dumps({"signature_name": "normals", "inputs": image.tolist()}).encode()
+    head = f"POST /v1/models/rooms:predict HTTP/1.1\r\nContent-Length: {len(body)}"
+    head = f"{head}\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "rooms"
+    request.model_spec.signature_name = "normals"
+    request.inputs["image"].CopyFrom(tf.make_tensor_proto(image))
+    ended = threading.Event()
+
+    def late():
+        ended.wait()
+        yield request
+
+    with (
+        socket.create_connection(("127.0.0.1", rest_port), timeout=20) as rest,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        rest.sendall(head + body[:1000])
+        call = channel.stream_unary(
+            "/tensorflow.serving.PredictionService/Predict",
+            predict_pb2.PredictRequest.SerializeToString,
+            predict_pb2.PredictResponse.FromString,
+        )
+        grpc.channel_ready_future(channel).result(timeout=20)
+        answer = call.future(late(), timeout=30)
+        wait_for(lambda: answers(f"http://127.0.0.1:{rest_port}/v1/models/rooms"))
+
+        os.kill(process.pid, signal.SIGTERM)
+        wait_for(lambda: not accepts(rest_port))
+        rest.sendall(body[1000:])
+        with rest.makefile("rb") as file:
+            status, _, content = file.read().partition(b"\r\n\r\n")
+        assert status.startswith(b"HTTP/1.1 200")
+        np.testing.assert_allclose(json.loads(content)["outputs"], expected, atol=1e-5)
+        wait_for(lambda: not accepts(port))
+        ended.set()
+        normals = tf.make_ndarray(answer.result().outputs["normals"])
+        np.testing.assert_allclose(normals, expected, atol=1e-5)
+    assert process.wait(timeout=20) in (0, -signal.SIGTERM)
+    assert "for development only" in process.stdout.read()
+
+
+def accepts(port):
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True

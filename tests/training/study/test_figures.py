@@ -1,0 +1,144 @@
+"""What the figures show; how they look was looked at."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from scipy.stats import rankdata
+
+from training.study import figures
+from training.study.results import Row
+
+BLUE, VERMILION = "#0072B2", "#D55E00"
+
+
+def rows(method, values, task="segmentation", metric="mean_iu"):
+    return [Row(method, seed, task, metric, x) for seed, x in enumerate(values)]
+
+
+def rgb(colour):
+    return (255 * np.array(to_rgb(colour))).round()
+
+
+def test_the_gallery_shows_the_given_pixels_under_their_titles():
+    rng = np.random.default_rng(0)
+    columns = {
+        title: rng.integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+        for title in ("image", "truth", "one task")
+    }
+
+    axes = np.reshape(figures.gallery(columns).axes, (2, 3))
+
+    assert [cell.get_title() for cell in axes[0]] == list(columns)
+    for column, images in zip(axes.T, columns.values(), strict=True):
+        for cell, image in zip(column, images, strict=True):
+            np.testing.assert_array_equal(cell.images[0].get_array(), image)
+
+
+def test_a_difference_map_tells_who_is_nearer_to_the_truth():
+    truth = np.array([[[200, 0, 0]] * 4 + [[0, 0, 0]]], np.uint8)
+    right, near, far = [200, 0, 0], [200, 16, 0], [0, 200, 0]
+    before = np.array([[far, right, far, near, far]], np.uint8)
+    after = np.array([[right, far, far, right, right]], np.uint8)
+
+    (classes,) = figures.difference(truth, before, after, saturation=1)
+    (colours,) = figures.difference(truth, before, after)
+
+    white, grey = [255] * 3, [178] * 3  # neither is nearer; undefined
+    expected = [rgb(BLUE), rgb(VERMILION), white, rgb(BLUE), grey]
+    np.testing.assert_allclose(classes, expected, atol=1)
+    quarter = 255 + 16 / 64 * (rgb(BLUE) - 255)
+    np.testing.assert_allclose(colours[[0, 1, 2, 4]], classes[[0, 1, 2, 4]])
+    np.testing.assert_allclose(colours[3], quarter, atol=1)
+
+
+def test_learning_curves_go_on_where_the_one_task_nets_ended():
+    losses = {
+        "one_task": [{"a": [3.0, 2.0], "b": [5.0, 4.0]}, {"a": [3.5, 2.5]}],
+        "cross_stitch": [{"a": [1.5], "b": [3.0]}],
+    }
+
+    figure = figures.learning_curves(losses, {"cross_stitch": 2})
+
+    first = figure.axes[0]
+    drawn = [(list(x.get_xdata()), list(x.get_ydata())) for x in first.lines]
+    assert drawn == [([1, 2], [3.0, 2.0]), ([1, 2], [3.5, 2.5]), ([3], [1.5])]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["one task", "cross stitch"]
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
+    assert first.get_ylabel() == "training loss"
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5), (2, 2)])
+def test_alpha_is_drawn_from_what_a_run_has_saved(shape):
+    rng = np.random.default_rng(0)
+    units = {name: rng.normal(size=shape).astype("float32") for name in ("b1", "a2")}
+    tasks = [f"task{i}" for i in range(shape[0])]
+
+    figure = figures.alpha(units, tasks)
+
+    axes = np.reshape(figure.axes, (shape[0], 2))
+    assert [cell.get_title() for cell in axes[0]] == ["b1", "a2"]
+    for column, alpha in zip(axes.T, units.values(), strict=True):
+        for cell, of_task in zip(column, alpha, strict=True):
+            for line, values in zip(cell.lines, of_task, strict=True):
+                drawn = np.unique(line.get_ydata())
+                np.testing.assert_array_equal(drawn, np.unique(values))
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "up"), [("a", "mean_iu", 1), ("b", "mean_angle", -1)]
+)
+def test_splits_are_drawn_as_gains_over_their_control(task, metric, up):
+    known = [
+        *rows("one_task_whole", [20, 21, 22], task, metric),
+        *rows("split@conv2", [21, 22, 23], task, metric),
+        *rows("split@score", [20, 19, 18], task, metric),
+    ]
+
+    figure = figures.splits(known, [(task, metric)], {(task, metric): {"score": -3.0}})
+
+    (ours,) = (line for line in figure.axes[0].lines if line.get_marker() == "o")
+    (paper,) = (line for line in figure.axes[0].lines if line.get_marker() == "s")
+    np.testing.assert_allclose(ours.get_ydata(), [up, -2 * up])
+    np.testing.assert_allclose(paper.get_ydata(), [np.nan, -3.0])
+
+
+def test_classes_are_ordered_by_frequency_with_the_rank_correlation():
+    rng = np.random.default_rng(0)
+    gains, pixels = rng.normal(size=9), rng.integers(1, 10**6, 9)
+    names = [f"class {i}" for i in range(9)]
+    ranks = np.corrcoef(rankdata(gains), rankdata(pixels))[0, 1]
+
+    above, below = figures.per_class("IU", names, gains, pixels).axes
+
+    order = np.argsort(-pixels)
+    assert [x.get_text() for x in below.get_xticklabels()] == [names[i] for i in order]
+    np.testing.assert_allclose([x.get_height() for x in below.patches], gains[order])
+    colours = [VERMILION if gain < 0 else BLUE for gain in gains[order]]
+    assert [x.get_facecolor()[:3] for x in below.patches] == [*map(to_rgb, colours)]
+    shares = [x.get_height() for x in above.patches]
+    np.testing.assert_allclose(shares, 100 * pixels[order] / pixels.sum())
+    assert f"frequency {ranks:+.2f} (p = " in above.get_title(loc="left")
+
+
+def test_no_rank_correlation_where_all_classes_change_alike():
+    above, _ = figures.per_class("IU", ["a", "b"], [0.0, 0.0], [5, 6]).axes
+
+    assert "undefined: all classes alike" in above.get_title(loc="left")
+
+
+def test_label_budgets_show_each_method_with_the_mean_of_its_seeds():
+    by_share = {
+        1.0: [*rows("shared", [30, 34]), *rows("one_task", [1, 2])],
+        0.1: rows("shared", [20, 21, 22]),
+    }
+
+    figure = figures.label_budget(by_share, [("segmentation", "mean_iu")])
+
+    (axes,) = figure.axes
+    (line,) = (x for x in axes.lines if x.get_marker() == "o")
+    np.testing.assert_allclose(line.get_xdata().astype(float), [10, 100], rtol=0.05)
+    np.testing.assert_allclose(line.get_ydata().astype(float), [21, 32])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["shared"]
+    assert axes.get_ylabel() == "mean IU, % ↑"
+    assert axes.get_xlabel() == "images with labels of segmentation, %"

@@ -1,0 +1,94 @@
+"""The report, as a browser shows it. KCS_SCREENSHOTS=DIR keeps pictures of it."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from training.study.report import write_report
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    return write_report(runs, tmp_path_factory.mktemp("report") / "new" / "report.html")
+
+
+@pytest.fixture(scope="module")
+def html(report):
+    return report.read_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 380])
+def test_a_browser_shows_it_whole_and_asks_nobody(
+    browser, report, width, scheme, tmp_path
+):
+    page = browser.new_page(
+        viewport={"width": width, "height": 800}, color_scheme=scheme
+    )
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(report.as_uri())
+    page.evaluate("for (const x of document.querySelectorAll('details')) x.open = true")
+    folder = Path(os.environ.get("KCS_SCREENSHOTS", tmp_path))
+    page.screenshot(path=folder / f"report-{width}-{scheme}.png", full_page=True)
+    broken = page.evaluate(
+        "Array.from(document.images).filter(x => !x.complete || !x.naturalWidth).length"
+    )
+    reach = page.evaluate("document.documentElement.scrollWidth")
+    page.close()
+
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
+    assert broken == 0
+    assert reach <= width
+
+
+def test_it_says_what_was_run(html):
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
+
+    assert "one task longer" in text
+    assert "Begun and not finished, so not in the tables: cross stitch, seed 3." in text
+    assert "paper: cross stitch" in text
+    assert "Labels of segmentation on 10&nbsp;% of the train images" in text
+    assert "schedule.learning_rate 0.05" in text
+    assert "cross stitch to one task longer" in text  # which control
+    assert "datasets" not in text
+
+
+def test_it_shows_a_picture_of_each_kind(html):
+    from_start = (
+        "IU of segmentation: cross stitch from start minus one task whole, seeds: 1"
+    )
+
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", html)
+
+    assert captions == [
+        "scenes: labels of segmentation",
+        "segmentation &lt;1&gt;",
+        "Alpha of cross stitch, seed 0",
+        "Training loss by epoch, a line per run",
+        "IU of segmentation: cross stitch minus one task longer, seeds: 3",
+        "Gain of a split at each layer over its control",
+        *2 * ("Training loss by epoch, a line per run", from_start),
+    ]
+
+
+def test_names_are_text_and_not_markup(html):
+    assert "&lt;b&gt;lamp&lt;/b&gt; &amp; &#39;shade&#39;" in html
+    assert "<b>lamp" not in html
+    assert "rooms &lt;&amp;&gt;" in html
+
+
+def test_without_a_finished_run_it_says_so_and_writes_nothing(tmp_path):
+    target = tmp_path / "report.html"
+    (tmp_path / "runs" / "scenes" / "one_task" / "seed0").mkdir(parents=True)
+
+    with pytest.raises(ValueError, match=r"There is no finished run in .*runs"):
+        write_report(tmp_path / "runs", target)
+    with pytest.raises(ValueError, match=r"There is no finished run in .*nowhere"):
+        write_report(tmp_path / "nowhere", target)
+    assert not target.exists()

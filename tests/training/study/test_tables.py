@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import pytest
+
+from training.runs import Row, write_csv
+from training.study import paper
+from training.study.results import statistics
+from training.study.tables import filled, markdown, update_tables
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows(methods, seeds=3, task="segmentation", metrics=("mean_iu",)):
+    """Rows of {method: gain}; seeds differ by a whole point, methods by their gain."""
+    return [
+        Row(method, seed, task, metric, 20 + seed + gain * (1 + 0.01 * seed))
+        for method, gain in methods.items()
+        for seed in range(seeds)
+        for metric in metrics
+    ]
+
+
+@pytest.fixture
+def results(tmp_path):
+    write_csv(
+        tmp_path / "nyuv2" / "methods.csv",
+        Row._fields,
+        rows({"one_task": 0, "shared": -1}),
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda x: x.name
+)
+def test_the_tables_are_those_of_the_raw_values(path):
+    text = path.read_text()
+
+    assert text == filled(text), f"{path.name} is not up to date: update_tables"
+
+
+def test_a_table_of_several_seeds():
+    known = rows({"one_task_longer": 0, "cross_stitch": 1})
+    of_paper = {"cross_stitch": {("segmentation", "mean_iu"): 19.3}}
+
+    lines = markdown(statistics(known, of_paper)).splitlines()
+
+    assert lines[1:6] == [
+        "| segmentation | seeds | mean IU, % ↑ |",
+        "| --- | ---: | ---: |",
+        "| one task longer | 3 | 21.00 ± 1.00 |",
+        "| cross stitch | 3 | **22.01 ± 1.01**<br>+1.01 (+0.99 to +1.03) |",
+        "| *paper: cross stitch* |  | *19.3* |",
+    ]
+    assert "its 95 % t-interval (cross stitch to one task longer)" in lines[-1]
+    assert "In italics what the paper reports" in lines[-1]
+
+
+def test_a_table_of_one_seed_says_no_more_than_it_knows():
+    text = markdown(
+        statistics(rows({"one_task_longer": 0, "cross_stitch": 1}, seeds=1))
+    )
+
+    assert "| cross stitch | 1 | 21.0 |" in text
+    assert "One seed: a difference may be chance." in text
+    assert not any(mark in text for mark in ("±", "**", "<br>", "interval", "paper"))
+
+
+def test_a_difference_of_fewer_seeds_says_of_how_many():
+    known = rows({"cross_stitch": 1}, seeds=5) + rows({"one_task_longer": 0}, seeds=2)
+
+    assert "; 2 seeds)" in markdown(statistics(known))
+
+
+def test_what_the_paper_has_and_we_have_not_stands_below():
+    text = markdown(statistics(rows({"one_task": 0}), paper.table("nyuv2", "methods")))
+
+    place = [
+        text.index(f"paper: {x}") for x in ("one task*", "ensemble", "cross stitch")
+    ]
+    assert place == sorted(place)
+
+
+def test_a_table_of_many_classes_is_turned_on_its_side():
+    classes = [f"iu/class {i}" for i in range(9)]
+
+    lines = markdown(statistics(rows({"one_task": 0}, metrics=classes))).splitlines()
+
+    assert lines[1] == "| segmentation | one task |"
+    assert lines[3:5] == ["| seeds | 3 |", "| IU, class 0, % ↑ | 21.00 ± 1.00 |"]
+
+
+def test_a_file_gets_its_tables_and_keeps_the_rest(results, tmp_path):
+    path = tmp_path / "README.md"
+    mark = "<!-- table: nyuv2/methods -->\nold\n<!-- /table -->"
+    path.write_text(f"# Title\n\n{mark}\n\nBetween.\n\n{mark}\n\nEnd.\n")
+
+    assert update_tables(path, results)
+
+    text = path.read_text()
+    assert text.count("| shared | 3 |") == 2
+    assert "old" not in text
+    assert text.startswith("# Title\n\n<!-- table: nyuv2/methods -->\n\n| segmentation")
+    assert text.endswith(".\n<!-- /table -->\n\nEnd.\n")
+    assert "\n<!-- /table -->\n\nBetween.\n\n<!-- table: nyuv2/methods -->\n" in text
+    assert not update_tables(path, results)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: nyuv2/methods -->\n", "Expected '<!-- /table -->' after"),
+        ("<!-- /table -->\n", "Expected '<!-- /table -->' after '<!-- /table -->'"),
+        (
+            "<!-- table: nyuv2/methods -->\n<!-- table: a/b -->\n<!-- /table -->",
+            "Received: '<!-- table: nyuv2/methods -->', then '<!-- table: a/b -->'",
+        ),
+        (
+            "<!-- table: nyuv2 -->\n<!-- /table -->\n",
+            "Expected '<!-- table: RECIPE/STU",
+        ),
+        (
+            "<!-- table: scenes/init -->\n<!-- /table -->\n",
+            "There are no raw values .*init.csv.*python -m training study scenes init",
+        ),
+    ],
+)
+def test_a_bad_mark_is_refused_and_the_file_left(results, tmp_path, text, message):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+
+    with pytest.raises(ValueError, match=rf"README.md: .*{message}"):
+        update_tables(path, results)
+    assert path.read_text() == text
+
+
+def test_the_paper_s_values_are_of_the_tasks_and_methods_that_they_name():
+    table = paper.table("nyuv2_pretrained", "methods")
+
+    assert table["one_task"]["normals", "mean_angle"] == 34.8
+    assert table["cross_stitch"]["segmentation", "mean_iu"] == 19.3
+    voc = paper.table("voc2008", "methods")["shared"]
+    assert voc == {("detection", "mean_ap"): 42.7, ("attributes", "mean_ap"): 54.1}
+    assert paper.splits("voc2008")["attributes", "mean_ap"]["fc7"] == -2.2
+    assert (
+        paper.table("scenes", "methods") == paper.table("nyuv2-labels10", "init") == {}
+    )

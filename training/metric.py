@@ -1,0 +1,17 @@
+"""How a metric is shown, and which direction is better; the tasks say it of theirs."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric's name as prose, its unit, and whether higher is better."""
+
+    label: str
+    unit: str
+    higher: bool | None  # `None` for neither
+
+    @property
+    def title(self):
+        arrow = {True: "↑", False: "↓", None: ""}[self.higher]
+        return ", ".join(filter(None, (self.label, f"{self.unit} {arrow}".strip())))

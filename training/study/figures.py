@@ -1,0 +1,277 @@
+"""Pictures of results: from arrays to a matplotlib `Figure`; reads and writes no file.
+
+Sized so that text stays legible in a README's column. Colours are Okabe and Ito's,
+which stay apart for the colour-blind; lines also differ in markers or dashes.
+"""
+
+import collections
+
+import keras
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from keras_cross_stitch import CrossStitch, plot_alpha
+from training.study import results
+
+WIDTH = 8.3  # inches, a README's column at 100 dots per inch
+
+_OKABE_ITO = matplotlib.color_sequences["okabe_ito"]
+_COLOURS = [_OKABE_ITO[i] for i in (5, 6, 3, 7, 1, 2, 0)]  # all but yellow
+_GAIN, _LOSS = _OKABE_ITO[5], _OKABE_ITO[6]  # blue, vermilion
+_MARKERS = "os^Dvp*"
+_DASHES = ("-", "--", "-.", ":")
+_STYLE = matplotlib.rc_context(
+    {
+        "font.size": 10,
+        "axes.titlesize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+    }
+)
+
+
+@_STYLE
+def gallery(columns):
+    """Pictures in a grid: one row per image, one column per title.
+
+    Args:
+        columns: Dict of title to a list of RGB images, uint8, `(H, W, 3)`: the image,
+            the truth, each model's answer, `difference` maps.
+    """
+    rows = len(next(iter(columns.values())))
+    height, width = np.shape(next(iter(columns.values()))[0])[:2]
+    side = WIDTH / len(columns)
+    figure = Figure((WIDTH, side * rows * height / width + 0.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for axes, (title, images) in zip(grid.T, columns.items(), strict=True):
+        axes[0].set_title(title)
+        for cell, image in zip(axes, images, strict=True):
+            cell.imshow(image, interpolation="nearest")
+            cell.set_axis_off()
+    return figure
+
+
+def difference(truth, before, after, saturation=64):
+    """Where one drawn answer is nearer to the drawn truth than another is.
+
+    Args:
+        truth: RGB image, uint8, `(H, W, 3)`; black is undefined, and drawn grey.
+        before: RGB image of the answer to compare with.
+        after: RGB image of the other answer.
+        saturation: The distance in colour that counts as wholly wrong; 1 for drawn
+            classes, where any other colour is.
+
+    Returns:
+        RGB image: blue where `after` is nearer, vermilion where `before` is, white
+        where neither is.
+    """
+    before, after = (
+        np.linalg.norm(np.asarray(x, float) - truth, axis=-1).clip(0, saturation)
+        for x in (before, after)
+    )
+    gain = ((before - after) / saturation)[..., None]  # (H, W, 1), -1 to 1
+    colour = np.where(gain > 0, _GAIN, _LOSS)
+    image = 1 + np.abs(gain) * (colour - 1)
+    image[~np.any(truth, axis=-1)] = 0.7
+    return (255 * image).round().astype("uint8")
+
+
+@_STYLE
+def learning_curves(losses, starts=None):
+    """Training loss over epochs: a panel per task, a line per run.
+
+    Args:
+        losses: Dict of method to a list, one entry per seed, of dicts of task to
+            losses by epoch.
+        starts: Dict of method to the epochs that its towers had been trained before.
+    """
+    tasks = list(dict.fromkeys(t for runs in losses.values() for x in runs for t in x))
+    figure, panels = _panels(len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
+        axes.set(title=task, xlabel="epoch", ylabel="training loss")
+        for i, (method, runs) in enumerate(losses.items()):
+            for seed, by_task in enumerate(runs):
+                values = by_task.get(task, ())
+                epochs = (starts or {}).get(method, 0) + 1 + np.arange(len(values))
+                name = results.label(method) if seed == 0 else None
+                style = _line(i, label=name, marker=None, ls=_DASHES[i % 4])
+                axes.plot(epochs, values, **style)
+    _legend(figure, panels)
+    return figure
+
+
+def alpha(units, tasks):
+    """Every alpha of every unit, as `keras_cross_stitch.plot_alpha` draws a model's.
+
+    Args:
+        units: Dict of unit to alpha, `(T, T, C)` or `(T, T)`, as `alpha.npz` has it.
+        tasks: List of the T tasks, in alpha's order.
+    """
+    outputs = []
+    inputs = []
+    for name, values in units.items():
+        channels = values.shape[2] if values.ndim == 3 else 1
+        maps = {task: keras.Input((channels,)) for task in tasks}
+        unit = CrossStitch(per="channel" if values.ndim == 3 else "layer", name=name)
+        outputs.append(unit(maps))
+        unit.set_weights([values])
+        inputs.append(maps)
+    return plot_alpha(keras.Model(inputs, outputs))
+
+
+@_STYLE
+def splits(rows, metrics, of_paper=None):
+    """The gain of a split at each layer over the control, as the paper's figure 2b.
+
+    Args:
+        rows: List of `results.Row`, of `split@<layer>` and of their control.
+        metrics: List of (task, metric), a panel each.
+        of_paper: Dict of (task, metric) to the paper's {layer: gain}.
+    """
+    values = results.by_seed(rows)
+    figure, panels = _panels(len(metrics))
+    for axes, (task, name) in zip(panels, metrics, strict=True):
+        of_metric = values[task, name]
+        methods = [method for method in of_metric if method.startswith("split@")]
+        control = of_metric.get(results.control("split@"), {})
+        layers = [method.partition("@")[2] for method in methods]
+        known = results.metric(name)
+        gains = np.array(
+            [_gain(of_metric[x], control, known.higher) for x in methods]
+        )  # (layers, 3)
+        bars = np.abs(gains[:, 1:] - gains[:, :1]).T
+        axes.axhline(0, color="black", lw=1)
+        axes.errorbar(
+            layers,
+            gains[:, 0],
+            bars,
+            **_line(0, label="ours, 95 % interval"),
+            capsize=3,
+        )
+        published = (of_paper or {}).get((task, name), {})
+        if published:
+            points = [published.get(layer, np.nan) for layer in layers]
+            axes.plot(layers, points, **_line(1, label="paper", ls="--"))
+        axes.set(
+            title=f"{task}: {known.label}",
+            xlabel="first layer that is not shared",
+            ylabel=f"gain over the control, {known.unit.replace('%', 'points')}",
+        )
+    _legend(figure, panels)
+    return figure
+
+
+@_STYLE
+def per_class(title, classes, gains, counts, deviations=None):
+    """The change of each class over its frequency, as the paper's figure 6.
+
+    Args:
+        title: String, which score and which methods.
+        classes: List of names.
+        gains: Array `(classes,)`, change of the score in points.
+        counts: Array `(classes,)`, true pixels or objects.
+        deviations: Array `(classes,)`, standard deviation of the change over seeds.
+    """
+    order = np.argsort(-np.asarray(counts, float), kind="stable")
+    gains, counts = np.asarray(gains)[order], np.asarray(counts)[order]
+    names = np.asarray(classes)[order]
+    place = np.arange(len(names))
+    figure = Figure((WIDTH, 4.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.5))
+    above.bar(place, 100 * counts / counts.sum(), color="0.6")
+    above.set(yscale="log", ylabel="frequency, %")
+    above.yaxis.set_major_formatter("{x:g}")
+    error = None if deviations is None else np.asarray(deviations)[order]
+    below.bar(
+        place,
+        gains,
+        yerr=error,
+        color=[_GAIN if gain > 0 else _LOSS for gain in gains],
+        error_kw={"lw": 1, "ecolor": "0.3"},
+    )
+    below.axhline(0, color="black", lw=1)
+    below.set(ylabel="change, points", xlim=(-0.7, len(names) - 0.3))
+    below.set_xticks(place, names, rotation=90)
+    below.grid(axis="x", visible=False)
+    above.set_title(f"{title}\n{_rank_correlation(gains, counts)}", loc="left")
+    return figure
+
+
+@_STYLE
+def label_budget(by_share, panels):
+    """Metrics over the share of images with labels: a panel each, a line per method.
+
+    Args:
+        by_share: Dict of share (0.1 for a tenth) to a list of `results.Row`. A
+            method with one share alone is left out.
+        panels: List of (task, metric): first the task that lacks labels, then what
+            the others pay.
+    """
+    values = {share: results.by_seed(rows) for share, rows in by_share.items()}
+    shares = sorted(values)
+    times = collections.Counter(
+        method for rows in by_share.values() for method in {x.method for x in rows}
+    )
+    methods = sorted(method for method in times if times[method] > 1)
+    figure, axis = _panels(len(panels))
+    for axes, (task, name) in zip(axis, panels, strict=True):
+        for i, method in enumerate(methods):
+            seeds = [values[x].get((task, name), {}).get(method, {}) for x in shares]
+            points = [list(of_share.values()) for of_share in seeds]
+            means = [np.mean(x) if x else np.nan for x in points]
+            spread = [np.std(x, ddof=1) if len(x) > 1 else 0.0 for x in points]
+            aside = 1.02 ** (i - len(methods) / 2)  # so that no bar hides another
+            style = _line(i, label=results.label(method), capsize=3)
+            axes.errorbar(100 * aside * np.array(shares), means, spread, **style)
+        known = results.metric(name)
+        axes.set(title=task, ylabel=known.title, xscale="log")
+        axes.set_xlabel(f"images with labels of {panels[0][0]}, %")
+        axes.set_xticks([100 * x for x in shares], [f"{100 * x:g}" for x in shares])
+        axes.minorticks_off()
+    figure.suptitle("mean and standard deviation over the seeds", fontsize=9)
+    _legend(figure, axis)
+    return figure
+
+
+def _panels(count):
+    """A figure with so many axes side by side."""
+    figure = Figure((WIDTH, 3.6), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _line(i, **more):
+    """The i-th line's own colour and marker."""
+    color, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+    return {"color": color, "marker": marker, "ls": "-", "lw": 1.5, "ms": 5, **more}
+
+
+def _legend(figure, panels):
+    """One legend below all panels."""
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+def _gain(values, control, higher):
+    """Mean paired gain, up is better, and the ends of its interval where it has one."""
+    known = results.paired_difference(values, control)
+    if known is None:
+        only = [values[seed] - control[seed] for seed in values.keys() & control.keys()]
+        mean = low = high = only[0] if only else np.nan
+    else:
+        mean, low, high, _ = known
+    return (mean, low, high) if higher else (-mean, -high, -low)
+
+
+def _rank_correlation(gains, counts):
+    """Spearman's, as a sentence; undefined where all classes gain alike."""
+    if len(set(gains)) < 2 or len(set(counts)) < 2:
+        return "rank correlation undefined: all classes alike"
+    rho, p = spearmanr(gains, counts)
+    return f"rank correlation of change and frequency {rho:+.2f} (p = {p:.2g})"

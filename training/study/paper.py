@@ -1,0 +1,99 @@
+"""The paper's figures, to stand beside ours (Misra et al., CVPR 2016).
+
+By data set and study; the methods under the names that they have here.
+"""
+
+_NYUV2 = [
+    ("normals", "mean_angle"),
+    ("normals", "median_angle"),
+    ("normals", "within_11.25"),
+    ("normals", "within_22.5"),
+    ("normals", "within_30"),
+    ("segmentation", "pixel_accuracy"),
+    ("segmentation", "mean_iu"),
+    ("segmentation", "fw_iu"),
+]
+_VOC2008 = [("detection", "mean_ap"), ("attributes", "mean_ap")]
+
+TABLES = {
+    # Table 1: what alpha starts at
+    ("nyuv2", "init"): {
+        "cross_stitch@same_task=0.1": (34.6, 18.8, 38.5, 53.7, 59.4, 47.9, 18.2, 33.3),
+        "cross_stitch@same_task=0.5": (34.4, 18.8, 38.5, 53.7, 59.5, 47.2, 18.6, 33.8),
+        "cross_stitch@same_task=0.7": (34.0, 18.3, 38.9, 54.3, 60.1, 48.0, 18.6, 33.6),
+        "cross_stitch@same_task=0.9": (34.0, 18.3, 39.0, 54.4, 60.2, 48.2, 18.9, 34.0),
+    },
+    # Table 2: how much faster alpha learns
+    ("nyuv2", "alpha-rate"): {
+        "cross_stitch@alpha_multiplier=1": (
+            *(34.6, 18.9, 38.4, 53.7, 59.4),
+            *(47.7, 18.6, 33.5),
+        ),
+        "cross_stitch@alpha_multiplier=10": (
+            *(34.5, 18.8, 38.5, 53.8, 59.5),
+            *(47.8, 18.7, 33.5),
+        ),
+        "cross_stitch@alpha_multiplier=100": (
+            *(34.0, 18.3, 39.0, 54.4, 60.2),
+            *(48.0, 18.9, 33.8),
+        ),
+        "cross_stitch@alpha_multiplier=1000": (
+            *(34.1, 18.2, 39.2, 54.4, 60.2),
+            *(47.2, 19.3, 34.0),
+        ),
+    },
+    # Table 3: what the towers start from, ImageNet's weights or the one-task nets
+    ("nyuv2", "tower-init"): {
+        "cross_stitch_from_start": (34.6, 18.8, 38.6, 53.7, 59.4, 48.0, 17.7, 33.4),
+        "cross_stitch": (34.1, 18.2, 39.0, 54.4, 60.2, 47.2, 19.3, 34.0),
+    },
+    # Table 5
+    ("nyuv2", "methods"): {
+        "one_task": (34.8, 19.0, 38.3, 53.5, 59.2, 46.6, 18.4, 33.1),
+        "ensemble": (34.4, 18.5, 38.7, 54.2, 59.7, 48.2, 18.9, 33.8),
+        "split@conv4": (34.7, 19.1, 38.2, 53.4, 59.2, 47.8, 19.2, 33.8),
+        "shared": (34.7, 18.9, 37.7, 53.5, 58.8, 45.9, 16.6, 30.1),
+        "cross_stitch": (34.1, 18.2, 39.0, 54.4, 60.2, 47.2, 19.3, 34.0),
+    },
+    # Table 6
+    ("voc2008", "methods"): {
+        "one_task": (44.9, 60.9),
+        "ensemble": (46.1, 61.1),
+        "split@conv2": (44.6, 61.0),
+        "split@fc7": (44.8, 59.7),
+        "shared": (42.7, 54.1),
+        "cross_stitch": (45.2, 63.0),
+    },
+}
+
+_LAYERS = ("score", "fc7", "fc6", "conv5", "conv4", "conv3", "conv2")  # score is fc8
+
+# Figure 2b: the difference to one-task nets of a split at each layer
+_SPLITS = {
+    "attributes": (-5.7, -2.2, -1.2, -0.8, -1.0, -0.4, 0.1),
+    "detection": (-0.16, 0.69, -0.06, -0.09, 0.37, 0.24, -0.34),
+    "segmentation": (-0.4, 0.11, -0.62, 0.22, 0.80, -0.28, -1.32),  # mean IU
+}
+
+
+def table(recipe, study):
+    """The paper's table as `{method: {(task, metric): value}}`; empty without one.
+
+    A recipe is of the data set that its name begins with (`nyuv2_pretrained`), and
+    the paper's only at full size, with all labels.
+    """
+    dataset = recipe.split("_")[0]
+    columns = {"nyuv2": _NYUV2, "voc2008": _VOC2008}.get(dataset, ())
+    return {
+        method: dict(zip(columns, values, strict=True))
+        for method, values in TABLES.get((dataset, study), {}).items()
+    }
+
+
+def splits(recipe):
+    """Figure 2b as `{(task, metric): {layer: difference}}`; empty without one."""
+    columns = {"nyuv2": [("segmentation", "mean_iu")], "voc2008": _VOC2008}
+    return {
+        (task, metric): dict(zip(_LAYERS, _SPLITS[task], strict=True))
+        for task, metric in columns.get(recipe.split("_")[0], ())
+    }

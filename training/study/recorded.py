@@ -1,0 +1,166 @@
+"""What runs left in their folders, `<runs>/<recipe>/<method>/seed<seed>/`.
+
+Reads files and trains nothing; opens no model and no data set.
+"""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from training.runs import Row
+from training.study.results import control, metric
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    folder: Path
+
+    @property
+    def method(self):
+        return self.folder.parent.name
+
+    @property
+    def seed(self):
+        return int(self.folder.name.removeprefix("seed"))
+
+    @property
+    def finished(self):
+        return (self.folder / "metrics.json").exists()
+
+    @property
+    def rows(self):
+        return [
+            Row(self.method, self.seed, task, name, value)
+            for task, values in self.json("metrics").items()
+            for name, value in values.items()
+        ]
+
+    @property
+    def losses(self):
+        """{task: training losses by epoch}."""
+        lines = self.csv("history")
+        return {
+            name.removesuffix("_loss"): [float(line[name]) for line in lines]
+            for name in (lines or [{}])[0]
+            if name.endswith("_loss")
+        }
+
+    @property
+    def alphas(self):
+        """{unit: alpha}, empty for a method without units."""
+        path = self.folder / "alpha.npz"
+        if not path.exists():
+            return {}
+        with np.load(path) as units:
+            return dict(units)
+
+    @property
+    def settings(self):
+        """What the run depended on, as {dotted name: text}; the same for all seeds."""
+        flat = _flat(self.json("recipe"))
+        return {k: v for k, v in flat.items() if k.rpartition(".")[2] != "seed"}
+
+    def json(self, name):
+        return json.loads((self.folder / f"{name}.json").read_text())
+
+    def csv(self, name):
+        """The lines of a CSV file, none where the run has no such file."""
+        path = self.folder / f"{name}.csv"
+        if not path.exists():
+            return []
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def by_method(folder, finished=True):
+    """{method: its runs} of a recipe's folder, finished or stopped, by seed."""
+    grouped: dict[str, list[Run]] = {}
+    for path in folder.glob("*/seed*/recipe.json"):
+        run = Run(path.parent)
+        if run.finished == finished:
+            grouped.setdefault(run.method, []).append(run)
+    return {
+        method: sorted(runs, key=lambda run: run.seed)
+        for method, runs in sorted(grouped.items())
+    }
+
+
+def epochs_before(methods):
+    """{method: epochs for which its towers had been trained before it began}."""
+    lines = methods["one_task"][0].csv("history") if "one_task" in methods else []
+    return {
+        method: len(lines)
+        for method in methods
+        if "one_task_longer" in (method, control(method))
+    }
+
+
+def class_changes(runs, controls):
+    """By how much a method changes the score of each class, seed by seed.
+
+    Returns:
+        Dict of (task, metric) to (classes, changes, counts): a list of C names, an
+        array (seeds, C) and an array (C,), how frequent they are. Classes without a
+        score are left out.
+    """
+    ours = {run.seed: _by_class(run) for run in runs}
+    theirs = {run.seed: _by_class(run) for run in controls}
+    seeds = sorted(seed for seed in ours if ours[seed] and theirs.get(seed))
+    changes = {}
+    first = ours[seeds[0]] if seeds else {}
+    # Pixels, or objects: what is counted is neither good nor bad.
+    counted = {task: x for (task, name), x in first.items() if _is_count(name)}
+    for task, name in first:
+        if _is_count(name):
+            continue
+        pairs = [(ours[seed][task, name], theirs[seed][task, name]) for seed in seeds]
+        by_name = {
+            of: [after[of] - before[of] for after, before in pairs]
+            for of in counted[task]
+            if all(of in scores for pair in pairs for scores in pair)
+        }
+        counts = np.array([counted[task][of] for of in by_name])
+        changes[task, name] = (
+            list(by_name),
+            np.array(list(by_name.values())).T,
+            counts,
+        )
+    return changes
+
+
+def label_budget(runs):
+    """The (task, share) whose labels the runs had in part, `None` where not told."""
+    for run in runs:
+        budget = run.json("recipe").get("data", {}).get("label_budget")
+        if budget:
+            return tuple(budget)
+    return None
+
+
+def _is_count(name):
+    return metric(name).higher is None
+
+
+def _by_class(run):
+    """{(task, metric): {class: value}}."""
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for line in run.csv("per_class"):
+        of_metric = scores.setdefault((line["task"], line["metric"]), {})
+        if np.isfinite(value := float(line["value"] or "nan")):
+            of_metric[line["class"]] = value
+    return scores
+
+
+def _flat(value, name=""):
+    """Nested JSON as {dotted name: text}."""
+    if isinstance(value, list) and any(isinstance(x, dict) for x in value):
+        value = dict(enumerate(value, start=1))
+    if isinstance(value, dict):
+        inner = (_flat(x, f"{name}.{key}".strip(".")) for key, x in value.items())
+        return {key: text for part in inner for key, text in part.items()}
+    return {name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)}

@@ -1,0 +1,221 @@
+"""One HTML page of all finished runs: what was run, and what came of it.
+
+The page asks for nothing: its pictures are in it, and it has no script.
+"""
+
+import base64
+import io
+import os
+from pathlib import Path
+
+import jinja2
+
+from training.methods import METHODS
+from training.study import figures, paper, recorded
+from training.study.results import control, label, metric, statistics
+from training.study.tables import notes
+
+# The metric that stands for its task in pictures; without one of these, its first.
+_HEADLINES = ("mean_iu", "mean_angle", "mean_ap")
+
+
+def write_report(runs, target):
+    """Writes the page, whole or not at all.
+
+    Args:
+        runs: Path of all runs, `<runs>/<recipe>/<method>/seed<seed>/`. Pictures of
+            test images are shown from `<runs>/<recipe>/gallery/*.png`.
+        target: Path of the HTML file.
+
+    Returns:
+        `target`.
+
+    Raises:
+        ValueError: Where no run is finished.
+    """
+    folders = sorted(runs.iterdir()) if runs.is_dir() else []
+    recipes = {folder: _in_order(recorded.by_method(folder)) for folder in folders}
+    recipes = {folder: methods for folder, methods in recipes.items() if methods}
+    if not recipes:
+        raise ValueError(
+            f"There is no finished run in {runs}: `python -m training` makes some"
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"label": label, "title": lambda name: metric(name).title}
+    html = environment.get_template("report.html.jinja").render(
+        recipes=[_recipe(folder, methods) for folder, methods in recipes.items()],
+        budgets=_budgets(recipes),
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"unfinished-{target.name}")
+    unfinished.write_text(html)
+    os.replace(unfinished, target)
+    return target
+
+
+def _recipe(folder, methods):
+    """What the page says of one recipe, for the template."""
+    rows = _rows(methods)
+    tables = statistics(rows, paper.table(folder.name, "methods"))
+    stopped = recorded.by_method(folder, finished=False).values()
+    first = next(iter(methods.values()))[0]
+    return {
+        "name": folder.name,
+        "data": first.json("recipe").get("data", {}),
+        "methods": [_method(*item) for item in methods.items()],
+        "stopped": [
+            f"{label(x.method)}, seed {x.seed}" for runs in stopped for x in runs
+        ],
+        "tables": tables,
+        "notes": notes(tables),
+        "answers": first.json("answers"),
+        "gallery": [
+            (path.stem.replace("_", " "), _data_uri("image/png", path.read_bytes()))
+            for path in sorted(folder.glob("gallery/*.png"))
+        ],
+        "curves": _curves(methods),
+        "alphas": _alphas(methods),
+        "splits": _splits(folder.name, methods, rows),
+        "classes": _classes(methods),
+        "settings": _settings(methods),
+    }
+
+
+def _in_order(methods):
+    order = list(METHODS)
+
+    def place(method):
+        name = method.partition("@")[0]
+        return order.index(name) if name in order else len(order)
+
+    return {method: methods[method] for method in sorted(methods, key=place)}
+
+
+def _rows(methods):
+    return [row for runs in methods.values() for run in runs for row in run.rows]
+
+
+def _headlines(rows):
+    """[(task, the metric that stands for it)]."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row.task, []).append(row.metric)
+    return [
+        (task, next((x for x in _HEADLINES if x in known), known[0]))
+        for task, known in names.items()
+    ]
+
+
+def _method(method, runs):
+    history = runs[0].csv("history")
+    seconds = [float(line["seconds"]) for line in history if line.get("seconds")]
+    return {
+        "name": method,
+        "says": METHODS[method.partition("@")[0]].says,
+        "control": control(method),
+        "seeds": [run.seed for run in runs],
+        "epochs": len(history),
+        "minutes": sum(seconds) / 60,
+    }
+
+
+def _settings(methods):
+    """[(method and its seeds, {setting: value})], once where seeds have the same."""
+    grouped: dict[tuple, list[int]] = {}
+    for method, runs in methods.items():
+        for run in runs:
+            grouped.setdefault((method, *run.settings.items()), []).append(run.seed)
+    return [
+        (method, seeds, dict(settings))
+        for (method, *settings), seeds in grouped.items()
+    ]
+
+
+def _curves(methods):
+    losses = {
+        method: [run.losses for run in runs]
+        for method, runs in methods.items()
+        if runs[0].losses
+    }
+    if not losses:
+        return []
+    figure = figures.learning_curves(losses, recorded.epochs_before(methods))
+    return [_picture("Training loss by epoch, a line per run", figure)]
+
+
+def _alphas(methods):
+    pictures = []
+    for method, runs in methods.items():
+        units = runs[0].alphas
+        if units:
+            figure = figures.alpha(units, sorted(runs[0].json("answers")))
+            caption = f"Alpha of {label(method)}, seed {runs[0].seed}"
+            pictures.append(_picture(caption, figure))
+    return pictures
+
+
+def _splits(recipe, methods, rows):
+    if (
+        sum(x.startswith("split@") for x in methods) < 2
+        or control("split") not in methods
+    ):
+        return []
+    figure = figures.splits(rows, _headlines(rows), paper.splits(recipe))
+    return [_picture("Gain of a split at each layer over its control", figure)]
+
+
+def _classes(methods):
+    """The change of each class by the methods of cross-stitch."""
+    pictures = []
+    for method in ("cross_stitch", "cross_stitch_from_start"):
+        changes = recorded.class_changes(
+            methods.get(method, []), methods.get(control(method), [])
+        )
+        for (task, name), (classes, gains, counts) in changes.items():
+            title = (
+                f"{metric(name).label} of {task}: {label(method)} minus "
+                f"{label(control(method))}, seeds: {len(gains)}"
+            )
+            spread = gains.std(axis=0, ddof=1) if len(gains) > 1 else None
+            figure = figures.per_class(
+                title, classes, gains.mean(axis=0), counts, spread
+            )
+            pictures.append(_picture(title, figure))
+    return pictures
+
+
+def _budgets(recipes):
+    """A picture for each recipe that was run with several budgets of labels."""
+    groups: dict[str, dict[float, list]] = {}
+    lacking = {}
+    for folder, methods in recipes.items():
+        budget = recorded.label_budget([runs[0] for runs in methods.values()])
+        if budget:
+            name = folder.name.partition("-labels")[0]
+            groups.setdefault(name, {})[budget[1]] = _rows(methods)
+            lacking[name] = budget[0]
+    pictures = []
+    for name, by_share in groups.items():
+        if len(by_share) > 1:
+            headlines = _headlines(next(iter(by_share.values())))
+            headlines.sort(key=lambda headline: headline[0] != lacking[name])
+            figure = figures.label_budget(by_share, headlines)
+            pictures.append(_picture(f"{name}: labels of {lacking[name]}", figure))
+    return pictures
+
+
+def _picture(caption, figure):
+    """(caption, data URI)."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return caption, _data_uri("image/svg+xml", file.getvalue())
+
+
+def _data_uri(kind, content):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

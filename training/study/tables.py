@@ -1,0 +1,134 @@
+"""Markdown tables of the raw values, and the files that they stand in.
+
+The table of `docs/results/<recipe>/<study>.csv` stands in a Markdown file between
+`<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from training.study import paper
+from training.study.results import label, metric, read_csv, statistics
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+_TABLE = re.compile(r"(<!-- table: (\S+)/(\S+) -->\n).*?(?=<!-- /table -->)", re.DOTALL)
+_MARK = re.compile(r"<!-- */?table\b.*?-->")
+_MOST_COLUMNS = 8  # that fit on a page; a table of more is turned on its side
+
+
+def update_tables(path, results=RESULTS):
+    """Writes the tables of a Markdown file anew, from their raw values.
+
+    Args:
+        path: Path of the Markdown file.
+        results: Path of the folder of `<recipe>/<study>.csv`.
+
+    Returns:
+        Whether the file has changed.
+
+    Raises:
+        ValueError: For a mark that is not closed, or that has no raw values.
+    """
+    before = path.read_text()
+    try:
+        after = filled(before, results)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if after != before:
+        unfinished = path.with_name(f"unfinished-{path.name}")
+        unfinished.write_text(after)
+        os.replace(unfinished, path)
+    return after != before
+
+
+def filled(text, results=RESULTS):
+    """The Markdown text with each marked table as its raw values give it."""
+    marks = _MARK.findall(text)
+    pairs = list(zip(marks[::2], marks[1::2], strict=False))
+    for mark, end in pairs:
+        if not _TABLE.match(f"{mark}\n{end}"):
+            raise ValueError(
+                "Expected '<!-- table: RECIPE/STUDY -->', and '<!-- /table -->' after "
+                f"the table. Received: '{mark}', then '{end}'"
+            )
+    if len(marks) % 2:
+        raise ValueError(f"Expected '<!-- /table -->' after '{marks[-1]}'")
+    return _TABLE.sub(lambda match: match[1] + _of(match[2], match[3], results), text)
+
+
+def _of(recipe, study, results):
+    path = results / recipe / f"{study}.csv"
+    if not path.exists():
+        raise ValueError(
+            f"There are no raw values {path} for the table {recipe}/{study}: "
+            f"`python -m training study {recipe} {study}` makes them"
+        )
+    return markdown(statistics(read_csv(path), paper.table(recipe, study)))
+
+
+def markdown(tables):
+    """The tables in Markdown, with a line on how to read them.
+
+    Args:
+        tables: List of `Table`, see `results.statistics`.
+    """
+    return "\n".join(["", *map(_table, tables), " ".join(notes(tables)), ""])
+
+
+def _table(table):
+    lines = [[table.task, "seeds", *(metric(name).title for name in table.metrics)]]
+    for method, cells in table.cells.items():
+        lines.append([label(method), table.seeds(method), *map(_cell, cells)])
+        if method in table.paper:
+            lines.append(_paper_line(method, table.paper[method]))
+    for method, values in table.paper.items():
+        if method not in table.cells:
+            lines.append(_paper_line(method, values))
+    if len(lines[0]) > _MOST_COLUMNS + 2:
+        lines = list(zip(*lines, strict=True))
+    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(cell):
+    if cell is None:
+        return ""
+    value = f"**{cell.value}**" if cell.best else cell.value
+    return f"{value}<br>{cell.gain}" if cell.gain else value
+
+
+def _paper_line(method, values):
+    shown = ("" if value is None else f"*{value}*" for value in values)
+    return [f"*paper: {label(method)}*", "", *shown]
+
+
+def notes(tables):
+    """How to read the tables, as sentences: what the numbers are, and of how many."""
+    controls = {
+        method.partition("@")[0]: of
+        for table in tables
+        for method, of in table.controls.items()
+    }
+    cells = [
+        cell for table in tables for row in table.cells.values() for cell in row if cell
+    ]
+    sentences = []
+    if any(cell.seeds > 1 for cell in cells):
+        sentences.append("Mean and standard deviation over the seeds.")
+    else:
+        sentences.append("One seed: a difference may be chance.")
+    if controls:
+        pairs = (f"{label(x)} to {label(y)}" for x, y in controls.items())
+        sentences.append(
+            "Below it the mean difference to the control over the same seeds, with "
+            f"its 95 % t-interval ({'; '.join(pairs)}). Bold: the best method in that "
+            "metric, where the interval excludes zero."
+        )
+    if any(table.paper for table in tables):
+        sentences.append(
+            "In italics what the paper reports (AlexNet from ImageNet's weights, other "
+            "normals), for orientation."
+        )
+    return sentences
