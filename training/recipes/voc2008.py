@@ -1,10 +1,10 @@
 """VOC 2008 from a pretrained backbone: detection and attributes, as the paper's second.
 
-Data: 2111 train and 2221 test images of 256 pixels, 20 classes, 64 attributes;
-proposals by selective search, up to 1000 an image, whose recall is 0.86. The tower is Fast R-CNN on
-EfficientNet-Lite0, or any other backbone of its names. All up to `block4_output`,
-stride 8, is frozen, its batch normalisation too: it stays the same in all towers, so
-that it is computed once, and its gradients would be what costs on a CPU.
+Data: 2111 train and 2221 test images of 256 pixels, 20 classes, 64 attributes; up to
+1000 proposals an image by selective search, whose recall is 0.86. The tower is Fast
+R-CNN on EfficientNet-Lite0, or any other backbone of its names. All up to
+`block4_output`, stride 8, is frozen, its batch normalisation too: it stays the same in
+all towers, so that it is computed once, and its gradients would be what costs on a CPU.
 
     python -m training fit voc2008 --data DIR --backbone FILE
 """

@@ -1,11 +1,10 @@
 """VOC 2008 as in the paper: Fast R-CNN on AlexNet, from scratch or from its weights.
 
-Data as in `voc2008`. Without weights of ImageNet, which the paper's towers have,
-detection is hardly above chance: it is here for the record. With them,
+Data as in `voc2008`. The paper's towers have ImageNet's weights:
 
     python -m training fit voc2008_alexnet --data DIR --weights bvlc_alexnet.npy
 
-a step takes about four seconds on two CPU cores, and a run half a day: for a GPU.
+Without them, from scratch, it is here for the record.
 """
 
 from training.recipe import (
