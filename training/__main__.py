@@ -35,16 +35,25 @@ app.add_typer(prepare_app, name="prepare")
 RecipeName = Annotated[
     str,
     typer.Argument(
-        help="scenes, nyuv2 or nyuv2_pretrained; scenes-labels10 is the recipe with "
-        "segmentation labels on 10 % of the train images."
+        help="scenes, nyuv2, nyuv2_pretrained, scenes_detection, voc2008 or "
+        "voc2008_alexnet; scenes-labels10 is the recipe with segmentation labels on "
+        "10 % of the train images."
     ),
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs and prepared data.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Folder with the data set's files (nyuv2).")
+    Path | None, typer.Option(help="Folder with the data set's files (nyuv2, voc2008).")
 ]
 Backbone = Annotated[
-    Path | None, typer.Option(help="A saved Keras model (nyuv2_pretrained).")
+    Path | None,
+    typer.Option(help="A saved Keras model (nyuv2_pretrained, voc2008)."),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="AlexNet's weights to start from, .npy, or .npz with torchvision's names "
+        "(voc2008_alexnet)."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, order and flips.")]
 Toy = Annotated[bool, typer.Option("--toy", help="The recipe's toy size: seconds.")]
@@ -83,6 +92,7 @@ def fit(
     recipe: RecipeName,
     data: Data = None,
     backbone: Backbone = None,
+    weights: Weights = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,7 +126,7 @@ def fit(
         tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or METHODS))
-        chosen = _recipe(recipe, backbone, toy, methods)
+        chosen = _recipe(recipe, backbone, weights, toy, methods)
         experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
         with _progress() as progress:
@@ -135,9 +145,7 @@ def fit(
     if not chief:
         return
     _print_table(*comparison.rows(experiment, methods, seed))
-    console.print(
-        "segmentation and within: %, higher is better; angles: degrees, lower is"
-    )
+    console.print("Angles: degrees, lower is better; all others: %, higher is")
     console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
 
@@ -154,6 +162,7 @@ def study(
     ],
     data: Data = None,
     backbone: Backbone = None,
+    weights: Weights = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1.")] = 1,
     shard: Annotated[
         str, typer.Option(help="k/n: the k-th of n machines that share RUNS.")
@@ -183,7 +192,7 @@ def study(
 
         tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy()
-        chosen = _recipe(recipe, backbone, toy)
+        chosen = _recipe(recipe, backbone, weights, toy)
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
         if dry_run:
@@ -247,6 +256,7 @@ def bench(
     recipe: RecipeName = "scenes",
     data: Data = None,
     backbone: Backbone = None,
+    weights: Weights = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
     steps: Annotated[int, typer.Option(min=3, help="Measured steps of each.")] = 30,
@@ -261,7 +271,9 @@ def bench(
         from training import benchmark
         from training.runs import open_experiment
 
-        experiment = open_experiment(_recipe(recipe, backbone, toy), data, runs)
+        experiment = open_experiment(
+            _recipe(recipe, backbone, weights, toy), data, runs
+        )
         rows = benchmark.measure(experiment, steps)
     _print_table(("", "ms, median", "ratio"), rows)
 
@@ -308,7 +320,21 @@ def prepare_nyuv2(
     console.print(f"Now: python -m training fit nyuv2 --data {directory}")
 
 
-def _recipe(name, backbone, toy, spelled=()):
+@prepare_app.command("voc2008")
+def prepare_voc2008(
+    directory: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    devkit: Annotated[Path, typer.Option(help="VOCdevkit/VOC2008")],
+    apascal: Annotated[Path, typer.Option(help="aPascal's attribute_data")],
+):
+    """Convert VOC 2008 and aPascal's attributes to the folder that `fit` reads."""
+    with _errors_in_a_line():
+        from training.datasets.voc2008 import prepare_from_devkit
+
+        prepare_from_devkit(devkit, apascal, directory)
+    console.print(f"Now: python -m training fit voc2008 --data {directory}")
+
+
+def _recipe(name, backbone, weights, toy, spelled=()):
     """The recipe, checked with its methods before any data are prepared, and shown."""
     from training import methods, towers
     from training import recipe as recipes
@@ -318,6 +344,10 @@ def _recipe(name, backbone, toy, spelled=()):
         if not isinstance(recipe.tower, recipes.SavedBackbone):
             raise ValueError(f"The recipe '{name}' has no backbone: leave --backbone")
         recipe = recipes.change(recipe, "tower", backbone=backbone)
+    if weights is not None:
+        if not isinstance(recipe.tower, recipes.FastRcnnAlexNet):
+            raise ValueError(f"The recipe '{name}' takes no weights: leave --weights")
+        recipe = recipes.change(recipe, "tower", weights=weights)
     towers.identity(recipe.tower)
     for method in spelled:
         methods.plan(method, recipe)

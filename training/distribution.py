@@ -128,7 +128,7 @@ def fits_here(model):
     """The model, not yet compiled, as it can be fitted under the strategy in scope."""
     if workers(tf.distribute.get_strategy()) == 1:
         return model
-    return MultiWorkerModel(model.inputs, model.output, name=model.name)
+    return MultiWorkerModel(model.input, model.output, name=model.name)
 
 
 def build_losses(model, target):

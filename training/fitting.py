@@ -1,6 +1,7 @@
 """Fits and evaluates one run; knows no method, tower or data set by name."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -16,8 +17,7 @@ from keras_cross_stitch import (
     LearningRateGroups,
     weigh_losses,
 )
-from training import distribution, methods, runs, towers
-from training.batches import dense
+from training import batches, distribution, methods, runs, towers
 from training.callbacks import Backup, History, ShowProgress, StopAtNaN, at_sigterm
 from training.locks import lock
 
@@ -81,8 +81,8 @@ def fit(experiment, method, seed, *, strategy, progress):
 def evaluate(model, tasks, test):
     """The scores of a model that gives answers, {task: `Scores`}."""
     scores = {name: task.scores() for name, task in tasks.items()}
-    for image, targets in test:
-        answers = model.predict_on_batch(image)
+    for inputs, targets in test:
+        answers = model.predict_on_batch(inputs)
         for name in tasks:
             scores[name].update(targets[name].numpy(), answers[name])
     return scores
@@ -112,15 +112,24 @@ def compiled(model, tasks, recipe, schedule):
 def answering(model, tasks):
     """The model with each task's answer in place of its logits."""
     logits = model.output
-    answers = {name: task.answer(logits[name], name) for name, task in tasks.items()}
-    return keras.Model(model.inputs, answers)
+    answers = {
+        name: task.answer(logits[name], name, model.input)
+        for name, task in tasks.items()
+    }
+    return keras.Model(model.input, answers)
 
 
 def _train(experiment, plan, seed, starts, strategy, progress):
     recipe, tasks = plan.recipe, experiment.tasks
-    images, targets = experiment.train_examples
+    examples, batch_size = experiment.train_examples, recipe.training.batch_size
     epochs = plan.schedule.epochs
-    steps = len(images) // recipe.training.batch_size
+    steps = len(examples[0]) // batch_size
+
+    def batches_from(done, rows=None):
+        left = range(done, epochs * steps)
+        make = batches.of(recipe).train_batches
+        return make(examples, recipe, tasks, seed, left, rows)
+
     run, writes = experiment.folder(plan.spelled, seed), distribution.is_chief(strategy)
     backup = Backup(run / "backup" / "latest.weights.h5", steps, seed, writes)
     with strategy.scope():
@@ -129,6 +138,7 @@ def _train(experiment, plan, seed, starts, strategy, progress):
             plan.schedule.learning_rate, epochs * steps
         )
         model = compiled(joined, tasks, recipe, schedule)
+        _, targets = next(iter(batches_from(0)))
         distribution.build_losses(model, {name: x[:1] for name, x in targets.items()})
         done = backup.restore(model)
     units = any(isinstance(layer, CrossStitch) for layer in model.layers)
@@ -143,10 +153,6 @@ def _train(experiment, plan, seed, starts, strategy, progress):
         ShowProgress(progress, description, epochs, steps, done),
     ]
 
-    def batches(rows):
-        left = range(done, epochs * steps)
-        return dense.train_batches((images, targets), recipe, tasks, seed, left, rows)
-
     # Not in the scope, in which Keras cannot save for one worker alone.
     # Of several workers, one may be asked to stop: it does so at once.
     alone = distribution.workers(strategy) == 1
@@ -158,7 +164,7 @@ def _train(experiment, plan, seed, starts, strategy, progress):
             end = done + count if done % steps else epochs * steps
             model.fit(
                 distribution.batches_of_replicas(
-                    strategy, recipe.training.batch_size, batches
+                    strategy, batch_size, functools.partial(batches_from, done)
                 ),
                 initial_epoch=done // steps,
                 epochs=end // steps,
@@ -184,20 +190,20 @@ def _joined(plan, tasks, seed, starts):
 
 
 def _averaged(starts, tasks):
-    """The models' answers, averaged."""
+    """The models' common answer."""
     models = [keras.models.load_model(path, compile=False) for path in starts]
-    image = keras.Input(models[0].input_shape[1:], name="image")
-    answers = []
-    for index, model in enumerate(models):
-        model.name = f"net{index}"
-        answers.append(model(image))
-    return keras.Model(
-        image,
-        {
-            name: task.average([answer[name] for answer in answers], name)
-            for name, task in tasks.items()
-        },
+    inputs = keras.tree.map_structure(
+        lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=x.name), models[0].input
     )
+    logits = []
+    for index, model in enumerate(models):
+        outputs = {name: model.get_layer(f"{name}_logits").output for name in tasks}
+        logits.append(keras.Model(model.input, outputs, name=f"net{index}")(inputs))
+    answers = {
+        name: task.average([of_model[name] for of_model in logits], name, inputs)
+        for name, task in tasks.items()
+    }
+    return keras.Model(inputs, answers)
 
 
 def _save(model, tasks, run):
@@ -212,8 +218,12 @@ def _save(model, tasks, run):
 
 def _evaluate(experiment, run):
     model = keras.models.load_model(run / "model.keras", compile=False)
-    test = dense.test_batches(experiment.builder, experiment.recipe, experiment.tasks)
-    scores = evaluate(model, experiment.tasks, test)
+    scores = {}
+    for tasks, test in batches.test_passes(
+        experiment.builder, experiment.recipe, experiment.tasks
+    ):
+        part = keras.Model(model.input, {name: model.output[name] for name in tasks})
+        scores |= evaluate(part, tasks, test)
     per_class = [
         (task, name, metric, round(value, 3))
         for task, of_task in scores.items()

@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from training import methods, towers
-from training.batches import dense
+from training import batches, methods, towers
 from training.datasets import prepared
 from training.recipe import Recipe
 from training.tasks import TASKS
@@ -56,7 +55,8 @@ class Experiment:
     @functools.cached_property
     def train_examples(self):
         data = self.recipe.data
-        return dense.load(self.builder, data.train_split, data, self.tasks)
+        kind = batches.of(self.recipe)
+        return kind.load(self.builder, data.train_split, data, self.tasks)
 
     def folder(self, method, seed):
         return self.runs / self.recipe.name / method / f"seed{seed}"

@@ -90,18 +90,18 @@ def _order(labelled, batch_size, steps, seed):
     """The examples of each step's batch, (steps, batch size)."""
     (with_labels,), (without,) = labelled.nonzero(), (~labelled).nonzero()
     if not len(without):
-        return _passes(with_labels, steps, batch_size, [seed, 2])
+        return passes(with_labels, steps, batch_size, [seed, 2])
     half = batch_size // 2
     return np.concatenate(
         [
-            _passes(with_labels, steps, half, [seed, 2]),
-            _passes(without, steps, batch_size - half, [seed, 3]),
+            passes(with_labels, steps, half, [seed, 2]),
+            passes(without, steps, batch_size - half, [seed, 3]),
         ],
         axis=1,
     )
 
 
-def _passes(items, steps, size, seed):
+def passes(items, steps, size, seed):
     """The items in a random order, then in another one, and so on: (steps, size)."""
     count = -(-steps * size // len(items))
     passes = [

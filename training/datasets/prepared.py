@@ -8,7 +8,9 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from training.datasets import proposals
 from training.locks import lock
+from training.recipe import RegionData
 
 
 def prepare(recipe, source, directory):
@@ -49,6 +51,8 @@ def prepare(recipe, source, directory):
     _check_whole(folder, before.get("sizes", {}))
     if reads_files and source is not None:
         _check_same(folder, before["source"], source)
+    if isinstance(recipe.data, RegionData):
+        proposals.prepare(builder, (recipe.data.train_split, recipe.data.test_split))
     return builder
 
 
