@@ -6,6 +6,7 @@ RoIs, a quarter at most on objects.
 """
 
 import keras
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -48,7 +49,7 @@ def train_batches(examples, recipe, tasks, seed, steps, rows=None):
     """
     images, regions = examples
     size = recipe.training.batch_size
-    rows = range(size) if rows is None else rows
+    rows = np.arange(size) if rows is None else rows
     items = list(range(len(images)))
     order = passes(items, steps.stop, size, [seed, 2])
 
@@ -64,7 +65,7 @@ def train_batches(examples, recipe, tasks, seed, steps, rows=None):
         targets = {name: task.target(rois, matched) for name, task in tasks.items()}
         made = {"image": tf.cast(image, "float32"), "rois": rois}, targets
         # Drawn for the whole batch, so that a row's own do not depend on the others.
-        return tf.nest.map_structure(lambda x: tf.gather(x, list(rows)), made)
+        return tf.nest.map_structure(lambda x: tf.gather(x, rows), made)
 
     return (
         tf.data.Dataset.range(steps.start, steps.stop)
