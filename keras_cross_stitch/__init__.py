@@ -6,6 +6,7 @@ from keras_cross_stitch.learning_rate_groups import LearningRateGroups
 from keras_cross_stitch.loss_weighting import DynamicWeightAverage, weigh_losses
 from keras_cross_stitch.missing_labels import MaskedLoss, MaskedMetric
 from keras_cross_stitch.networks import split, stitch
+from keras_cross_stitch.regions import Detections, RoIAlign
 from keras_cross_stitch.saved_model import export_saved_model
 from keras_cross_stitch.towers import alexnet, fcn_alexnet
 
@@ -14,10 +15,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaHistory",
     "CrossStitch",
+    "Detections",
     "DynamicWeightAverage",
     "LearningRateGroups",
     "MaskedLoss",
     "MaskedMetric",
+    "RoIAlign",
     "alexnet",
     "alpha_table",
     "export_saved_model",

@@ -50,7 +50,8 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     Reference:
 
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539): cross-stitch units
-      learn best at 100 to 1000 times the learning rate of the network.
+      learn best at 100 to 1000 times the learning rate of the network, which is not
+      printed. With SGD, begin at an alpha rate of about 0.1.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ def weigh_losses(
     Args:
         model: Functional `keras.Model` whose output is a dict with a tensor a task.
         loss: Dict of task to loss, as `MaskedLoss` takes it, for every task. A
-            `MaskedLoss` stays one: a batch without labels leaves the task's weight
-            alone.
+            `MaskedLoss` stays one, and an `ignore_class` counts: a batch without
+            labels leaves the task's weight alone.
         by: `"uncertainty"` or `"dynamic_average"`.
 
     Returns:
@@ -249,7 +249,12 @@ class WeightedLoss(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         values = values_of(self.loss, y_true, y_pred)
-        return self.weights_of_tasks.weigh(values, self.task)
+        weighed = self.weights_of_tasks.weigh(values, self.task)
+        # Private: where a loss says which labels count, as `ignore_class` does.
+        mask = getattr(values, "_keras_mask", None)
+        if mask is not None:
+            weighed._keras_mask = mask
+        return weighed
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -88,6 +88,12 @@ class MaskedLoss(keras.losses.Loss):
         name: str | None = None,
     ) -> None:
         self.loss = checked_loss(loss)
+        ignored = getattr(self.loss, "ignore_class", None)
+        if ignored is not None:
+            raise ValueError(
+                "`loss` must have no `ignore_class`: write `MaskedLoss(loss, "
+                f"missing={ignored})`. Received: a loss with ignore_class={ignored}"
+            )
         self.missing = _marker(missing)
         super().__init__(
             name=name,
@@ -238,12 +244,6 @@ def checked_loss(loss: Any) -> Any:
         raise ValueError(
             "`loss` must be a mean over the batch. Received: a loss with "
             f"reduction={loss.reduction!r}"
-        )
-    if getattr(loss, "ignore_class", None) is not None:
-        raise ValueError(
-            "`loss` must have no `ignore_class`: write `MaskedLoss(loss, "
-            f"missing={loss.ignore_class})`. Received: a loss with "
-            f"ignore_class={loss.ignore_class}"
         )
     return loss
 

@@ -29,6 +29,7 @@ def export_saved_model(
     version: int | None = None,
     from_jpeg: bool = False,
     sample: Any = None,
+    finish: Callable[[pathlib.Path, dict[str, Any]], Any] | None = None,
     progress: Callable[[str], Any] | None = None,
 ) -> pathlib.Path:
     """Writes a multi-task model as the next version of a served model.
@@ -53,6 +54,10 @@ def export_saved_model(
             the vocabulary and indices in the range of the layers that read them,
             whole numbers to 255 for other floats, or 0 and 1 where these are
             refused, as for other integers.
+        finish: Optional function of the version's folder and of the inputs that it
+            was compared on, `{name in the signatures: array}`. Called before the
+            version gets its name: to add to `assets.extra/` what is served with the
+            model. What it raises ends the export.
         progress: Function that is called with a line of text for each signature
             as soon as its graph is made, such as `print`.
 
@@ -120,7 +125,9 @@ def export_saved_model(
         inputs, outputs = tried(run, model, inputs)
         _check_dense(outputs)
         _write(run, model, temporary, from_jpeg, progress or (lambda line: None))
-        _compare(temporary, inputs, outputs, model, from_jpeg)
+        compared_on = _compare(temporary, inputs, outputs, model, from_jpeg)
+        if finish is not None:
+            finish(temporary, compared_on)
     return path
 
 
@@ -388,7 +395,8 @@ def _compare(
     outputs: Mapping[str, Any],
     model: keras.Model,
     from_jpeg: bool,
-) -> None:
+) -> dict[str, Any]:
+    """Raises where they differ; returns the inputs by their names in signatures."""
     import tensorflow as tf
 
     with _quiet():
@@ -404,6 +412,7 @@ def _compare(
             signature = f"{signature}_from_jpeg"
             served = loaded.signatures[signature](image_bytes=tf.stack(files))
             _check_equal(signature, served, expected)
+    return by_name
 
 
 @contextlib.contextmanager

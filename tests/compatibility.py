@@ -47,7 +47,7 @@ assert "keras" not in {name for name, module in sys.modules.items() if module}
 
 def applications():
     """The names of all constructors of `keras.applications`, the largest last."""
-    large = re.compile("Large|B[4-7]$|V2[ML]$|152|201")
+    large = re.compile("Large|ConvNeXt|B[3-7]$|V2[ML]$|152|169|201")
     return sorted(
         (
             name
@@ -160,13 +160,16 @@ def taps(model):
 
 
 def data_for(model, n=2):
+    """Random input: ids are 0 or 1, images in [-1, 1], as most of the models take."""
     rng = np.random.default_rng(0)
-    return {
-        x.name: rng.integers(
-            0, 2 if "int" in x.dtype else 256, [n, *(s or 8 for s in x.shape[1:])]
-        ).astype(x.dtype)
-        for x in model.inputs
-    }
+
+    def draw(x):
+        shape = [n, *(size or 8 for size in x.shape[1:])]
+        if "int" in x.dtype:
+            return rng.integers(0, 2, shape).astype(x.dtype)
+        return rng.uniform(-1, 1, shape).astype(x.dtype)
+
+    return {x.name: draw(x) for x in model.inputs}
 
 
 def check(name, way):
@@ -194,6 +197,8 @@ def check(name, way):
     targets = {"a": np.zeros((2, 2)), "b": np.zeros((2, 3))}
     loss = model.train_on_batch(given, targets)
     assert np.isfinite(loss).all(), f"the loss of a step is {loss}"
+    for variable in model.trainable_variables:
+        assert np.isfinite(variable.numpy()).all(), f"{variable.path} is not finite"
     for variable in model.non_trainable_variables:
         if "moving" not in variable.path and "seed" not in variable.path:
             same = np.array_equal(variable.numpy(), frozen[variable.path])

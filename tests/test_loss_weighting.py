@@ -176,6 +176,35 @@ def test_what_marks_a_missing_label_stays():
     assert float(loss["a"]([[-1.0], [3.0]], [[5.0], [1.0]])) == 4
 
 
+@pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])
+def test_an_ignored_class_counts_nowhere(by):
+    """In a loss's own mean as in that of `MaskedLoss`."""
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(4)(x) for task in "ab"})
+    entropy = keras.losses.SparseCategoricalCrossentropy
+    ignoring = entropy(from_logits=True, ignore_class=255)
+    masked = MaskedLoss(entropy(from_logits=True), missing=255)
+    model, loss = weigh_losses(model, {"a": ignoring, "b": masked}, by)
+    for weight in model.layers[-1].weights_of_tasks.weights:
+        weight.assign(np.full(2, 0.7))
+    logits = random.normal(size=(4, 4))
+    for labels in ([1, 255, 3, 255], [0, 1, 2, 3]):
+        kept = np.array(labels) != 255
+        exp = np.exp(logits[kept])
+        right = exp[np.arange(kept.sum()), np.array(labels)[kept]]
+        mean = -np.log(right / exp.sum(1)).mean()
+        expected = {
+            "uncertainty": 0.5 * np.exp(-0.7) * mean + 0.35,
+            "dynamic_average": 0.7 * mean,
+        }[by]
+        for task in "ab":
+            np.testing.assert_allclose(
+                loss[task](np.array(labels), logits), expected, rtol=1e-5
+            )
+    nothing = np.full(4, 255)
+    assert float(loss["a"](nothing, logits)) == float(loss["b"](nothing, logits)) == 0
+
+
 def test_without_a_mask_the_loss_is_the_same():
     x = keras.Input((3,))
     losses = {"c": "mse", "b": keras.losses.MeanSquaredError()}

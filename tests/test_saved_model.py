@@ -348,6 +348,29 @@ def test_other_users_may_read_the_version(model, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o755
 
 
+def test_finish_adds_files_before_the_version_has_its_name(model, tmp_path):
+    def finish(path, inputs):
+        assert not (tmp_path / "1").exists()
+        answer = tf.saved_model.load(str(path)).signatures["age"](**inputs)["age"]
+        assert answer.shape == (len(inputs["image"]), 1)
+        (path / "assets.extra").mkdir()
+        (path / "assets.extra" / "answers.json").write_text("{}")
+
+    path = export_saved_model(model, tmp_path, finish=finish)
+    assert path == tmp_path / "1"
+    assert (path / "assets.extra" / "answers.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("unwritten")
+def test_nothing_is_left_when_finish_fails(model, tmp_path):
+    def finish(path, inputs):
+        raise KeyError("a file is missing")
+
+    with pytest.raises(KeyError, match="a file is missing"):
+        export_saved_model(model, tmp_path / "new", finish=finish)
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_existing_version_is_an_error_and_stays(model, tmp_path):
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "saved_model.pb").write_text("kept")

@@ -35,16 +35,25 @@ app.add_typer(prepare_app, name="prepare")
 RecipeName = Annotated[
     str,
     typer.Argument(
-        help="scenes, nyuv2 or nyuv2_pretrained; scenes-labels10 is the recipe with "
-        "segmentation labels on 10 % of the train images."
+        help="scenes, nyuv2, nyuv2_pretrained, scenes_detection, voc2008 or "
+        "voc2008_alexnet; scenes-labels10 is the recipe with segmentation labels on "
+        "10 % of the train images."
     ),
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs and prepared data.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Folder with the data set's files (nyuv2).")
+    Path | None, typer.Option(help="Folder with the data set's files (nyuv2, voc2008).")
 ]
 Backbone = Annotated[
-    Path | None, typer.Option(help="A saved Keras model (nyuv2_pretrained).")
+    Path | None,
+    typer.Option(help="A saved Keras model (nyuv2_pretrained, voc2008)."),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="AlexNet's weights to start from, .npy, or .npz with torchvision's names "
+        "(voc2008_alexnet)."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, order and flips.")]
 Toy = Annotated[bool, typer.Option("--toy", help="The recipe's toy size: seconds.")]
@@ -83,6 +92,7 @@ def fit(
     recipe: RecipeName,
     data: Data = None,
     backbone: Backbone = None,
+    weights: Weights = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,13 +116,17 @@ def fit(
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
+        import tensorflow as tf
+
         from training import comparison, distribution, fitting
         from training.runs import open_experiment
         from training.study.report import write_report
 
+        # Equal runs of equal seeds. On a CPU it costs nothing that can be measured.
+        tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or METHODS))
-        chosen = _recipe(recipe, backbone, toy, methods)
+        chosen = _recipe(recipe, backbone, weights, toy, methods)
         experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
         with _progress() as progress:
@@ -120,14 +134,18 @@ def fit(
                 fitting.fit(
                     experiment, name, seed, strategy=strategy, progress=progress
                 )
-            line = progress.add_task("pictures, SavedModel, report", total=None)
-            target = comparison.compare(experiment, methods, seed)
-            page = write_report(runs, runs / "report.html")
-            progress.update(line, total=1, completed=1)
+            chief = distribution.is_chief(strategy)
+            if chief:
+                line = progress.add_task("pictures, SavedModel, report", total=None)
+                target = comparison.compare(experiment, methods, seed)
+                page = write_report(runs, runs / "report.html")
+                progress.update(line, total=1, completed=1)
+            # A worker that ends before the others counts as lost.
+            distribution.from_chief(strategy, True)
+    if not chief:
+        return
     _print_table(*comparison.rows(experiment, methods, seed))
-    console.print(
-        "segmentation and within: %, higher is better; angles: degrees, lower is"
-    )
+    console.print("Angles: degrees, lower is better; all others: %, higher is")
     console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
 
@@ -144,6 +162,7 @@ def study(
     ],
     data: Data = None,
     backbone: Backbone = None,
+    weights: Weights = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1.")] = 1,
     shard: Annotated[
         str, typer.Option(help="k/n: the k-th of n machines that share RUNS.")
@@ -165,11 +184,15 @@ def study(
     Example: `python -m training study scenes methods --seeds 3`
     """
     with _errors_in_a_line():
+        import tensorflow as tf
+
         from training import distribution, fitting
         from training.runs import Experiment, open_experiment
         from training.study import studies
 
-        chosen = _recipe(recipe, backbone, toy)
+        tf.config.experimental.enable_op_determinism()
+        strategy = distribution.strategy()
+        chosen = _recipe(recipe, backbone, weights, toy)
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
         if dry_run:
@@ -185,11 +208,12 @@ def study(
                     run.experiment,
                     run.method,
                     run.seed,
-                    strategy=distribution.strategy(),
+                    strategy=strategy,
                     progress=progress,
                 )
-        for path in studies.write(planned, results):
-            console.print(f"Wrote {path}")
+        if distribution.is_chief(strategy):
+            for path in studies.write(planned, results):
+                console.print(f"Wrote {path}")
 
 
 @app.command()
@@ -232,6 +256,7 @@ def bench(
     recipe: RecipeName = "scenes",
     data: Data = None,
     backbone: Backbone = None,
+    weights: Weights = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
     steps: Annotated[int, typer.Option(min=3, help="Measured steps of each.")] = 30,
@@ -246,9 +271,38 @@ def bench(
         from training import benchmark
         from training.runs import open_experiment
 
-        experiment = open_experiment(_recipe(recipe, backbone, toy), data, runs)
+        experiment = open_experiment(
+            _recipe(recipe, backbone, weights, toy), data, runs
+        )
         rows = benchmark.measure(experiment, steps)
     _print_table(("", "ms, median", "ratio"), rows)
+
+
+@app.command()
+def traffic(
+    recipe: RecipeName = "scenes",
+    method: Annotated[str, typer.Option(help="As `fit` has it.")] = "cross_stitch",
+    devices: Annotated[
+        list[int] | None, typer.Option(min=2, help="Without: 2, 8, 64, 512.")
+    ] = None,
+    data: Data = None,
+    backbone: Backbone = None,
+    runs: Runs = Path("runs"),
+    toy: Toy = False,
+):
+    """Say how many bytes each device sends, and receives, in a training step."""
+    with _errors_in_a_line():
+        from training import distribution, methods, towers
+        from training.runs import open_experiment
+
+        chosen = _recipe(recipe, backbone, toy, [method])
+        tasks = open_experiment(chosen, data, runs).tasks
+        model = methods.plan(method, chosen).join(towers.build(chosen, tasks, 0))
+    rows = [
+        (str(count), f"{distribution.traffic(model, count) / 1e6:.2f}")
+        for count in devices or (2, 8, 64, 512)
+    ]
+    _print_table(("devices", "MB a step, each way"), rows)
 
 
 @prepare_app.command("nyuv2")
@@ -266,7 +320,21 @@ def prepare_nyuv2(
     console.print(f"Now: python -m training fit nyuv2 --data {directory}")
 
 
-def _recipe(name, backbone, toy, spelled=()):
+@prepare_app.command("voc2008")
+def prepare_voc2008(
+    directory: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    devkit: Annotated[Path, typer.Option(help="VOCdevkit/VOC2008")],
+    apascal: Annotated[Path, typer.Option(help="aPascal's attribute_data")],
+):
+    """Convert VOC 2008 and aPascal's attributes to the folder that `fit` reads."""
+    with _errors_in_a_line():
+        from training.datasets.voc2008 import prepare_from_devkit
+
+        prepare_from_devkit(devkit, apascal, directory)
+    console.print(f"Now: python -m training fit voc2008 --data {directory}")
+
+
+def _recipe(name, backbone, weights, toy, spelled=()):
     """The recipe, checked with its methods before any data are prepared, and shown."""
     from training import methods, towers
     from training import recipe as recipes
@@ -276,6 +344,10 @@ def _recipe(name, backbone, toy, spelled=()):
         if not isinstance(recipe.tower, recipes.SavedBackbone):
             raise ValueError(f"The recipe '{name}' has no backbone: leave --backbone")
         recipe = recipes.change(recipe, "tower", backbone=backbone)
+    if weights is not None:
+        if not isinstance(recipe.tower, recipes.FastRcnnAlexNet):
+            raise ValueError(f"The recipe '{name}' takes no weights: leave --weights")
+        recipe = recipes.change(recipe, "tower", weights=weights)
     towers.identity(recipe.tower)
     for method in spelled:
         methods.plan(method, recipe)
@@ -331,13 +403,26 @@ def _progress():
 
 @contextlib.contextmanager
 def _errors_in_a_line():
-    """Every known error ends the program with one line and exit code 2."""
+    """Every known error ends the program with one line and exit code 2.
+
+    SIGTERM ends it with one line and `Preempted.EXIT_CODE`.
+    """
+    from training.callbacks import Preempted, at_sigterm
+
+    def stop():
+        raise Preempted("Stopped, as asked. What is done is kept")
+
     try:
-        yield
+        with at_sigterm(stop):
+            yield
     except (ValueError, OSError, FloatingPointError) as error:
         text = " ".join(str(error).split())
         Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
         sys.exit(2)
+    except Preempted as preempted:
+        again = "Run the same command again, and it goes on"
+        Console(stderr=True).print(f"{preempted}. {again}", soft_wrap=True)
+        sys.exit(Preempted.EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 import statistics
 import time
 
-from training import fitting, methods, towers
+from training import batches, fitting, methods, towers
 from training import recipe as recipes
-from training.batches import dense
 
 DTYPES = ("float32", "mixed_bfloat16")
 
@@ -22,10 +21,10 @@ def measure(experiment, steps):
     """
     own = experiment.recipe.training.dtype
     recipe, tasks = experiment.recipe, experiment.tasks
-    batches = dense.train_batches(
+    stream_of = batches.of(recipe).train_batches(
         experiment.train_examples, recipe, tasks, seed=0, steps=range(10**4)
     )
-    stream, alone = iter(batches), iter(batches)
+    stream, alone = iter(stream_of), iter(stream_of)
     fixed = next(stream)
     models = {
         (dtype, method): _model(experiment, method, dtype)

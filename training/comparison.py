@@ -7,8 +7,7 @@ import keras
 import numpy as np
 
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
-from training import runs
-from training.batches import dense
+from training import batches, runs
 from training.study import figures
 
 PICTURES = 5
@@ -32,17 +31,22 @@ def compare(experiment, methods, seed):
     models = [keras.models.load_model(path, compile=False) for path in folders]
     target = experiment.folder("comparison", seed)
     target.mkdir(parents=True, exist_ok=True)
-    images, targets = _spread_over_test(experiment)
-    answers = [model.predict(images, verbose=0) for model in models]
-    for name, task in experiment.tasks.items():
-        columns = _columns(task, images, targets[name], [x[name] for x in answers])
-        names = [textwrap.fill(method.replace("_", " "), 14) for method in methods]
-        titles = ["image", "truth", *names, "change"]
-        path = target.parents[1] / "gallery" / f"{name}_seed{seed}.png"
-        path.parent.mkdir(exist_ok=True)
-        # `strict` is off for one method alone, which is compared with none.
-        figure = figures.gallery(dict(zip(titles, columns, strict=False)))
-        figure.savefig(path, dpi=150)
+    names = [textwrap.fill(method.replace("_", " "), 14) for method in methods]
+    titles = ["image", "truth", *names, "change"]
+    gallery = target.parents[1] / "gallery"
+    gallery.mkdir(exist_ok=True)
+    builder, recipe, tasks = experiment.builder, experiment.recipe, experiment.tasks
+    count = builder.info.splits[recipe.data.test_split].num_examples
+    for together, test in batches.test_passes(builder, recipe, tasks):
+        inputs, targets = _spread(test, count)
+        answers = [[_answer(model, x) for x in inputs] for model in models]
+        for name, task in together.items():
+            of_task = [[x[name] for x in of_model] for of_model in answers]
+            truth = [x[name] for x in targets]
+            columns = _columns(task, inputs, truth, of_task)
+            # `strict` is off where there is no change to show.
+            figure = figures.gallery(dict(zip(titles, columns, strict=False)))
+            figure.savefig(gallery / f"{name}_seed{seed}.png", dpi=150)
     if any(isinstance(layer, CrossStitch) for layer in models[-1].layers):
         plot_alpha(models[-1]).savefig(target / "alpha.png", dpi=110)
         _export(models[-1], folders[-1], target / "serving")
@@ -62,22 +66,31 @@ def rows(experiment, methods, seed):
     return header, body
 
 
-def _spread_over_test(experiment):
-    """Images (N, H, W, 3) and targets {task: (N, ...)}, from all over the split."""
-    recipe = experiment.recipe
-    test = dense.test_batches(experiment.builder, recipe, experiment.tasks).unbatch()
-    count = experiment.builder.info.splits[recipe.data.test_split].num_examples
+def _spread(test, count):
+    """Inputs and targets of some examples, from all over the split: two lists."""
     wanted = set(np.linspace(0, count - 1, PICTURES, dtype=int).tolist())
-    examples = [x for i, x in enumerate(test.as_numpy_iterator()) if i in wanted]
-    return keras.tree.map_structure(lambda *xs: np.stack(xs), *examples)
+    examples = test.unbatch().as_numpy_iterator()
+    return zip(*(x for i, x in enumerate(examples) if i in wanted), strict=True)
 
 
-def _columns(task, images, truth, answers):
+def _answer(model, inputs):
+    """The model's answer to one example."""
+    one = keras.tree.map_structure(lambda x: x[None], inputs)
+    return keras.tree.map_structure(lambda x: x[0], model.predict_on_batch(one))
+
+
+def _columns(task, inputs, truth, answers):
     """Images, truth, answers, and where the last answer is better than the first."""
-    of_truth = [task.draw(x) for x in truth]
-    drawn = [[task.draw(x) for x in answer] for answer in answers]
-    columns = [images.astype("uint8"), of_truth, *drawn]
-    if len(drawn) > 1:
+
+    def draw(targets_or_answers):
+        pairs = zip(targets_or_answers, inputs, strict=True)
+        return [task.draw(x, of_example) for x, of_example in pairs]
+
+    images = [x["image"] if isinstance(x, dict) else x for x in inputs]
+    of_truth, drawn = draw(truth), [draw(answer) for answer in answers]
+    columns = [[x.astype("uint8") for x in images], of_truth, *drawn]
+    # Only of maps, pixel by pixel, can be said which one is nearer.
+    if len(drawn) > 1 and task.inputs == "image":
         # Any other colour is a wrong class.
         options = {"saturation": 1} if task.describe()["kind"] == "classes" else {}
         columns.append(
@@ -90,8 +103,11 @@ def _columns(task, images, truth, answers):
 
 
 def _export(model, trained, directory):
-    exported = directory / "1"
+    exported, outdated = directory / "1", directory / ".outdated"
     if exported.exists() and exported.stat().st_mtime < trained.stat().st_mtime:
-        shutil.rmtree(exported)
+        shutil.rmtree(outdated, ignore_errors=True)
+        # At once: a version of which half is removed would be served.
+        exported.rename(outdated)
     if not exported.exists():
         export_saved_model(model, directory, version=1)
+    shutil.rmtree(outdated, ignore_errors=True)

@@ -1,5 +1,7 @@
 """Fits and evaluates one run; knows no method, tower or data set by name."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -8,10 +10,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_cross_stitch import AlphaHistory, CrossStitch, LearningRateGroups
-from training import methods, runs, towers
-from training.batches import dense
-from training.callbacks import Backup, History, ShowProgress, StopAtNaN
+from keras_cross_stitch import (
+    AlphaHistory,
+    CrossStitch,
+    DynamicWeightAverage,
+    LearningRateGroups,
+    weigh_losses,
+)
+from training import batches, distribution, methods, runs, towers
+from training.callbacks import Backup, History, ShowProgress, StopAtNaN, at_sigterm
+from training.locks import lock
 
 
 def check(experiment, spelled):
@@ -48,43 +56,55 @@ def fit(experiment, method, seed, *, strategy, progress):
             before = (plan.method.start, seed + offset)
             fit(experiment, *before, strategy=strategy, progress=progress)
             starts.append(experiment.folder(*before) / "model.keras")
-    runs.claim(run, depends)
-    if not (run / "model.keras").exists():
-        keras.backend.clear_session()
-        with strategy.scope():
+    writes = distribution.is_chief(strategy)
+    if distribution.from_chief(strategy, runs.metrics(run) is not None):
+        runs.claim(run, depends)
+        return runs.metrics(run)
+    with lock(run / ".lock", wait=False) if writes else contextlib.nullcontext():
+        if writes or (run / "recipe.json").exists():
+            runs.claim(run, depends)
+        if not distribution.from_chief(strategy, (run / "model.keras").exists()):
+            keras.backend.clear_session()
             if plan.schedule:
-                model = _train(experiment, plan, seed, starts, run, progress)
+                model = _train(experiment, plan, seed, starts, strategy, progress)
             else:
                 model = _averaged(starts, experiment.tasks)
-        _save(model, experiment.tasks, run)
-    metrics = runs.metrics(run)
-    if metrics is None:
-        metrics = _evaluate(experiment, run)
-    shutil.rmtree(run / "backup", ignore_errors=True)
-    return metrics
+            if writes:
+                _save(model, experiment.tasks, run)
+        if writes:
+            shutil.rmtree(run / "backup", ignore_errors=True)
+            _evaluate(experiment, run)
+        distribution.from_chief(strategy, True)
+    return runs.metrics(run)
 
 
 def evaluate(model, tasks, test):
     """The scores of a model that gives answers, {task: `Scores`}."""
     scores = {name: task.scores() for name, task in tasks.items()}
-    for image, targets in test:
-        answers = model.predict_on_batch(image)
+    for inputs, targets in test:
+        answers = model.predict_on_batch(inputs)
         for name in tasks:
             scores[name].update(targets[name].numpy(), answers[name])
     return scores
 
 
 def compiled(model, tasks, recipe, schedule):
-    """The model with its losses and its optimizer."""
+    """The model, which may get weights of its losses, with losses and optimizer."""
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     if any(isinstance(layer, CrossStitch) for layer in model.layers):
         multipliers = {"cross_stitch.*/alpha": recipe.units.alpha_multiplier}
         optimizer = LearningRateGroups(optimizer, multipliers)
+    loss = {name: task.loss() for name, task in tasks.items()}
+    if recipe.training.loss_weighting:
+        model, loss = weigh_losses(model, loss, by=recipe.training.loss_weighting)
+    model = distribution.fits_here(model)
     model.compile(
         optimizer,
-        loss={name: task.loss() for name, task in tasks.items()},
-        # XLA's convolutions are slower than oneDNN's on a CPU.
-        jit_compile=bool(tf.config.list_physical_devices("GPU")),
+        loss=loss,
+        # XLA's convolutions are slower than oneDNN's on a CPU, and it cannot compile
+        # what goes between replicas.
+        jit_compile=bool(tf.config.list_physical_devices("GPU"))
+        and tf.distribute.get_strategy().num_replicas_in_sync == 1,
     )
     return model
 
@@ -92,70 +112,98 @@ def compiled(model, tasks, recipe, schedule):
 def answering(model, tasks):
     """The model with each task's answer in place of its logits."""
     logits = model.output
-    answers = {name: task.answer(logits[name], name) for name, task in tasks.items()}
-    return keras.Model(model.inputs, answers)
+    answers = {
+        name: task.answer(logits[name], name, model.input)
+        for name, task in tasks.items()
+    }
+    return keras.Model(model.input, answers)
 
 
-def _train(experiment, plan, seed, starts, run, progress):
+def _train(experiment, plan, seed, starts, strategy, progress):
     recipe, tasks = plan.recipe, experiment.tasks
+    examples, batch_size = experiment.train_examples, recipe.training.batch_size
+    epochs = plan.schedule.epochs
+    steps = len(examples[0]) // batch_size
+
+    def batches_from(done, rows=None):
+        left = range(done, epochs * steps)
+        make = batches.of(recipe).train_batches
+        return make(examples, recipe, tasks, seed, left, rows)
+
+    run, writes = experiment.folder(plan.spelled, seed), distribution.is_chief(strategy)
+    backup = Backup(run / "backup" / "latest.weights.h5", steps, seed, writes)
+    with strategy.scope():
+        joined = _joined(plan, tasks, seed, starts)
+        schedule = keras.optimizers.schedules.CosineDecay(
+            plan.schedule.learning_rate, epochs * steps
+        )
+        model = compiled(joined, tasks, recipe, schedule)
+        _, targets = next(iter(batches_from(0)))
+        distribution.build_losses(model, {name: x[:1] for name, x in targets.items()})
+        done = backup.restore(model)
+    units = any(isinstance(layer, CrossStitch) for layer in model.layers)
+    dynamic = recipe.training.loss_weighting == "dynamic_average"
+    description = f"{recipe.name} {plan.spelled}, seed {seed}"
+    callbacks = [
+        StopAtNaN(),
+        *([AlphaHistory()] if units else []),
+        *([DynamicWeightAverage()] if dynamic else []),
+        *([History(run / "history.csv")] if writes else []),
+        backup,
+        ShowProgress(progress, description, epochs, steps, done),
+    ]
+
+    # Not in the scope, in which Keras cannot save for one worker alone.
+    # Of several workers, one may be asked to stop: it does so at once.
+    alone = distribution.workers(strategy) == 1
+    stop = at_sigterm(backup.stop) if alone else contextlib.nullcontext()
+    with stop, distribution.lost_workers_named():
+        while done < epochs * steps:
+            # An epoch that was stopped within, or all that are left.
+            count = steps - done % steps
+            end = done + count if done % steps else epochs * steps
+            model.fit(
+                distribution.batches_of_replicas(
+                    strategy, batch_size, functools.partial(batches_from, done)
+                ),
+                initial_epoch=done // steps,
+                epochs=end // steps,
+                steps_per_epoch=count,
+                shuffle=False,  # the batches are in their order already
+                callbacks=callbacks,
+                verbose=0,
+            )
+            done = end
+    with strategy.scope():
+        return answering(joined, tasks)
+
+
+def _joined(plan, tasks, seed, starts):
+    """The method's model, of untrained towers or of those that it starts from."""
     if starts:
         start = keras.models.load_model(starts[0], compile=False)
         of_tasks = {name: towers.take_out(start, name) for name in tasks}
     else:
-        of_tasks = towers.build(recipe, tasks, seed)
+        of_tasks = towers.build(plan.recipe, tasks, seed)
     keras.utils.set_random_seed(seed)
-    model = plan.join(of_tasks)
-
-    epochs = plan.schedule.epochs
-    steps = len(experiment.train_examples[0]) // recipe.training.batch_size
-    schedule = keras.optimizers.schedules.CosineDecay(
-        plan.schedule.learning_rate, epochs * steps
-    )
-    compiled(model, tasks, recipe, schedule)
-    backup = Backup(run / "backup" / "latest.weights.h5", steps, seed)
-    first = backup.restore(model)
-    batches = dense.train_batches(
-        experiment.train_examples,
-        recipe,
-        tasks,
-        seed,
-        range(first * steps, epochs * steps),
-    )
-    units = any(isinstance(layer, CrossStitch) for layer in model.layers)
-    callbacks = [
-        StopAtNaN(),
-        *([AlphaHistory()] if units else []),
-        History(run / "history.csv"),
-        backup,
-        ShowProgress(progress, f"{recipe.name} {plan.spelled}, seed {seed}"),
-    ]
-    model.fit(
-        batches,
-        epochs=epochs,
-        initial_epoch=first,
-        steps_per_epoch=steps,
-        shuffle=False,  # the batches are in their order already
-        callbacks=callbacks,
-        verbose=0,
-    )
-    return answering(model, tasks)
+    return plan.join(of_tasks)
 
 
 def _averaged(starts, tasks):
-    """The models' answers, averaged."""
+    """The models' common answer."""
     models = [keras.models.load_model(path, compile=False) for path in starts]
-    image = keras.Input(models[0].input_shape[1:], name="image")
-    answers = []
-    for index, model in enumerate(models):
-        model.name = f"net{index}"
-        answers.append(model(image))
-    return keras.Model(
-        image,
-        {
-            name: task.average([answer[name] for answer in answers], name)
-            for name, task in tasks.items()
-        },
+    inputs = keras.tree.map_structure(
+        lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=x.name), models[0].input
     )
+    logits = []
+    for index, model in enumerate(models):
+        outputs = {name: model.get_layer(f"{name}_logits").output for name in tasks}
+        logits.append(keras.Model(model.input, outputs, name=f"net{index}")(inputs))
+    answers = {
+        name: task.average([of_model[name] for of_model in logits], name, inputs)
+        for name, task in tasks.items()
+    }
+    return keras.Model(inputs, answers)
 
 
 def _save(model, tasks, run):
@@ -170,8 +218,12 @@ def _save(model, tasks, run):
 
 def _evaluate(experiment, run):
     model = keras.models.load_model(run / "model.keras", compile=False)
-    test = dense.test_batches(experiment.builder, experiment.recipe, experiment.tasks)
-    scores = evaluate(model, experiment.tasks, test)
+    scores = {}
+    for tasks, test in batches.test_passes(
+        experiment.builder, experiment.recipe, experiment.tasks
+    ):
+        part = keras.Model(model.input, {name: model.output[name] for name in tasks})
+        scores |= evaluate(part, tasks, test)
     per_class = [
         (task, name, metric, round(value, 3))
         for task, of_task in scores.items()
@@ -186,4 +238,3 @@ def _evaluate(experiment, run):
         for task, of_task in scores.items()
     }
     runs.write(run / "metrics.json", json.dumps(metrics, indent=2))
-    return metrics

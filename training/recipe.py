@@ -27,6 +27,20 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class RegionData:
+    """Which examples, at what size, and which of their boxes."""
+
+    dataset: str  # a module of training.datasets
+    config: str  # of the data set's builder: "full" or "toy"
+    train_split: str
+    test_split: str
+    tasks: tuple[str, ...]
+    image_size: tuple[int, int]  # (H, W), resized to, and filled up below and right
+    proposals: int  # of an image, at most
+    sampled: int  # boxes of a train image in a step, a quarter of them on objects
+
+
+@dataclasses.dataclass(frozen=True)
 class FcnAlexNet:
     """FCN-32s on AlexNet, from scratch."""
 
@@ -47,6 +61,27 @@ class SavedBackbone:
 
 
 @dataclasses.dataclass(frozen=True)
+class FastRcnnAlexNet:
+    """Fast R-CNN on AlexNet, its boxes pooled to 6x6, from scratch or from weights."""
+
+    width: float
+    normalization: str | None
+    dropout: float
+    weight_decay: float
+    common_start: bool  # all towers from one initialisation
+    weights: Path | None  # of conv1 to fc7: .npy, or torchvision's
+
+
+@dataclasses.dataclass(frozen=True)
+class FastRcnnBackbone(SavedBackbone):
+    """Fast R-CNN on a saved Keras model; all towers start from its weights."""
+
+    pooled: tuple[str, ...]  # layers whose maps are pooled in each box
+    pooled_size: int  # cells of a side of a box
+    fully_connected: int  # units of fc6 and fc7
+
+
+@dataclasses.dataclass(frozen=True)
 class Units:
     """Where the cross-stitch units stand, and how they start and learn."""
 
@@ -62,6 +97,9 @@ class Training:
 
     batch_size: int
     momentum: float
+    # `None` for the sum of the tasks' losses, or how `weigh_losses` weighs them:
+    # "uncertainty" or "dynamic_average"
+    loss_weighting: str | None
     dtype: str  # a Keras dtype policy; "auto" is mixed_bfloat16 where the CPU has it
 
 
@@ -78,8 +116,8 @@ class Recipe:
     """One experiment. Every number that a result depends on stands here."""
 
     name: str
-    data: Data
-    tower: FcnAlexNet | SavedBackbone
+    data: Data | RegionData
+    tower: FcnAlexNet | SavedBackbone | FastRcnnAlexNet | FastRcnnBackbone
     units: Units
     splits: tuple[str, ...]  # first own layers that `study splits` tries
     best_split: str  # the one of them that `study methods` compares
@@ -121,6 +159,8 @@ def with_labels(recipe, percent):
             "The label budget must be a whole number of per cent, from 1 to 99, as in "
             f"'{recipe.name}-labels10'. Received: {percent!r}"
         )
+    if not isinstance(recipe.data, Data):
+        raise ValueError(f"The recipe '{recipe.name}' has no label budget")
     task, share = recipe.data.label_budget
     if share < 1:
         raise ValueError(f"The recipe '{recipe.name}' has a label budget already")
@@ -135,18 +175,16 @@ def change(recipe, part, **values):
 
 
 def _toy(recipe):
-    rows, columns = recipe.data.target_size
-    recipe = change(
-        recipe,
-        "data",
-        config="toy",
-        image_size=(rows, columns),
-        target_size=(rows // 2, columns // 2),
-    )
+    height, width = recipe.data.image_size
+    half = (height // 2, width // 2)
+    recipe = change(recipe, "data", config="toy", image_size=half)
+    if isinstance(recipe.data, Data):
+        rows, columns = recipe.data.target_size
+        recipe = change(recipe, "data", target_size=(rows // 2, columns // 2))
     recipe = change(recipe, "training", batch_size=4)
     recipe = change(recipe, "one_task", epochs=2)
     recipe = change(recipe, "extra", epochs=1)
-    if isinstance(recipe.tower, FcnAlexNet):
+    if hasattr(recipe.tower, "width"):
         recipe = change(recipe, "tower", width=1 / 32)
     return dataclasses.replace(recipe, name=f"{recipe.name}-toy")
 

@@ -9,6 +9,7 @@
     model.keras    the trained model, which answers as it does when served
     per_class.csv  scores by class, of the tasks that have classes
     metrics.json   {task: {metric: value}} on the test split; written last
+    .lock          who trains it, or did
 
 and, while the run is going on, `backup/`, from which it resumes.
 """
@@ -23,8 +24,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from training import methods, towers
-from training.batches import dense
+from training import batches, methods, towers
 from training.datasets import prepared
 from training.recipe import Recipe
 from training.tasks import TASKS
@@ -55,7 +55,8 @@ class Experiment:
     @functools.cached_property
     def train_examples(self):
         data = self.recipe.data
-        return dense.load(self.builder, data.train_split, data, self.tasks)
+        kind = batches.of(self.recipe)
+        return kind.load(self.builder, data.train_split, data, self.tasks)
 
     def folder(self, method, seed):
         return self.runs / self.recipe.name / method / f"seed{seed}"

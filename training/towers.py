@@ -5,12 +5,19 @@ Every tower ends in a layer named `logits`, by which it is found in a joined mod
 
 import contextlib
 import hashlib
+import math
 
 import keras
 
-from keras_cross_stitch import fcn_alexnet
+from keras_cross_stitch import RoIAlign, fcn_alexnet
 from keras_cross_stitch.towers import BilinearUpsampling
-from training.recipe import FcnAlexNet, SavedBackbone
+from training import alexnet_weights
+from training.recipe import (
+    FastRcnnAlexNet,
+    FastRcnnBackbone,
+    FcnAlexNet,
+    SavedBackbone,
+)
 
 STRIDE = 32  # pixels of the image to a cell of the last map, in both kinds of tower
 
@@ -31,7 +38,7 @@ def build(recipe, tasks, seed):
 
 def take_out(model, task):
     """The tower of a task, as a model of its own, out of a model without units."""
-    tower = keras.Model(model.inputs, model.get_layer(f"{task}_logits").output)
+    tower = keras.Model(model.input, model.get_layer(f"{task}_logits").output)
 
     def own_name(layer):
         prefix = task if layer.name.startswith(f"{task}_") else "shared"
@@ -44,11 +51,16 @@ def take_out(model, task):
 
 
 def identity(tower):
-    """What a result depends on, of a recipe's tower: the backbone, not its path."""
-    if not isinstance(tower, SavedBackbone):
-        return {}
-    digest = hashlib.sha256(_existing(tower.backbone).read_bytes()).hexdigest()
-    return {"backbone": f"sha256 {digest}"}
+    """What a result depends on, of a recipe's tower: its files, not their paths."""
+    files = {}
+    if isinstance(tower, SavedBackbone):
+        files["backbone"] = _existing(tower.backbone)
+    if getattr(tower, "weights", None) is not None:
+        files["weights"] = tower.weights
+    return {
+        name: f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for name, path in files.items()
+    }
 
 
 def _fcn_alexnet(recipe, outputs):
@@ -67,15 +79,102 @@ def _fcn_alexnet(recipe, outputs):
 
 
 def _saved_backbone(recipe, outputs):
+    height, width = recipe.data.image_size
+    backbone = _backbone(recipe)
+    with _dtype(recipe):
+        x = keras.layers.Dropout(recipe.tower.dropout, name="dropout")(backbone.output)
+        x = keras.layers.Conv2D(outputs, 1, kernel_initializer="zeros", name="score")(x)
+    if x.shape[1:3] != (-(-height // STRIDE), -(-width // STRIDE)):
+        raise ValueError(
+            f"The backbone {recipe.tower.backbone} must have one cell for {STRIDE} "
+            f"pixels. Received: {x.shape[1]}x{x.shape[2]} cells for an image of "
+            f"{height}x{width}"
+        )
+    factor = _upsampling(recipe)
+    x = BilinearUpsampling(factor, dtype="float32", name="upsampling")(x)
+    rows, columns = recipe.data.target_size
+    surplus = ((0, x.shape[1] - rows), (0, x.shape[2] - columns))
+    x = keras.layers.Cropping2D(surplus, dtype="float32", name="crop")(x)
+    return keras.Model(backbone.input, _logits(x))
+
+
+def _fast_rcnn_alexnet(recipe, outputs):
+    """RoIs are pooled from `conv5`, in the place of `pool5`, which has its name."""
+    tower = recipe.tower
+    decay = keras.regularizers.L2(tower.weight_decay / 2)
+    with _dtype(recipe):
+        trunk = fcn_alexnet(
+            1,
+            (*recipe.data.image_size, 3),
+            width=tower.width,
+            normalization=tower.normalization,
+            kernel_regularizer=decay,
+        )
+        rois = keras.Input((None, 4), name="rois")
+        x = trunk.get_layer("conv5").output
+        # Padded on one side, three times: not centred on pixel 8, but later.
+        x = RoIAlign(6, 16, first=14.5, name="pool5")([x, rois])
+        x = _per_region(
+            x,
+            outputs,
+            # fc6 and fc7 are as wide as the convolutions that stand for them.
+            trunk.get_layer("fc7").filters,
+            tower.dropout,
+            normalized=tower.normalization == "batch",
+            kernel_regularizer=decay,
+        )
+    model = keras.Model({"image": trunk.input, "rois": rois}, x)
+    if tower.weights is not None:
+        alexnet_weights.load(model, tower.weights)
+    return model
+
+
+def _fast_rcnn_backbone(recipe, outputs):
+    """RoIs are pooled from several maps, which are put behind each other."""
+    tower = recipe.tower
+    backbone = _backbone(recipe)
+    with _dtype(recipe):
+        rois = keras.Input((None, 4), name="rois")
+        pooled = []
+        for name in tower.pooled:
+            x = _layer(backbone, name, tower.backbone, "pools RoIs").output
+            stride = round(recipe.data.image_size[0] / x.shape[1])
+            align = RoIAlign(tower.pooled_size, stride, name=f"{name}_pooled")
+            pooled.append(align([x, rois]))
+        x = keras.layers.Concatenate(name="pooled")(pooled)
+        x = _per_region(x, outputs, tower.fully_connected, tower.dropout)
+    return keras.Model({"image": backbone.input, "rois": rois}, x)
+
+
+def _per_region(x, outputs, units, dropout, normalized=False, kernel_regularizer=None):
+    """From pooled RoIs (N, R, size, size, C) through fc6 and fc7 to their logits."""
+    of_region = math.prod(x.shape[2:])
+    x = keras.layers.Reshape((-1, of_region), name="flatten")(x)
+    for fc in ("fc6", "fc7"):
+        x = keras.layers.Dense(
+            units,
+            activation="relu",
+            kernel_initializer="he_normal",
+            kernel_regularizer=kernel_regularizer,
+            name=fc,
+        )(x)
+        if normalized:
+            x = keras.layers.BatchNormalization(name=f"{fc}_norm")(x)
+        x = keras.layers.Dropout(dropout, name=f"{fc}_dropout")(x)
+    x = keras.layers.Dense(
+        outputs,
+        kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+        kernel_regularizer=kernel_regularizer,
+        name="score",
+    )(x)
+    return _logits(x)
+
+
+def _backbone(recipe):
+    """The saved model at the recipe's image size, frozen as far as it says."""
     path = _existing(recipe.tower.backbone)
     saved = keras.models.load_model(path, compile=False)
-    names = [layer.name for layer in saved.layers]
-    if recipe.tower.frozen_to not in names:
-        raise ValueError(
-            f"The backbone {path} has no layer '{recipe.tower.frozen_to}', up to which "
-            f"the recipe '{recipe.name}' freezes it. It has: {', '.join(names)}"
-        )
-    frozen_to = saved.get_layer(recipe.tower.frozen_to).output
+    frozen_to = _layer(saved, recipe.tower.frozen_to, path, "is frozen up to it").output
     frozen = {layer.name for layer in keras.Model(saved.inputs, frozen_to).layers}
 
     def as_in_recipe(layer):
@@ -85,29 +184,31 @@ def _saved_backbone(recipe, outputs):
             {**config, "trainable": layer.name not in frozen}
         )
 
-    height, width = recipe.data.image_size
-    image = keras.Input((height, width, 3), name="image")
+    image = keras.Input((*recipe.data.image_size, 3), name="image")
     with _dtype(recipe):
         backbone = keras.models.clone_model(
             saved, input_tensors=image, clone_function=as_in_recipe
         )
-        backbone.set_weights(saved.get_weights())
-        x = keras.layers.Dropout(recipe.tower.dropout, name="dropout")(backbone.output)
-        x = keras.layers.Conv2D(outputs, 1, kernel_initializer="zeros", name="score")(x)
-    if x.shape[1:3] != (-(-height // STRIDE), -(-width // STRIDE)):
+    backbone.set_weights(saved.get_weights())
+    return backbone
+
+
+def _layer(backbone, name, path, why):
+    names = [layer.name for layer in backbone.layers]
+    if name not in names:
         raise ValueError(
-            f"The backbone {path} must have one cell for {STRIDE} pixels. Received: "
-            f"{x.shape[1]}x{x.shape[2]} cells for an image of {height}x{width}"
+            f"The backbone {path} has no layer '{name}'; the recipe {why}. It has: "
+            f"{', '.join(names)}"
         )
-    factor = _upsampling(recipe)
-    x = BilinearUpsampling(factor, dtype="float32", name="upsampling")(x)
-    rows, columns = recipe.data.target_size
-    surplus = ((0, x.shape[1] - rows), (0, x.shape[2] - columns))
-    x = keras.layers.Cropping2D(surplus, dtype="float32", name="crop")(x)
-    return keras.Model(image, _logits(x))
+    return backbone.get_layer(name)
 
 
-_KINDS = {FcnAlexNet: _fcn_alexnet, SavedBackbone: _saved_backbone}
+_KINDS = {
+    FcnAlexNet: _fcn_alexnet,
+    SavedBackbone: _saved_backbone,
+    FastRcnnAlexNet: _fast_rcnn_alexnet,
+    FastRcnnBackbone: _fast_rcnn_backbone,
+}
 
 
 def _upsampling(recipe):

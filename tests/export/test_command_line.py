@@ -1,53 +1,131 @@
+import os
+import shutil
+from pathlib import Path
+
 import keras
 import pytest
-import tensorflow as tf
 from typer.testing import CliRunner
 
+from export import recorded, verify
 from export.__main__ import app
 
 
-@pytest.fixture
-def model(tmp_path):
-    image = keras.Input((8, 8, 3), name="image")
-    features = keras.layers.GlobalAveragePooling2D()(image)
-    outputs = {name: keras.layers.Dense(2)(features) for name in ("kind", "age")}
-    path = tmp_path / "model.keras"
-    keras.Model(image, outputs).save(path)
-    return path
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setattr("export.__main__.console.width", 200)
 
 
-def savedmodel(*arguments):
-    return CliRunner().invoke(app, ["savedmodel", *map(str, arguments)])
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch):
+    """What `verify` does in a process of its own takes seconds."""
+    monkeypatch.setattr(verify, "_in_a_process_of_its_own", recorded.differences)
 
 
-def test_savedmodel_writes_versions_with_a_signature_per_task(model, tmp_path):
-    for version in ("1", "2"):
-        assert savedmodel(model, tmp_path / "serving").exit_code == 0
-        served = tf.saved_model.load(tmp_path / "serving" / version)
-        assert set(served.signatures) == {"serving_default", "kind", "age"}
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
-def test_from_jpeg_adds_signatures_for_encoded_images(model, tmp_path):
-    assert savedmodel(model, tmp_path / "serving", "--from-jpeg").exit_code == 0
-    served = tf.saved_model.load(tmp_path / "serving" / "1")
-    assert {"kind_from_jpeg", "age_from_jpeg"} < set(served.signatures)
+def test_savedmodel_tells_what_it_left_out_and_what_that_changed(cheaper, monkeypatch):
+    asked = []
+
+    def export(model, directory, progress=None, **options):
+        asked.append((model, directory, options))
+        return cheaper
+
+    monkeypatch.setattr("export.savedmodel.export", export)
+    options = ("--drop-below", 0.01, "--images", "i", "--dtype", "bfloat16")
+    result = run("savedmodel", "m.keras", "out", *options, "--from-jpeg", "--warmup", 2)
+    assert result.exit_code == 0
+    assert asked == [
+        (
+            Path("m.keras"),
+            Path("out"),
+            {
+                "drop_below": 0.01,
+                "images": Path("i"),
+                "dtype": "bfloat16",
+                "from_jpeg": True,
+                "warmup": 2,
+            },
+        )
+    ]
+    assert "cross_stitch_conv2 │ normals │ age" in result.stdout
+    assert "% other classes" in result.stdout
+    assert f"Wrote {cheaper[0]}" in result.stdout
 
 
-def test_bad_input_ends_in_one_line(model, tmp_path):
-    one_task = tmp_path / "one_task.keras"
-    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(one_task)
+def test_savedmodel_writes_the_next_version(tmp_path):
+    x = keras.Input((4,), name="x")
+    keras.Model(x, {"a": keras.layers.Dense(2)(x)}).save(tmp_path / "model.keras")
+    (tmp_path / "served" / "7").mkdir(parents=True)
+    result = run("savedmodel", tmp_path / "model.keras", tmp_path / "served")
+    assert result.exit_code == 0
+    assert result.stdout.endswith(f"Wrote {tmp_path / 'served' / '8'}\n")
+    assert (tmp_path / "served" / "8" / recorded.RECORDED).is_file()
+
+
+def test_savedmodel_says_where_nothing_can_be_left_out(version, monkeypatch):
+    monkeypatch.setattr("export.savedmodel.export", lambda *_, **__: (version, [], {}))
+    result = run("savedmodel", "m.keras", "out", "--drop-below", 0.01)
+    assert "Nothing can be left out: each link changes more than 0.01" in result.stdout
+
+
+def test_verify_lists_signatures_and_versions(version):
+    shutil.copytree(version, version.parent / "0")
+    try:
+        result = run("verify", version.parent)
+    finally:
+        shutil.rmtree(version.parent / "0")
+    assert result.exit_code == 0
+    assert f"{version}: " in result.stdout
+    assert "there are also versions 0" in result.stdout
+    assert "│ kind_from_jpeg    │ image_bytes: string (N) " in result.stdout
+    assert "The same answers, by tensorflow" in result.stdout
+
+
+def test_verify_ends_with_1_where_an_answer_differs(version, monkeypatch):
+    def differences(version, engine):
+        return {**recorded.differences(version, engine), "age": {"age": 0.5}}
+
+    monkeypatch.setattr(verify, "_in_a_process_of_its_own", differences)
+    result = run("verify", version)
+    assert result.exit_code == 1
+    assert "'age' of signature 'age' differs by 0.5" in result.stderr
+    assert "The same answers" not in result.stdout
+
+
+def test_bench_prints_times_ratios_and_ops(version, model_file):
+    result = run("bench", version, "--model", model_file, "--rounds", 2)
+    assert result.exit_code == 0
+    assert "unstitched      │ in process" in result.stdout
+    assert "batch 32: all tasks in one request take" in result.stdout
+    assert "serving_default: " in result.stdout
+
+
+def test_bad_input_ends_in_one_line(model_file, version, tmp_path):
     text = tmp_path / "text.keras"
     text.write_text("not a model")
-    file = tmp_path / "file"
-    file.touch()
+    out = tmp_path / "out"
     for arguments, message in (
-        ((tmp_path / "none.keras", tmp_path / "out"), "There is no file"),
-        ((one_task, tmp_path / "out"), "dict of task name to output"),
-        ((text, tmp_path / "out"), "text.keras"),
-        ((model, file), "must be a folder that can be written to"),
+        (("savedmodel", tmp_path / "none.keras", out), "There is no file"),
+        (("savedmodel", text, out), "Expected a multi-task model"),
+        (("savedmodel", model_file, text), "must be a folder that can be written to"),
+        (("savedmodel", model_file, out, "--dtype", "int4"), "--dtype must be one of"),
+        (("verify", tmp_path / "[red]"), "[red]"),
+        (("verify", out), "Expected a folder of versions"),
+        (("verify", version, "--engine", "onnx"), "--engine must be one of"),
+        (("bench", out), "Expected a folder of versions"),
+        (("bench", version, "--model", text), "Expected a multi-task model"),
     ):
-        result = savedmodel(*arguments)
+        result = run(*arguments)
         assert result.exit_code == 2
         assert result.stderr.startswith("Error: ")
         assert message in result.stderr
         assert result.stderr.strip().count("\n") == 0
+    assert os.listdir(tmp_path) == ["text.keras"]
+
+
+def test_a_server_that_is_not_there_ends_in_one_line(version):
+    result = run("bench", version, "--address", "127.0.0.1:1", "--rounds", 2)
+    assert result.exit_code == 1
+    assert "127.0.0.1:1 does not answer for model 'cross_stitch'" in result.stderr

@@ -1,8 +1,7 @@
 import json
+import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import keras
 import pytest
@@ -12,12 +11,18 @@ from typer.testing import CliRunner
 from training import benchmark, fitting
 from training.__main__ import app
 
-ROOT = Path(__file__).parents[2]
-
 
 def training(*arguments):
     environment = {"COLUMNS": "120"}
     return CliRunner().invoke(app, [str(x) for x in arguments], env=environment)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def leave_determinism():
+    """It cannot be switched off again for the tests of other modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)
+        yield
 
 
 # Tests of one group run in one process, and so share the demo.
@@ -100,6 +105,21 @@ def test_what_is_claimed_otherwise_ends_in_one_line(demo, tmp_path):
 
 
 @shares_the_demo
+def test_sigterm_ends_in_one_line_and_a_code_of_its_own(demo, monkeypatch):
+    def fit(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    before = signal.getsignal(signal.SIGTERM)
+    result = training("fit", "scenes", "--toy", "--runs", demo[1].parent)
+
+    assert result.exit_code == 75
+    assert "Run the same command again" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@shares_the_demo
 @pytest.mark.parametrize(
     ("command", "error"),
     [
@@ -116,34 +136,6 @@ def test_errors_of_long_work_end_in_one_line_too(demo, monkeypatch, command, err
 
     assert result.exit_code == 2
     assert result.stderr == f"Error: {' '.join(str(error).split())}\n"
-
-
-def test_two_replicas_train_and_save_what_one_device_loads(tmp_path, backbone):
-    """In a process of its own, since TensorFlow splits a CPU before it is used."""
-    script = f"""
-import dataclasses
-import pathlib
-from rich.progress import Progress
-from training import distribution, fitting, recipe, runs
-strategy = distribution.strategy(replicas=2)
-scenes = recipe.change(recipe.find("scenes", toy=True), "units", at=("relu7",))
-tower = recipe.SavedBackbone(pathlib.Path({str(backbone)!r}), "rescaling", 0.5)
-scenes = dataclasses.replace(scenes, tower=tower)
-experiment = runs.open_experiment(scenes, None, pathlib.Path({str(tmp_path)!r}))
-with Progress() as progress:
-    fitting.fit(
-        experiment, "cross_stitch_from_start", 0, strategy=strategy, progress=progress
-    )
-"""
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-
-    assert result.returncode == 0, result.stderr
-    run = tmp_path / "scenes-toy/cross_stitch_from_start/seed0"
-    assert keras.models.load_model(run / "model.keras").count_params() > 0
-    assert (run / "metrics.json").exists()
 
 
 def test_nyuv2_runs_whole_on_the_real_data(tmp_path, nyuv2_folder, backbone):
@@ -171,9 +163,15 @@ def test_bench_measures_both_dtypes_stitching_and_pipeline(finished):
         (["fit", "scenes", "--toy", "--method", "stich"], "no method 'stich'"),
         (["study", "scenes", "table5", "--toy"], "no study 'table5'"),
         (["fit", "scenes", "--backbone", "x.keras"], "has no backbone"),
+        (["fit", "scenes", "--weights", "x.npy"], "takes no weights"),
+        (["fit", "voc2008_alexnet", "--weights", "x.npy"], "x.npy"),
+        (["fit", "voc2008_alexnet"], "give it with --data DIR"),
+        (["fit", "voc2008_alexnet", "--data", "/nowhere"], "Missing: /nowhere"),
+        (["prepare", "voc2008", "new", "--devkit=a", "--apascal=b"], "Missing: a/JPEG"),
         (["fit", "nyuv2", "--data=.", "--method", "stich"], "no method 'stich'"),
         (["fit", "nyuv2_pretrained", "--backbone", "x.keras"], "no backbone x.keras"),
         (["study", "nyuv2", "splits", "--shard", "2"], "--shard must be k/n"),
+        (["fit", "scenes", "--toy", "--runs", "/sys/runs"], "'/sys/runs'"),
         (["fit", "nyuv2"], "give it with --data DIR"),
         (["fit", "nyuv2", "--data", "/nowhere"], "Missing: /nowhere"),
         (["report", "nowhere"], "There is no finished run in nowhere"),

@@ -1,8 +1,13 @@
+import contextlib
 import csv
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import signal
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -32,6 +37,7 @@ def with_(experiment, part, **values):
 
 def test_a_run_leaves_what_its_folder_promises(cross_stitch):
     assert set(snapshot(cross_stitch)) == {
+        ".lock",
         "recipe.json",
         "history.csv",
         "model.keras",
@@ -164,15 +170,52 @@ def stop_in_a_backup(monkeypatch):
     monkeypatch.setattr(callbacks.os, "replace", stop)
 
 
-@pytest.mark.parametrize("stop", [stop_in_a_step, stop_in_a_backup])
+def stop_by_sigterm(monkeypatch):
+    """In the first step of the third epoch, which is not lost."""
+    begun = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        begun.append(batch)
+        if len(begun) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(
+        callbacks.ShowProgress, "on_train_batch_begin", on_train_batch_begin
+    )
+
+
+def stop_by_a_full_disk(monkeypatch):
+    """When the second epoch's backup is half written."""
+    save = keras.Model.save_weights
+
+    def save_weights(self, path):
+        save(self, path)
+        if path.with_name("latest.weights.h5").exists():
+            path.write_bytes(path.read_bytes()[:1000])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(keras.Model, "save_weights", save_weights)
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "kept"),
+    [
+        (stop_in_a_step, Stopped, 4),
+        (stop_in_a_backup, Stopped, 2),
+        (stop_by_sigterm, callbacks.Preempted, 5),
+        (stop_by_a_full_disk, OSError, 2),
+    ],
+)
 def test_a_stopped_run_ends_as_one_that_never_stopped(
-    experiment, one_task, train, monkeypatch, stop
+    experiment, one_task, train, monkeypatch, stop, error, kept
 ):
     run = experiment.folder("one_task", 0)
     with monkeypatch.context() as patch:
         stop(patch)
-        with pytest.raises(Stopped):
+        with pytest.raises(error):
             train(experiment, "one_task")
+    with h5py.File(run / "backup/latest.weights.h5") as file:
+        assert file["optimizer/vars/0"][()] == kept  # steps
     assert not (run / "model.keras").exists()
     train(experiment, "one_task")
 
@@ -194,6 +237,104 @@ def test_a_run_stopped_in_evaluation_does_not_train_again(
     monkeypatch.setattr(fitting, "_train", None)
 
     assert train(experiment, "one_task") == runs.metrics(one_task)
+
+
+@pytest.mark.parametrize("written", ["per_class.csv", "metrics.json"])
+def test_an_evaluation_that_is_stopped_is_done_again(
+    experiment, one_task, train, monkeypatch, written
+):
+    run = experiment.folder("one_task", 0)
+    shutil.copytree(one_task, run)
+    for name in ("metrics.json", "per_class.csv"):
+        (run / name).unlink()
+    replace = os.replace
+
+    def stop(unfinished, path):
+        if path.name == written:
+            unfinished.write_bytes(unfinished.read_bytes()[:20])
+            raise Stopped
+        replace(unfinished, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.os, "replace", stop)
+        with pytest.raises(Stopped):
+            train(experiment, "one_task")
+    assert runs.metrics(run) is None
+    assert train(experiment, "one_task") == runs.metrics(one_task)
+    assert rows(run / "per_class.csv") == rows(one_task / "per_class.csv")
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_the_same(
+    experiment, one_task, train, monkeypatch
+):
+    """Before a step, before or after a file gets its name: three times, by chance."""
+    run = experiment.folder("one_task", 0)
+    rng = np.random.default_rng()
+    replace, left = os.replace, []
+
+    def moment():
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped
+
+    def stop(unfinished, path):
+        moment()
+        replace(unfinished, path)
+        moment()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        patch.setattr(
+            callbacks.ShowProgress, "on_train_batch_begin", lambda *_, **__: moment()
+        )
+        for _ in range(3):
+            left[:] = [rng.integers(1, 14)]
+            print(f"stops after {left[0]} moments")
+            with contextlib.suppress(Stopped):
+                train(experiment, "one_task")
+    train(experiment, "one_task")
+
+    expected, resumed = load(one_task).get_weights(), load(run).get_weights()
+    for one, other in zip(expected, resumed, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert runs.metrics(run) == runs.metrics(one_task)
+
+
+def test_a_recipe_weighs_its_losses(experiment, train):
+    weighed = with_(experiment, "training", loss_weighting="dynamic_average")
+    train(weighed, "one_task")
+    folder = weighed.folder("one_task", 0)
+    history = rows(folder / "history.csv")
+
+    # The third epoch is the first whose weights are not 1: they sum to 2.
+    losses = [
+        [float(row[x]) for x in ("segmentation_loss", "normals_loss")]
+        for row in history
+    ]
+    assert float(history[0]["loss"]) == pytest.approx(sum(losses[0]), rel=1e-5)
+    assert not any("dynamic" in layer.name for layer in load(folder).layers)
+
+
+@pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])
+def test_a_weighed_loss_is_over_the_labels_alone(tiny, tasks, by):
+    recipe = recipes.change(tiny, "training", loss_weighting=by)
+    joined = methods.plan("one_task", recipe).join(towers.build(recipe, tasks, 0))
+    model = fitting.compiled(joined, tasks, recipe, 0.1)
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 19, (2, 48, 64))
+    normals = rng.normal(size=(2, 48, 64, 3)).astype("float32")
+    classes[:, 10:], normals[:, :20] = 255, 0
+    logits = {
+        name: rng.normal(size=(2, 48, 64, task.outputs)).astype("float32")
+        for name, task in tasks.items()
+    }
+    targets = {"segmentation": classes, "normals": normals}
+    total = model.compute_loss(y=targets, y_pred=logits)
+    plain = sum(tasks[x].loss()(targets[x], logits[x]) for x in tasks)
+
+    # With log s^2 = 0 it is half of the loss.
+    factor = {"uncertainty": 0.5, "dynamic_average": 1.0}[by]
+    np.testing.assert_allclose(total, factor * plain, rtol=1e-5)
 
 
 def test_another_recipe_in_the_folder_of_a_run_is_refused(finished, one_task, train):

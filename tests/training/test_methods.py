@@ -73,6 +73,18 @@ def test_every_recipe_has_a_toy_size_and_label_budgets(name):
     assert recipe.best_split in recipe.splits
 
 
+@pytest.mark.parametrize("name", ["scenes_detection", "voc2008", "voc2008_alexnet"])
+def test_every_recipe_of_regions_has_a_toy_size_and_no_label_budget(name):
+    recipe, toy = recipes.find(name), recipes.find(name, toy=True)
+
+    assert toy.data.config == "toy"
+    assert toy.data.image_size[0] == recipe.data.image_size[0] // 2
+    assert toy.one_task.epochs == 2
+    assert recipe.best_split in recipe.splits
+    with pytest.raises(ValueError, match=f"'{name}' has no label budget"):
+        recipes.find(f"{name}-labels10")
+
+
 @pytest.mark.parametrize(
     "name", ["scenes-labels", "scenes-labels0", "scenes-labels1e1"]
 )

@@ -16,7 +16,7 @@ def load(builder, split, data, tasks):
     return loaded
 
 
-def train_batches(examples, recipe, tasks, seed, steps):
+def train_batches(examples, recipe, tasks, seed, steps, rows=None):
     """The batches of some steps: shuffled, and augmented at random.
 
     A batch depends on the seed and its step alone, so a resumed run goes on with
@@ -28,6 +28,8 @@ def train_batches(examples, recipe, tasks, seed, steps):
         tasks: Dict of task name to `Task`.
         seed: Integer.
         steps: `range` of steps, counted from the start of the run.
+        rows: Array of the rows of each batch that are wanted, by a worker that makes
+            its part; `None` for all.
 
     Returns:
         A `tf.data.Dataset` of as many batches.
@@ -35,7 +37,9 @@ def train_batches(examples, recipe, tasks, seed, steps):
     images, targets = examples
     starved, share = recipe.data.label_budget
     labelled = budget(recipe.data, len(images), seed)
-    order = _order(labelled, recipe.training.batch_size, steps.stop, seed)
+    size = recipe.training.batch_size
+    rows = np.arange(size) if rows is None else rows
+    order = _order(labelled, size, steps.stop, seed)[:, rows]
 
     def batch(step):
         chosen = tf.gather(order, step)
@@ -48,8 +52,10 @@ def train_batches(examples, recipe, tasks, seed, steps):
             has_labels = tf.gather(labelled, chosen)
             chosen_targets[starved] = _choose(has_labels, target, void)
         seeds = tf.stack([tf.constant(seed, "int64"), step])
+        # Drawn for the whole batch, so that a row's own do not depend on the others.
+        draws = [tf.gather(x, rows) for x in _draws(size, recipe.data, seeds)]
         return _augment(
-            tf.gather(images, chosen), chosen_targets, recipe.data, tasks, seeds
+            tf.gather(images, chosen), chosen_targets, recipe.data, tasks, draws
         )
 
     return (
@@ -84,18 +90,18 @@ def _order(labelled, batch_size, steps, seed):
     """The examples of each step's batch, (steps, batch size)."""
     (with_labels,), (without,) = labelled.nonzero(), (~labelled).nonzero()
     if not len(without):
-        return _passes(with_labels, steps, batch_size, [seed, 2])
+        return passes(with_labels, steps, batch_size, [seed, 2])
     half = batch_size // 2
     return np.concatenate(
         [
-            _passes(with_labels, steps, half, [seed, 2]),
-            _passes(without, steps, batch_size - half, [seed, 3]),
+            passes(with_labels, steps, half, [seed, 2]),
+            passes(without, steps, batch_size - half, [seed, 3]),
         ],
         axis=1,
     )
 
 
-def _passes(items, steps, size, seed):
+def passes(items, steps, size, seed):
     """The items in a random order, then in another one, and so on: (steps, size)."""
     count = -(-steps * size // len(items))
     passes = [
@@ -127,19 +133,27 @@ def _examples(builder, split, data, tasks):
     ).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _augment(image, targets, data, tasks, seed):
-    """Flips, crops and tints each example of the batch, by chance."""
+def _draws(count, data, seed):
+    """By chance, for each example: whether mirrored, (N,), its box and its tint."""
     flip_seed, crop_seed, tint_seed = tf.unstack(
         tf.random.experimental.stateless_split(seed, 3)
     )
-    mirrored = tf.random.stateless_uniform([len(image)], flip_seed) < 0.5
+    mirrored = tf.random.stateless_uniform([count], flip_seed) < 0.5
+    tints = tf.random.stateless_uniform(
+        [count, 1, 1, 4], tint_seed, -data.colour, data.colour
+    )
+    return mirrored, _boxes(count, data.smallest_crop, crop_seed), tints
+
+
+def _augment(image, targets, data, tasks, draws):
+    """Flips, crops and tints each example of the batch, as was drawn."""
+    mirrored, boxes, tints = draws
     image = _choose(mirrored, tf.reverse(image, axis=[2]), image)
     targets = {
         name: _choose(mirrored, tasks[name].flip(target), target)
         for name, target in targets.items()
     }
     if data.smallest_crop < 1:
-        boxes = _boxes(len(image), data.smallest_crop, crop_seed)
         image = _crop(image, boxes, "bilinear")
         targets = {
             name: tf.cast(_crop(target, boxes, "nearest"), target.dtype)
@@ -147,7 +161,7 @@ def _augment(image, targets, data, tasks, seed):
         }
     image = tf.cast(image, "float32")
     if data.colour:
-        image = _tint(image, data.colour, tint_seed)
+        image = _tint(image, tints)
     return image, targets
 
 
@@ -173,10 +187,7 @@ def _crop(maps, boxes, method):
     return tf.reshape(parts, tf.shape(maps))
 
 
-def _tint(image, strength, seed):
+def _tint(image, tints):
     """Each image brighter or darker, and so again each of its channels."""
-    draws = tf.random.stateless_uniform(
-        [len(image), 1, 1, 4], seed, -strength, strength
-    )
-    gain = (1 + draws[..., :1]) * (1 + draws[..., 1:])
+    gain = (1 + tints[..., :1]) * (1 + tints[..., 1:])
     return tf.clip_by_value(image * gain, 0.0, 255.0)

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from training.datasets import proposals
+from training.locks import lock
+from training.recipe import RegionData
+
 
 def prepare(recipe, source, directory):
     """Builds the recipe's data set, once.
@@ -24,10 +28,10 @@ def prepare(recipe, source, directory):
 
     Raises:
         ValueError: If the folder is not complete, or not the one that the data were
-            prepared from.
+            prepared from; if the prepared data are of another version, or lost bytes.
     """
     module = importlib.import_module(f"training.datasets.{recipe.data.dataset}")
-    builder = module.BUILDER(config=recipe.data.config, data_dir=str(directory))
+    builder = _builder(module, recipe, directory)
     folder, stamp = Path(builder.data_path), _stamp(builder)
     reads_files = hasattr(module, "check_folder")
     if reads_files and source is not None:
@@ -36,19 +40,19 @@ def prepare(recipe, source, directory):
         if reads_files and source is None:
             raise ValueError(
                 f"The recipe '{recipe.name}' needs the folder with the data set's "
-                "files: give it with --data DIR"
+                f"files: give it with --data DIR{_other_versions(folder)}"
             )
-        # Without the stamp, it is not known what they were made of.
-        shutil.rmtree(folder, ignore_errors=True)
-        files = fingerprint(source) if reads_files else {}
-        config = tfds.download.DownloadConfig(manual_dir=str(source or ""))
-        builder.download_and_prepare(download_config=config)
-        content = {"digest": _content(folder), "source": files}
-        unfinished = stamp.with_name("unfinished.json")
-        unfinished.write_text(json.dumps(content))
-        unfinished.replace(stamp)
-    elif reads_files and source is not None:
-        _check_same(folder, json.loads(stamp.read_text())["source"], source)
+        with lock(directory / f".{recipe.data.dataset}.lock", wait=True):
+            if not stamp.exists():
+                _build(builder, source if reads_files else None, stamp)
+        # Another process may have prepared what this builder has not seen.
+        builder = _builder(module, recipe, directory)
+    before = json.loads(stamp.read_text())
+    _check_whole(folder, before.get("sizes", {}))
+    if reads_files and source is not None:
+        _check_same(folder, before["source"], source)
+    if isinstance(recipe.data, RegionData):
+        proposals.prepare(builder, (recipe.data.train_split, recipe.data.test_split))
     return builder
 
 
@@ -71,6 +75,55 @@ def fingerprint(folder):
 
 def _stamp(builder):
     return Path(builder.data_path) / "prepared_from.json"
+
+
+def _builder(module, recipe, directory):
+    try:
+        return module.BUILDER(config=recipe.data.config, data_dir=str(directory))
+    except AssertionError as error:  # TFDS's, for a folder under another version's name
+        raise ValueError(
+            f"The data set '{recipe.data.dataset}' in {directory} cannot be read: "
+            f"{error}. Remove its folder there to prepare the data anew"
+        ) from error
+
+
+def _build(builder, source, stamp):
+    # Without the stamp, it is not known what they were made of.
+    shutil.rmtree(stamp.parent, ignore_errors=True)
+    files = fingerprint(source) if source is not None else {}
+    config = tfds.download.DownloadConfig(manual_dir=str(source or ""))
+    builder.download_and_prepare(download_config=config)
+    content = {
+        "digest": _content(stamp.parent),
+        "sizes": _sizes(stamp.parent),
+        "source": files,
+    }
+    unfinished = stamp.with_name("unfinished.json")
+    unfinished.write_text(json.dumps(content))
+    unfinished.replace(stamp)
+
+
+def _sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.glob("*.tfrecord*")}
+
+
+def _check_whole(folder, sizes):
+    """A file that lost its end is only seen when an epoch comes to it."""
+    now = _sizes(folder)
+    for name, size in sizes.items():
+        if now.get(name) != size:
+            raise ValueError(
+                f"{folder / name} has {now.get(name, 'no')} bytes, not the {size} that "
+                f"were prepared. Remove {folder} to prepare the data anew"
+            )
+
+
+def _other_versions(folder):
+    versions = {path.name for path in folder.parent.glob("*.*.*")} - {folder.name}
+    if not versions:
+        return ""
+    found = ", ".join(sorted(versions))
+    return f". In {folder.parent} is version {found}, and {folder.name} is needed"
 
 
 def _content(folder):

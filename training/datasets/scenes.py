@@ -339,6 +339,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         ScenesConfig(name="full", description="Large enough to learn from."),
         ScenesConfig(name="toy", description="For tests.", train=16, test=8),
     ]
+    attribute_names = ATTRIBUTES
 
     def _info(self) -> tfds.core.DatasetInfo:
         image = {"shape": (HEIGHT, WIDTH, 3), "encoding_format": "png"}

@@ -49,7 +49,9 @@ RECIPE = Recipe(
     ),
     best_split="block11_expand_conv",
     # Depthwise convolutions in bfloat16 are slow: a step takes 1.7 times as long.
-    training=Training(batch_size=16, momentum=0.9, dtype="float32"),
+    training=Training(
+        batch_size=16, momentum=0.9, loss_weighting=None, dtype="float32"
+    ),
     one_task=Schedule(epochs=6, learning_rate=0.05),
     extra=Schedule(epochs=4, learning_rate=0.02),
 )

@@ -169,24 +169,24 @@ def splits(rows, metrics, of_paper=None):
 
 
 @_STYLE
-def per_class(title, classes, gains, pixels, deviations=None):
+def per_class(title, classes, gains, counts, deviations=None):
     """The change of each class over its frequency, as the paper's figure 6.
 
     Args:
         title: String, which score and which methods.
         classes: List of names.
         gains: Array `(classes,)`, change of the score in points.
-        pixels: Array `(classes,)`, true pixels.
+        counts: Array `(classes,)`, true pixels or objects.
         deviations: Array `(classes,)`, standard deviation of the change over seeds.
     """
-    order = np.argsort(-np.asarray(pixels, float), kind="stable")
-    gains, pixels = np.asarray(gains)[order], np.asarray(pixels)[order]
+    order = np.argsort(-np.asarray(counts, float), kind="stable")
+    gains, counts = np.asarray(gains)[order], np.asarray(counts)[order]
     names = np.asarray(classes)[order]
     place = np.arange(len(names))
     figure = Figure((WIDTH, 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.5))
-    above.bar(place, 100 * pixels / pixels.sum(), color="0.6")
-    above.set(yscale="log", ylabel="pixels, %")
+    above.bar(place, 100 * counts / counts.sum(), color="0.6")
+    above.set(yscale="log", ylabel="frequency, %")
     above.yaxis.set_major_formatter("{x:g}")
     error = None if deviations is None else np.asarray(deviations)[order]
     below.bar(
@@ -200,7 +200,7 @@ def per_class(title, classes, gains, pixels, deviations=None):
     below.set(ylabel="change, points", xlim=(-0.7, len(names) - 0.3))
     below.set_xticks(place, names, rotation=90)
     below.grid(axis="x", visible=False)
-    above.set_title(f"{title}\n{_rank_correlation(gains, pixels)}", loc="left")
+    above.set_title(f"{title}\n{_rank_correlation(gains, counts)}", loc="left")
     return figure
 
 
@@ -269,9 +269,9 @@ def _gain(values, control, higher):
     return (mean, low, high) if higher else (-mean, -high, -low)
 
 
-def _rank_correlation(gains, pixels):
+def _rank_correlation(gains, counts):
     """Spearman's, as a sentence; undefined where all classes gain alike."""
-    if len(set(gains)) < 2 or len(set(pixels)) < 2:
+    if len(set(gains)) < 2 or len(set(counts)) < 2:
         return "rank correlation undefined: all classes alike"
-    rho, p = spearmanr(gains, pixels)
-    return f"rank correlation of change and pixels {rho:+.2f} (p = {p:.2g})"
+    rho, p = spearmanr(gains, counts)
+    return f"rank correlation of change and frequency {rho:+.2f} (p = {p:.2g})"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from training.runs import Row
-from training.study.results import control
+from training.study.results import control, metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,24 +104,27 @@ def class_changes(runs, controls):
     """By how much a method changes the score of each class, seed by seed.
 
     Returns:
-        Dict of (task, metric) to (classes, changes, pixels): a list of C names, an
-        array (seeds, C) and an array (C,). Classes without a score are left out.
+        Dict of (task, metric) to (classes, changes, counts): a list of C names, an
+        array (seeds, C) and an array (C,), how frequent they are. Classes without a
+        score are left out.
     """
     ours = {run.seed: _by_class(run) for run in runs}
     theirs = {run.seed: _by_class(run) for run in controls}
     seeds = sorted(seed for seed in ours if ours[seed] and theirs.get(seed))
     changes = {}
-    for task, name in ours[seeds[0]] if seeds else ():
-        if name == "pixels":
+    first = ours[seeds[0]] if seeds else {}
+    # Pixels, or objects: what is counted is neither good nor bad.
+    counted = {task: x for (task, name), x in first.items() if _is_count(name)}
+    for task, name in first:
+        if _is_count(name):
             continue
-        pixels = ours[seeds[0]][task, "pixels"]
         pairs = [(ours[seed][task, name], theirs[seed][task, name]) for seed in seeds]
         by_name = {
             of: [after[of] - before[of] for after, before in pairs]
-            for of in pixels
+            for of in counted[task]
             if all(of in scores for pair in pairs for scores in pair)
         }
-        counts = np.array([pixels[of] for of in by_name])
+        counts = np.array([counted[task][of] for of in by_name])
         changes[task, name] = (
             list(by_name),
             np.array(list(by_name.values())).T,
@@ -137,6 +140,10 @@ def label_budget(runs):
         if budget:
             return tuple(budget)
     return None
+
+
+def _is_count(name):
+    return metric(name).higher is None
 
 
 def _by_class(run):

@@ -177,14 +177,14 @@ def _classes(methods):
         changes = recorded.class_changes(
             methods.get(method, []), methods.get(control(method), [])
         )
-        for (task, name), (classes, gains, pixels) in changes.items():
+        for (task, name), (classes, gains, counts) in changes.items():
             title = (
                 f"{metric(name).label} of {task}: {label(method)} minus "
                 f"{label(control(method))}, seeds: {len(gains)}"
             )
             spread = gains.std(axis=0, ddof=1) if len(gains) > 1 else None
             figure = figures.per_class(
-                title, classes, gains.mean(axis=0), pixels, spread
+                title, classes, gains.mean(axis=0), counts, spread
             )
             pictures.append(_picture(title, figure))
     return pictures

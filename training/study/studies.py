@@ -35,13 +35,13 @@ def _methods(recipe):
     """Table 5, with the two controls that the paper lacks."""
     return [
         "one_task",
-        "one_task_longer",
         "ensemble",
+        "one_task_longer",
+        "cross_stitch",
+        "one_task_whole",
         "shared",
         f"split@{recipe.best_split}",
-        "cross_stitch",
         "cross_stitch_from_start",
-        "one_task_whole",
     ]
 
 
@@ -120,7 +120,10 @@ def plan(experiment, study, seeds):
         raise ValueError(
             f"There is no study '{study}'. There are: {', '.join(STUDIES)}, all"
         )
-    names = STUDIES if study == "all" else [study]
+    names = [study]
+    if study == "all":
+        budgets = hasattr(experiment.recipe.data, "label_budget")
+        names = [x for x in STUDIES if budgets or x != "label-budget"]
     experiments = {name: _experiments(experiment, name) for name in names}
     return [
         Run(name, one, method, seed)
@@ -159,7 +162,8 @@ def duration(run):
     recipe = run.experiment.recipe.name.partition("-labels")[0]
     seconds = [
         float(row["seconds"])
-        for path in run.experiment.runs.glob(f"{recipe}*/*/seed*/history.csv")
+        for folder in (recipe, f"{recipe}-*")
+        for path in run.experiment.runs.glob(f"{folder}/*/seed*/history.csv")
         for row in _read(path)
     ]
     return schedule.epochs * float(np.median(seconds)) if seconds else None

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from training.metric import Metric
+from training.tasks.attributes import Attributes
+from training.tasks.detection import Detection
 from training.tasks.normals import Normals
 from training.tasks.segmentation import Segmentation
 
@@ -24,25 +26,19 @@ class Scores(Protocol):
 class Task(Protocol):
     """What a task gives to the batches, to training and to the pictures."""
 
-    feature: str  # of the data set's examples, in which the target is
+    inputs: str  # what it is tested on: an "image", or its "proposals" or "objects"
     outputs: int  # channels of the tower's logits
     void: float  # what a target holds where there is no label
     metrics: Mapping[str, Metric]  # what its scores give, and in which direction
 
-    def target(self, example: Any) -> Any:
-        """The target of a stored example."""
-
-    def flip(self, target: Any) -> Any:
-        """The target, (N, H, W, ...), of the horizontally flipped image."""
-
     def loss(self) -> Any:
         """The Keras loss of (target, logits)."""
 
-    def answer(self, logits: Any, name: str) -> Any:
-        """Layers from logits to what the model is asked for when served."""
+    def answer(self, logits: Any, name: str, inputs: Any) -> Any:
+        """Layers from logits (and inputs) to what the model gives when served."""
 
-    def average(self, answers: Any, name: str) -> Any:
-        """Layers from several models' answers to their average."""
+    def average(self, logits: list[Any], name: str, inputs: Any) -> Any:
+        """Layers from several models' logits to their common answer."""
 
     def describe(self) -> dict[str, Any]:
         """What the answers mean: kind, names, colours, units, description."""
@@ -50,10 +46,47 @@ class Task(Protocol):
     def scores(self) -> Scores:
         """New scores, to which test batches are added."""
 
-    def draw(self, target_or_answer: Any) -> Any:
-        """One target or answer, (H, W, ...), as an RGB image, uint8."""
+    def draw(self, target_or_answer: Any, inputs: Any) -> Any:
+        """One target or answer, and the inputs it belongs to, as RGB, uint8."""
 
 
-TASKS: dict[str, type[Any]] = {"segmentation": Segmentation, "normals": Normals}
+class DenseTask(Task, Protocol):
+    """A task with an answer for each pixel."""
 
-__all__ = ["TASKS", "Normals", "Scores", "Segmentation", "Task"]
+    feature: str  # of the data set's examples, in which the target is
+
+    def target(self, example: Any) -> Any:
+        """The target of a stored example."""
+
+    def flip(self, target: Any) -> Any:
+        """The target, (N, H, W, ...), of the horizontally flipped image."""
+
+
+class RegionTask(Task, Protocol):
+    """A task with an answer for each RoI."""
+
+    def target(self, rois: Any, matched: dict[str, Any]) -> Any:
+        """The target of RoIs (N, R, 4), see `batches.regions.sample`."""
+
+    def truth(self, objects: dict[str, Any]) -> Any:
+        """What the answers for an image are compared with: a row an object."""
+
+
+TASKS: dict[str, type[Any]] = {
+    "segmentation": Segmentation,
+    "normals": Normals,
+    "detection": Detection,
+    "attributes": Attributes,
+}
+
+__all__ = [
+    "TASKS",
+    "Attributes",
+    "DenseTask",
+    "Detection",
+    "Normals",
+    "RegionTask",
+    "Scores",
+    "Segmentation",
+    "Task",
+]

@@ -25,6 +25,7 @@ class Normals:
     """Classification into codewords; the answer is their mean under the softmax."""
 
     codewords: np.ndarray  # (K, 3), unit length
+    inputs = "image"
     feature = "normals"
     void = 0.0
     metrics = types.MappingProxyType(
@@ -61,7 +62,7 @@ class Normals:
     def loss(self):
         return CodewordCrossentropy(self.codewords, name="normals_loss")
 
-    def answer(self, logits, name):
+    def answer(self, logits, name, inputs=None):
         """The unit vector along the codewords' mean under the softmax.
 
         Of Keras's own layers only, so that the saved model needs none of ours.
@@ -83,7 +84,8 @@ class Normals:
             axis=-1, dtype="float32", name=f"{name}_unit"
         )(mean_normal)
 
-    def average(self, answers, name):
+    def average(self, logits, name, inputs=None):
+        answers = [self.answer(x, f"{name}_{k}", inputs) for k, x in enumerate(logits)]
         total = keras.layers.Add(name=f"{name}_sum", dtype="float32")(answers)
         return keras.layers.UnitNormalization(
             axis=-1, dtype="float32", name=f"{name}_average"
@@ -104,7 +106,7 @@ class Normals:
     def scores(self):
         return AngleHistogram()
 
-    def draw(self, target_or_answer):
+    def draw(self, target_or_answer, inputs=None):
         normals = np.asarray(target_or_answer)
         # The customary colours: red is right, green is up, blue is to the camera.
         image = (normals * (1, -1, -1) + 1) / 2 * 255

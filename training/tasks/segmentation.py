@@ -18,6 +18,7 @@ class Segmentation:
     """Softmax over classes, with the metrics of Long et al. in percent."""
 
     classes: tuple[str, ...]
+    inputs = "image"
     feature = "segmentation"
     void = VOID
     metrics = types.MappingProxyType(
@@ -51,12 +52,13 @@ class Segmentation:
             from_logits=True, ignore_class=VOID, name="segmentation_loss"
         )
 
-    def answer(self, logits, name):
+    def answer(self, logits, name, inputs=None):
         return keras.layers.Softmax(name=f"{name}_probabilities", dtype="float32")(
             logits
         )
 
-    def average(self, answers, name):
+    def average(self, logits, name, inputs=None):
+        answers = [self.answer(x, f"{name}_{k}", inputs) for k, x in enumerate(logits)]
         return keras.layers.Average(name=f"{name}_average", dtype="float32")(answers)
 
     def describe(self):
@@ -71,7 +73,7 @@ class Segmentation:
     def scores(self):
         return ConfusionMatrix(self.classes)
 
-    def draw(self, target_or_answer):
+    def draw(self, target_or_answer, inputs=None):
         classes = np.asarray(target_or_answer)
         if classes.ndim == 3:
             classes = classes.argmax(axis=-1)

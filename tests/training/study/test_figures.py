@@ -118,7 +118,7 @@ def test_classes_are_ordered_by_frequency_with_the_rank_correlation():
     assert [x.get_facecolor()[:3] for x in below.patches] == [*map(to_rgb, colours)]
     shares = [x.get_height() for x in above.patches]
     np.testing.assert_allclose(shares, 100 * pixels[order] / pixels.sum())
-    assert f"pixels {ranks:+.2f} (p = " in above.get_title(loc="left")
+    assert f"frequency {ranks:+.2f} (p = " in above.get_title(loc="left")
 
 
 def test_no_rank_correlation_where_all_classes_change_alike():

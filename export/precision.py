@@ -1,0 +1,50 @@
+"""A trained model in a smaller dtype, for processors that compute faster in it."""
+
+import keras
+from keras import ops
+
+
+def lower(model, dtype):
+    """The model computing in `dtype`, with inputs and outputs as before.
+
+    Weights and alphas stay float32, and the layers that give the outputs go on
+    computing in it. The layers are those of `model`, changed.
+    """
+    outputs = {id(x) for x in keras.tree.flatten(model.output)}
+    for layer in _layers(model):
+        if layer.dtype_policy.name == "float32" and not _gives(layer, outputs):
+            layer.dtype_policy = f"mixed_{dtype}"
+    lowered = _anew(model)
+    same_dtypes = keras.tree.map_structure(
+        lambda x, before: x if x.dtype == before.dtype else ops.cast(x, before.dtype),
+        lowered.output,
+        model.output,
+    )
+    return keras.Model(lowered.input, same_dtypes)
+
+
+def _anew(layer):
+    """The same layers in a new graph, which knows the dtypes between them."""
+    if not _is_graph(layer):
+        return layer
+    return keras.models.clone_model(layer, clone_function=_anew)
+
+
+def _layers(model):
+    for layer in model.layers:
+        if _is_graph(layer):
+            yield from _layers(layer)
+        elif not isinstance(layer, keras.Model):
+            yield layer
+
+
+def _is_graph(layer):
+    functional = isinstance(layer, keras.Model) and hasattr(layer, "operations")
+    return functional or isinstance(layer, keras.Sequential)
+
+
+def _gives(layer, outputs):
+    try:
+        return any(id(x) in outputs for x in keras.tree.flatten(layer.output))
+    except AttributeError:  # a layer that is called more than once
+        return False

@@ -1,0 +1,271 @@
+"""Layers for towers over the regions of an image; knows nothing of tasks.
+
+A region (RoI) is a box: left, top, right, bottom in pixels of the image. Boxes without
+area fill up where an image has fewer than another; they give no detections.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+_SAMPLES = 2  # in each direction of a cell, as in Mask R-CNN
+
+
+@keras.saving.register_keras_serializable("keras_cross_stitch")
+class RoIAlign(layers.Layer):
+    """Pools what a map holds of each region to one size, by bilinear sampling.
+
+    Each region is cut into `size` x `size` cells, and a cell is the mean of four points
+    of the map, each between its four neighbours. That is linear in the map, rows and
+    columns apart, so it is two products of matrices: quick, and so is its gradient.
+
+        output[r, i, j] = sum_{y, x} rows[r, i, y] * columns[r, j, x] * map[y, x]
+
+    Args:
+        size: Integer, cells of a side.
+        stride: Integer, pixels of the image from one position of the map to the next.
+        first: Float, the pixel coordinate that the map's first position is centred on,
+            in both directions. Defaults to `stride / 2`. Padding on one side only
+            ("same" with an even size and a stride of 2) moves it.
+        **kwargs: Arguments of every Keras layer, such as `name`.
+
+    Input shape:
+        List of the map, `(N, H, W, C)`, and the regions, `(N, R, 4)`: left, top, right,
+        bottom in pixels of the image.
+
+    Output shape:
+        `(N, R, size, size, C)`
+
+    Example:
+
+    The mean of a map whose value is its column, in its right half:
+
+    >>> columns = keras.ops.broadcast_to(keras.ops.arange(8.0)[:, None], (1, 8, 8, 1))
+    >>> regions = [[[64.0, 0.0, 128.0, 128.0]]]
+    >>> pooled = RoIAlign(size=1, stride=16)([columns, keras.ops.array(regions)])
+    >>> tuple(pooled.shape), float(pooled[0, 0, 0, 0, 0])
+    ((1, 1, 1, 1, 1), 5.5)
+
+    Reference:
+
+    - [He et al., 2017](https://arxiv.org/abs/1703.06870), section 3
+    """
+
+    def __init__(
+        self, size: int, stride: int, first: float | None = None, **kwargs: Any
+    ) -> None:
+        # Coordinates stay float32: in bfloat16, 201 pixels are 200.
+        super().__init__(autocast=False, **kwargs)
+        if size < 1 or stride < 1:
+            raise ValueError(
+                "`size` and `stride` must be positive integers. Received: "
+                f"size={size}, stride={stride}"
+            )
+        self.size = size
+        self.stride = stride
+        self.first = stride / 2 if first is None else first
+
+    def build(self, input_shape: Any) -> None:
+        shapes = [tuple(shape) for shape in input_shape]
+        if [len(shape) for shape in shapes] != [4, 3] or shapes[1][-1] != 4:
+            raise ValueError(
+                f"Layer '{self.name}' must be called with a map (N, H, W, C) and "
+                f"regions (N, R, 4). Received: shapes={shapes}"
+            )
+
+    def call(self, inputs: Any) -> Any:
+        maps, regions = inputs
+        batch, height, width, channels = ops.shape(maps)
+        count = ops.shape(regions)[1]
+        regions = ops.cast(regions, "float32")
+        columns = self._weights(regions[..., 0], regions[..., 2], width)
+        rows = self._weights(regions[..., 1], regions[..., 3], height)
+        rows = ops.reshape(rows, (batch, count * self.size, height))
+        x = ops.reshape(maps, (batch, height, width * channels))
+        x = ops.matmul(ops.cast(rows, x.dtype), x)  # (N, R * size, W * C)
+        x = ops.reshape(x, (batch, count, self.size, width, channels))
+        return ops.matmul(ops.cast(columns, x.dtype)[:, :, None], x)
+
+    def _weights(self, start: Any, end: Any, length: Any) -> Any:
+        """Of each position in each cell, along one side: (N, R, size, length)."""
+        points = self.size * _SAMPLES
+        shares = ops.convert_to_tensor((np.arange(points) + 0.5) / points, "float32")
+        pixels = start[..., None] + (end - start)[..., None] * shares  # (N, R, points)
+        last = ops.cast(length - 1, "float32")
+        places = ops.clip((pixels - self.first) / self.stride, 0.0, last)
+        distance = ops.abs(places[..., None] - ops.arange(length, dtype="float32"))
+        weights = ops.maximum(1.0 - distance, 0.0)  # (N, R, points, length)
+        shape = (*ops.shape(start), self.size, _SAMPLES, length)
+        return ops.mean(ops.reshape(weights, shape), axis=3)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        maps, regions = input_shape
+        return (*regions[:2], self.size, self.size, maps[-1])
+
+    def compute_output_spec(self, inputs: Any) -> Any:
+        shape = self.compute_output_shape([x.shape for x in inputs])
+        return keras.KerasTensor(shape, inputs[0].dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        config = {"size": self.size, "stride": self.stride, "first": self.first}
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable("keras_cross_stitch")
+class Detections(layers.Layer):
+    """The objects that Fast R-CNN finds: boxes moved, and duplicates suppressed.
+
+    Each region is moved by each class's deltas (x and y by shares of its width and
+    height, width and height by a power of e, all times `variance`), and cut at the
+    image's border. Of each class, the boxes that overlap a likelier one are dropped;
+    of all classes, the likeliest stay.
+
+    Args:
+        image_size: Tuple `(H, W)`, pixels.
+        variance: Tuple of 4 floats, by which the deltas are multiplied.
+        iou_threshold: Float, above which two boxes are duplicates.
+        score_threshold: Float, below which a box is no detection.
+        max_detections: Integer, of an image; and as many candidates of a class.
+        **kwargs: Arguments of every Keras layer, such as `name`.
+
+    Input shape:
+        List of probabilities `(N, R, 1 + classes)`, the first being the background's;
+        deltas `(N, R, 4 * classes)`: x, y, width, height of a class, then of the next;
+        and regions `(N, R, 4)`: left, top, right, bottom in pixels.
+
+    Output shape:
+        Dict of `boxes` `(N, max_detections, 4)`, left, top, right, bottom in pixels;
+        `classes` `(N, max_detections)`, int32, 0 being the first behind the background;
+        `scores` `(N, max_detections)`, falling; and `num_detections` `(N,)`, int32.
+        Behind those, boxes and scores are 0, and classes -1.
+
+    Example:
+
+    Two regions on one object, and one without area:
+
+    >>> regions = [[[10.0, 10.0, 50.0, 50.0], [12.0, 10.0, 52.0, 50.0], [0.0] * 4]]
+    >>> probabilities = [[[0.1, 0.9], [0.2, 0.8], [0.0, 1.0]]]
+    >>> inputs = [probabilities, keras.ops.zeros((1, 3, 4)), regions]
+    >>> found = Detections((64, 64))([keras.ops.array(x) for x in inputs])
+    >>> int(found["num_detections"][0]), found["boxes"][0, 0].numpy().tolist()
+    (1, [10.0, 10.0, 50.0, 50.0])
+
+    Reference:
+
+    - [Girshick, 2015](https://arxiv.org/abs/1504.08083), sections 2.2 and 4
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        variance: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2),
+        iou_threshold: float = 0.3,
+        score_threshold: float = 0.01,
+        max_detections: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.image_size = tuple(image_size)
+        self.variance = tuple(variance)
+        self.iou_threshold = iou_threshold
+        self.score_threshold = score_threshold
+        self.max_detections = max_detections
+
+    def call(self, inputs: Any) -> dict[str, Any]:
+        probabilities, deltas, regions = (ops.cast(x, "float32") for x in inputs)
+        boxes, scores = self._candidates(probabilities, deltas, regions)
+        shape = (-1, *scores.shape[1:])
+        # Classes do not suppress each other: each is an image of its own.
+        kept = _not_suppressed(
+            ops.reshape(boxes, (-1, *boxes.shape[2:])), self.iou_threshold
+        )
+        scores = ops.where(ops.reshape(kept, shape), scores, 0.0)
+        scores = ops.reshape(scores, (-1, scores.shape[1] * scores.shape[2]))
+        boxes = ops.reshape(boxes, (-1, scores.shape[1], 4))
+        scores, chosen = ops.top_k(scores, self.max_detections)
+        found = scores >= self.score_threshold
+        boxes = ops.take_along_axis(boxes, chosen[..., None], axis=1)
+        classes = ops.cast(chosen // self.max_detections, "int32")
+        return {
+            "boxes": ops.where(found[..., None], boxes, 0.0),
+            "classes": ops.where(found, classes, -1),
+            "scores": ops.where(found, scores, 0.0),
+            "num_detections": ops.sum(ops.cast(found, "int32"), axis=1),
+        }
+
+    def _candidates(self, probabilities: Any, deltas: Any, regions: Any) -> Any:
+        """The likeliest boxes of each class: (N, classes, K, 4) and (N, classes, K)."""
+        classes = probabilities.shape[-1] - 1
+        batch, count, _ = ops.shape(regions)
+        area = (regions[..., 2] - regions[..., 0]) * (regions[..., 3] - regions[..., 1])
+        there = (area > 0) & (regions[..., 2] > regions[..., 0])
+        scores = ops.where(there[..., None], probabilities[..., 1:], 0.0)
+        # e to the fifth of 20 is enlarging 55 times: it does not overflow.
+        deltas = ops.reshape(ops.clip(deltas, -20, 20), (batch, count, classes, 4))
+        boxes = keras.utils.bounding_boxes.decode_deltas_to_boxes(
+            regions[:, :, None],
+            deltas,
+            anchor_format="xyxy",
+            box_format="xyxy",
+            encoded_format="center_xywh",
+            variance=self.variance,
+        )
+        height, width = self.image_size
+        border = ops.convert_to_tensor([width, height, width, height], "float32")
+        boxes = ops.minimum(ops.maximum(boxes, 0.0), border)
+        # So there are as many as `top_k` asks for.
+        fill = (0, self.max_detections)
+        scores = ops.pad(scores, ((0, 0), fill, (0, 0)))
+        boxes = ops.pad(boxes, ((0, 0), fill, (0, 0), (0, 0)))
+        scores, chosen = ops.top_k(
+            ops.transpose(scores, (0, 2, 1)), self.max_detections
+        )
+        boxes = ops.transpose(boxes, (0, 2, 1, 3))
+        return ops.take_along_axis(boxes, chosen[..., None], axis=2), scores
+
+    def compute_output_spec(self, inputs: Any) -> Any:
+        shape = (inputs[0].shape[0], self.max_detections)
+        return {
+            "boxes": keras.KerasTensor((*shape, 4), "float32"),
+            "classes": keras.KerasTensor(shape, "int32"),
+            "scores": keras.KerasTensor(shape, "float32"),
+            "num_detections": keras.KerasTensor(shape[:1], "int32"),
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "image_size": self.image_size,
+            "variance": self.variance,
+            "iou_threshold": self.iou_threshold,
+            "score_threshold": self.score_threshold,
+            "max_detections": self.max_detections,
+        }
+
+
+def _not_suppressed(boxes: Any, iou_threshold: float) -> Any:
+    """Whether each box of (M, K, 4), the likeliest first, stays: (M, K) bool.
+
+    A box goes if one before it, that stays, overlaps it. Begun with all, each round
+    settles at least the first box that is not: so K rounds are the most, and few are
+    needed.
+    """
+    overlaps = keras.utils.bounding_boxes.compute_iou(boxes, boxes, "xyxy")
+    count = boxes.shape[1]
+    before = ops.convert_to_tensor(np.tri(count, k=-1), "bool")  # [i, j]: j before i
+    suppresses = (overlaps > iou_threshold) & before
+
+    def settle(kept: Any, changed: Any) -> Any:
+        after = ~ops.any(suppresses & kept[:, None, :], axis=-1)
+        return after, ops.any(after != kept)
+
+    all_kept = ops.ones_like(boxes[..., 0], dtype="bool")
+    kept, _ = ops.while_loop(
+        lambda kept, changed: changed,
+        settle,
+        (all_kept, ops.convert_to_tensor(True)),
+        maximum_iterations=count,
+    )
+    return kept

@@ -1,0 +1,107 @@
+"""What goes wrong outside ends in an error that says what, and nothing is lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_cross_stitch import LearningRateGroups
+from training.callbacks import Backup, StopAtNaN
+from training.locks import lock
+from training.runs import open_experiment
+
+ROOT = Path(__file__).parents[2]
+
+
+def fit_linear(path, rates, examples=8):
+    """A linear model, an epoch at each rate, with four examples a step."""
+    x = keras.Input((2,))
+    model = keras.Model(x, keras.layers.Dense(1, name="line")(x))
+    sgd = keras.optimizers.SGD(rates[0])
+    model.compile(LearningRateGroups(sgd, {"kernel": 10}), loss="mse")
+    callbacks = [
+        keras.callbacks.LearningRateScheduler(lambda epoch: rates[epoch]),
+        StopAtNaN(),
+        Backup(path / "latest.weights.h5", examples // 4, seed=0),
+    ]
+    data = np.ones((examples, 2)), np.zeros((examples, 1))
+    model.fit(*data, batch_size=4, epochs=len(rates), callbacks=callbacks, verbose=0)
+
+
+def test_divergence_names_the_first_variable_and_its_group(tmp_path):
+    with pytest.raises(FloatingPointError) as stopped:
+        fit_linear(tmp_path, [1e-3, 1e25], examples=20)
+    text = str(stopped.value)
+
+    assert "at step 1 of the epoch" in text or "at step 2 of the epoch" in text
+    assert "line/kernel (of the group 'kernel', rate x10)" in text
+    kept = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="line")])
+    kept.load_weights(tmp_path / "latest.weights.h5")
+    assert np.isfinite(kept.get_weights()[0]).all()
+
+
+def test_an_update_that_no_loss_has_seen_is_not_kept(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"last step of epoch 0 .*line/kernel"):
+        fit_linear(tmp_path, [3e38], examples=4)
+    assert not (tmp_path / "latest.weights.h5").exists()
+
+
+def test_one_process_alone_holds_a_lock_and_a_killed_one_does_not(tmp_path):
+    program = (
+        "import sys, time; from pathlib import Path; from training.locks import lock\n"
+        "with lock(Path(sys.argv[1]), wait=False): print('held', flush=True); "
+        "time.sleep(600)"
+    )
+    path = tmp_path / "run" / ".lock"
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"held\n"
+            message = rf"run is being written by process {process.pid} on \S+\. Wait"
+            with pytest.raises(ValueError, match=message), lock(path, wait=False):
+                pass
+        finally:
+            process.kill()
+    for wait in (False, True):
+        with lock(path, wait=wait):
+            pass
+
+
+def test_a_run_that_another_process_trains_is_refused(experiment, train):
+    run = experiment.folder("one_task", 0)
+    with lock(run / ".lock", wait=False), pytest.raises(ValueError, match="by process"):
+        train(experiment, "one_task")
+    assert not (run / "recipe.json").exists()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The prepared data, to be spoilt."""
+    shutil.copytree(finished.runs / "datasets", tmp_path / "datasets")
+    (info,) = (tmp_path / "datasets").glob("scenes/*/*/dataset_info.json")
+    return info.parent
+
+
+def test_prepared_data_that_lost_their_end_are_refused(copied, finished, tmp_path):
+    file = sorted(copied.glob("*.tfrecord*"))[-1]
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-100])
+    message = rf"{file.name} has {size - 100} bytes, not the {size} that were prepared"
+    with pytest.raises(ValueError, match=message):
+        open_experiment(finished.recipe, None, tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{file.name} has no bytes"):
+        open_experiment(finished.recipe, None, tmp_path)
+
+
+def test_prepared_data_of_another_version_are_refused(copied, finished, tmp_path):
+    path = copied / "dataset_info.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "version": "0.9.0"}))
+    with pytest.raises(ValueError, match=r"Proto version: 0\.9\.0\. Remove"):
+        open_experiment(finished.recipe, None, tmp_path)

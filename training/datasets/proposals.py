@@ -1,0 +1,104 @@
+"""Selective search: where the objects of an image might be, kept with the data.
+
+Any data set with an `image` has proposals, and with `objects` a recall.
+"""
+
+import os
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import keras
+import numpy as np
+import tensorflow_datasets as tfds
+from rich.console import Console
+from rich.progress import track
+
+MOST = 1000  # of an image
+# Selective search is made for images twice as large as VOC's are here: as they are, and
+# with OpenCV's own scale of 150, it finds half as many boxes, and 82 % of the objects
+# of 200 test images. So it finds 86 %.
+ENLARGED, SCALE = 1.25, 75
+
+
+def prepare(builder, splits):
+    """Searches the images of each split, once, and prints the recall that results."""
+    for split in splits:
+        path = _path(builder, split)
+        if path.exists():
+            continue
+        images = (example["image"] for example in _stored(builder, split, "image"))
+        # Threads are enough for all cores: OpenCV releases the GIL.
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            found = executor.map(search, images)
+            total = builder.info.splits[split].num_examples
+            boxes = list(track(found, f"Proposals, {split}", total=total))
+        unfinished = path.with_name("unfinished.npy")
+        np.save(unfinished, pad(boxes))
+        unfinished.replace(path)
+        Console().print(
+            f"Proposals of {builder.name}, {split}: {np.mean([*map(len, boxes)]):.0f} "
+            f"an image, recall at IoU 0.5: {recall(builder, split):.3f}"
+        )
+
+
+def load(builder, split, most=MOST):
+    """The proposals of a split's images in order, (N, P, 4): see `search`, `pad`."""
+    return np.load(_path(builder, split))[:, :most]
+
+
+def search(image, most=MOST):
+    """Proposals for an image, the largest first.
+
+    Args:
+        image: Array (H, W, 3), uint8, RGB.
+        most: Integer, how many boxes at most.
+
+    Returns:
+        Array (P, 4), float32: top, left, bottom, right, as shares of the image.
+    """
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    rows, columns = (round(ENLARGED * x) for x in image.shape[:2])
+    search.setBaseImage(cv2.resize(image[..., ::-1], (columns, rows)))
+    search.switchToSelectiveSearchFast(SCALE, SCALE)
+    found = search.process()
+    # OpenCV's own order is random, and its smallest boxes are the least use.
+    left, top, width, height = found[np.lexsort([*found.T, -found[:, 2:].prod(1)])].T
+    boxes = np.stack([top, left, top + height, left + width], axis=1)[:most]
+    return (boxes / [rows, columns, rows, columns]).astype("float32")
+
+
+def pad(boxes):
+    """List of boxes (P, 4) as one array (N, P, 4); boxes without area fill it up."""
+    padded = np.zeros((len(boxes), max(map(len, boxes), default=0), 4), "float32")
+    for row, of_image in zip(padded, boxes, strict=True):
+        row[: len(of_image)] = of_image
+    return padded
+
+
+def recall(builder, split, most=MOST):
+    """The share of a split's objects that some proposal overlaps at IoU 0.5."""
+    examples = _stored(builder, split, "objects")
+    best = [
+        _overlap(example["objects"]["bbox"], boxes)
+        for example, boxes in zip(examples, load(builder, split, most), strict=True)
+    ]
+    return float(np.mean(np.concatenate(best) >= 0.5))
+
+
+def _overlap(objects, boxes):
+    """The IoU of each object with its best proposal."""
+    overlaps = keras.utils.bounding_boxes.compute_iou(objects, boxes, "yxyx")
+    return keras.ops.convert_to_numpy(overlaps).max(axis=1, initial=0)
+
+
+def _stored(builder, split, feature):
+    """The examples of a split with only that feature, one by one."""
+    decoders = tfds.decode.PartialDecoding({feature: True})
+    return tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
+
+
+def _path(builder, split):
+    name = urllib.parse.quote(split, safe="")  # "train[:80%]", say
+    return Path(builder.data_path) / f"proposals-{name}.npy"

@@ -1,0 +1,54 @@
+"""VOC 2008 from a pretrained backbone: detection and attributes, as the paper's second.
+
+Data: 2111 train and 2221 test images of 256 pixels, 20 classes, 64 attributes; up to
+1000 proposals an image by selective search, whose recall is 0.86. The tower is Fast
+R-CNN on EfficientNet-Lite0, or any other backbone of its names. All up to
+`block4_output`, stride 8, is frozen, its batch normalisation too: it stays the same in
+all towers, so that it is computed once, and its gradients would be what costs on a CPU.
+
+    python -m training fit voc2008 --data DIR --backbone FILE
+"""
+
+from pathlib import Path
+
+from training.recipe import (
+    FastRcnnBackbone,
+    Recipe,
+    RegionData,
+    Schedule,
+    Training,
+    Units,
+)
+
+RECIPE = Recipe(
+    name="voc2008",
+    data=RegionData(
+        dataset="voc2008",
+        config="full",
+        train_split="train",
+        test_split="test",
+        tasks=("detection", "attributes"),
+        image_size=(256, 256),
+        proposals=1000,
+        sampled=32,
+    ),
+    tower=FastRcnnBackbone(
+        backbone=Path("../shared/models/efficientnet_lite0.keras"),
+        frozen_to="block4_output",
+        dropout=0.5,
+        pooled=("block10_output", "block15_output"),
+        pooled_size=4,
+        fully_connected=256,
+    ),
+    units=Units(
+        at=("block7_output", "block10_output", "block14_output", "fc6", "fc7"),
+        per="layer",
+        same_task=0.9,
+        alpha_multiplier=100,
+    ),
+    splits=("block7_expand_conv", "fc7"),
+    best_split="block7_expand_conv",
+    training=Training(batch_size=8, momentum=0.9, loss_weighting=None, dtype="float32"),
+    one_task=Schedule(epochs=4, learning_rate=0.02),
+    extra=Schedule(epochs=2, learning_rate=0.01),
+)
