@@ -54,8 +54,10 @@ def test_the_guide_runs_and_learns(guide, losses, monkeypatch):
                 cell = cell.replace(port, free)
             exec(cell, namespace)
     finally:
-        if "server" in namespace:
-            namespace["server"].kill()
+        server = namespace.get("server")
+        if server and server.poll() is None:
+            server.kill()
+            server.communicate()
 
     assert losses
     for loss in losses:

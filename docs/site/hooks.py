@@ -21,12 +21,15 @@ def on_config(config):
 def on_page_markdown(markdown, page, config, files):
     """Links to what is not on the site lead to the repository, where it has a URL."""
 
+    up = "../" * (page.file.src_uri.count("/") + 1)
+
     def link(match):
         text, target = match.groups()
+        target = target.removeprefix(up) if target.startswith(up) else f"docs/{target}"
         return f"[{text}]({config.repo_url}{target})" if config.repo_url else text
 
-    up = "../" * (page.file.src_uri.count("/") + 1)
-    return re.sub(rf"(?<!!)\[([^\]]+)\]\({re.escape(up)}([^)]+)\)", link, markdown)
+    elsewhere = rf"{re.escape(up)}[^)]+|results(?:/[^)]*)?"
+    return re.sub(rf"(?<!!)\[([^\]]+)\]\(({elsewhere})\)", link, markdown)
 
 
 def on_page_content(content, page, config, files):
