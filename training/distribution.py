@@ -138,8 +138,11 @@ def build_losses(model, target):
         model: The compiled model.
         target: `{task: targets}` of a batch of any size.
     """
+    # What the model leaves open, the batch and its RoIs, is as in the targets.
     logits = {
-        name: keras.ops.zeros((len(target[name]), *output.shape[1:]))
+        name: keras.ops.zeros(
+            [n or target[name].shape[axis] for axis, n in enumerate(output.shape)]
+        )
         for name, output in model.output.items()
     }
     regularized = [(x, x) for x in model.trainable_variables if x.regularizer]
