@@ -25,7 +25,6 @@ from keras_cross_stitch import CrossStitch, alexnet, stitch
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results" / "speed.csv"
-ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 BATCH = 16
 TAPS = ["pool1", "pool2", "pool5", "fc6", "fc7"]
 # Of AlexNets of half the width.
@@ -133,14 +132,14 @@ def finished(result):
             x.numpy()
 
 
-def main():
+def main(rounds=20):
     cases = {**units(2), **units(4), **limits()}
     for dtype in ("float32", "mixed_bfloat16"):
         cases |= networks(dtype, False) | networks(dtype, True)
     if importlib.util.find_spec("torch"):
         cases |= pytorch()
     times = {name: [] for name in cases}
-    for round_ in range(-2, ROUNDS):  # the first two trace and warm up
+    for round_ in range(-2, rounds):  # the first two trace and warm up
         for name, run in cases.items():
             start = time.perf_counter()
             finished(run())
@@ -163,4 +162,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))
