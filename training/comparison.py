@@ -9,6 +9,7 @@ import numpy as np
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
 from training.study import figures
+from training.study.results import label
 
 PICTURES = 5
 
@@ -31,7 +32,7 @@ def compare(experiment, methods, seed):
     models = [keras.models.load_model(path, compile=False) for path in folders]
     target = experiment.folder("comparison", seed)
     target.mkdir(parents=True, exist_ok=True)
-    names = [textwrap.fill(method.replace("_", " "), 14) for method in methods]
+    names = [textwrap.fill(label(method), 14) for method in methods]
     titles = ["image", "truth", *names, "change"]
     gallery = target.parents[1] / "gallery"
     gallery.mkdir(exist_ok=True)
@@ -56,7 +57,7 @@ def compare(experiment, methods, seed):
 def rows(experiment, methods, seed):
     """The table's header and rows: one row per metric, one column per method."""
     of_methods = [runs.metrics(experiment.folder(method, seed)) for method in methods]
-    header = ["", *(method.replace("_", " ") for method in methods)]
+    header = ["", *map(label, methods)]
     body = [
         [f"{task} {metric}".replace("_", " ")]
         + [f"{of_method[task][metric]:.1f}" for of_method in of_methods]
