@@ -85,6 +85,7 @@ class Detection:
             "names": list(self.classes),
             "colours": [],
             "units": "pixels",
+            "drawn_from": DRAWN,
             "description": (
                 "The objects in the boxes `rois` (left, top, right, bottom): boxes, "
                 "classes (numbers of names), scores, and num_detections, how many"
