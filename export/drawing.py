@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _ROW = 20  # pixels, of a legend's line
 _WIDTH = 480  # pixels, at least, of a picture with boxes
+_BEST = 5  # classes of a picture or attributes of an object, at most
 _LIKELY = 0.5  # a score or probability to be drawn, where answers.json says none
 
 
@@ -66,7 +67,8 @@ def _tell(drawing, attributes, meaning):
     least = meaning.get("drawn_from", _LIKELY)
     for number, probabilities in enumerate(attributes):
         text, colour = drawing.legend[number]
-        best = [i for i in np.argsort(-probabilities) if probabilities[i] >= least]
+        best = probabilities.argsort()[::-1][:_BEST]
+        best = [i for i in best if probabilities[i] >= least]
         names = ", ".join(_name(i, meaning) for i in best) or "no attribute is likely"
         drawing.legend[number] = (f"{text}: {names}", colour)
 
@@ -80,7 +82,7 @@ def draw(outputs, meaning):
         if values.ndim == 3:
             return _classes(values.argmax(axis=-1), meaning)
         if values.ndim == 1:
-            best = values.argsort()[::-1][:5]
+            best = values.argsort()[::-1][:_BEST]
             return Drawing(rows=[(_name(i, meaning), f"{values[i]:.3f}") for i in best])
     if len(outputs) == 1 and meaning.get("kind") == "normals" and values.ndim == 3:
         return _normals(values)
@@ -96,7 +98,7 @@ def _objects(outputs, meaning):
     boxes = [
         Box(
             outputs["boxes"][i].tolist(),
-            f"{_name(outputs['classes'][i], meaning)} {scores[i]:.0%}",
+            f"{i + 1} {_name(outputs['classes'][i], meaning)} {scores[i]:.0%}",
             _colour(outputs["classes"][i], meaning),
         )
         for i in np.flatnonzero(scores >= least)
@@ -183,10 +185,11 @@ def _with_boxes(picture, boxes):
     scale = math.ceil(_WIDTH / picture.width)
     picture = picture.resize([scale * size for size in picture.size])
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
-    for box in boxes:
+    # No box over a label, and nothing over what is likelier.
+    for box in reversed(boxes):
         corners = [scale * x for x in box.corners]
         pen.rectangle(corners, outline=box.colour, width=3)
-    for box in boxes:  # no box over a label
+    for box in reversed(boxes):
         _, _, right, bottom = pen.textbbox((0, 0), box.text, font=font)
         x = min(scale * box.corners[0], picture.width - right - 4)
         y = scale * box.corners[1]

@@ -32,6 +32,8 @@ class Pictures:
     """
 
     def __init__(self, images, size, rois=None):
+        if not images:
+            raise ValueError("There must be at least one picture. Received: none")
         if None in size or min(size) < 1:
             raise ValueError(
                 "Pictures are for a model whose image has a fixed size: give arrays. "
