@@ -98,13 +98,15 @@ def region_model():
     colour = layers.Reshape((-1, 3))(RoIAlign(size=1, stride=1)([image, rois]))
     scores = layers.Dense(3, "softmax", name="scores")(colour)
     deltas = layers.Dense(8, kernel_initializer="zeros", name="deltas")(colour)
-    found = Detections((48, 64), name="found")([scores, deltas, rois])
+    found = Detections((48, 64), iou_threshold=0.1, name="found")(
+        [scores, deltas, rois]
+    )
     attributes = layers.Dense(2, "sigmoid", name="attributes")(colour)
     outputs = {"detection": found, "attributes": attributes}
     model = keras.Model({"image": image, "rois": rois}, outputs)
-    # Of the background, red and green: so much of red, green and blue, in 255.
-    contrast = np.array([[0, 2, -1], [0, -1, 2], [0, -1, -1]]) * 20 / 255
-    model.get_layer("scores").set_weights([contrast, np.array([20.0, 0, 0])])
+    # Of the background, red and green: the share of each colour, less the others'.
+    contrast = np.array([[0, 2, -1], [0, -1, 2], [0, -1, -1]]) * 8 / 255
+    model.get_layer("scores").set_weights([contrast, np.array([8.0, 0, 0])])
     sums = np.array([[1, -1]] * 3) * 20 / 255
     model.get_layer("attributes").set_weights([sums, np.array([-10.0, 10])])
     return model
@@ -119,7 +121,7 @@ def region_model_file(region_model, tmp_path_factory):
 
 
 class Shapes:
-    """A picture of a red rectangle and a green one, of another form than the model's."""
+    """A picture of a red and a green rectangle, of another form than the model's."""
 
     red, green = (20, 30, 70, 90), (75, 120, 110, 175)  # left, top, right, bottom
     size = (120, 200)  # width, height
