@@ -105,7 +105,8 @@ def test_predict_draws_objects_once_with_their_attributes(
     options += ["--address", region_addresses[0], "--model", region_version.parent]
     result = CliRunner().invoke(app, list(map(str, ["predict", *pictures, *options])))
     assert result.exit_code == 0, result.output
-    assert "nothing found" in result.output
+    assert result.output.count("nothing found") == result.output.count("Wrote") == 1
+    assert "attributes" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["shapes.detection.png"]
     with Image.open(tmp_path / "shapes.detection.png") as drawn:
         assert drawn.size == (4 * 120, 4 * 200 + 2 * 20)
