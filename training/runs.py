@@ -152,4 +152,10 @@ def _differences(begun: Any, now: Any, at: str = "") -> list[str]:
             for key in {**begun, **now}
             for place in _differences(begun.get(key), now.get(key), f"{at}.{key}")
         ]
+    if isinstance(begun, list) and isinstance(now, list) and len(begun) == len(now):
+        return [
+            place
+            for index, (x, y) in enumerate(zip(begun, now, strict=True))
+            for place in _differences(x, y, f"{at}[{index}]")
+        ]
     return [] if begun == now else [at.strip(".")]
