@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
+from export import regions
 from export.protocol import IMAGES, NAME, ServingError, in_words, info_in_words
 from export.transports import Arrays, Grpc, Rest, Transport
 
@@ -82,31 +83,36 @@ class Client:
     def close(self) -> None:
         self._transport.close()
 
-    def predict(self, task: str, images: Images) -> Arrays:
+    def predict(
+        self, task: str, images: Images, *, rois: np.ndarray | None = None
+    ) -> Arrays:
         """Asks for the answer of one task.
 
         Args:
             task: String, a signature: a task, or `serving_default` for all.
             images: Array with a batch axis, or {input name: array}; or a list of JPEG
-                or PNG files (paths or bytes), for which the model must have been
-                exported with `--from-jpeg`.
+                or PNG files (paths or bytes). For files the model must take an `image`
+                and `rois`, or have been exported with `--from-jpeg`.
+            rois: For files and a model that takes them, the boxes to ask about: array
+                (N, R, 4), left, top, right, bottom in pixels of each picture. Defaults
+                to proposals by selective search (some tenths of a second a picture,
+                which `timeout` does not count).
 
         Returns:
-            {output name: array}, each with a batch axis.
+            {output name: array}, each with a batch axis. With files and a model that
+            takes `rois`, these are among them, and they and the outputs named `boxes`
+            are in pixels of each picture. Otherwise they are as the model gives them.
         """
-        signature = task
         if isinstance(images, str | bytes | pathlib.Path):
             raise TypeError(
                 f"`images` must be a list of files. Received: {images!r:.80}"
             )
-        if not isinstance(images, np.ndarray | Mapping):
-            signature = task if task.endswith(IMAGES) else task + IMAGES
-            images = np.array([_encoded(image) for image in images], dtype=object)
+        signature, images, pictures = self._question(task, images, rois)
         arrays: Arrays = {}
         try:
             arrays = self._inputs(signature, images)
             outputs = self._signatures[signature].outputs
-            return self._call(
+            answer = self._call(
                 functools.partial(self._transport.predict, signature, arrays, outputs)
             )
         except ServingError as error:
@@ -114,6 +120,7 @@ class Client:
                 raise
             self.__dict__.pop("_signatures", None)  # there may be a new version
             raise self._explained(error, signature, arrays or images) from error
+        return pictures.in_their_pixels(answer) if pictures else answer
 
     def signatures(self) -> dict[str, Any]:
         """The model's signatures, {name: SignatureDef}."""
@@ -127,6 +134,26 @@ class Client:
     @functools.cached_property
     def _signatures(self) -> dict[str, Any]:
         return self.signatures()
+
+    def _question(self, task, images, rois):
+        """The signature, what it is asked, and the `Pictures` where it takes rois."""
+        if isinstance(images, np.ndarray | Mapping):
+            if rois is not None:
+                raise ValueError(
+                    '`rois` go with files. Give {"image": array, "rois": array}'
+                )
+            return task, images, None
+        files = [_encoded(image) for image in images]
+        known = self._signatures
+        if task in known and regions.taken_by(known[task].inputs):
+            pictures = regions.Pictures.read(files, known[task].inputs, rois)
+            return task, pictures.inputs, pictures
+        if rois is not None:
+            raise ValueError(
+                f"'{task}' must take `image` and `rois` to be given `rois`"
+            )
+        signature = task if task.endswith(IMAGES) else task + IMAGES
+        return signature, np.array(files, dtype=object), None
 
     def _inputs(self, signature, images) -> Arrays:
         """The arrays by name and in the dtype that the signature takes."""

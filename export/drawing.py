@@ -2,30 +2,87 @@
 
 import colorsys
 import dataclasses
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 _ROW = 20  # pixels, of a legend's line
+_WIDTH = 480  # pixels, at least, of a picture with boxes
+_BEST = 5  # classes of a picture or attributes of an object, at most
+_LIKELY = 0.5  # a score or probability to be drawn, where answers.json says none
+
+
+@dataclasses.dataclass
+class Box:
+    """An object that was found."""
+
+    corners: list[float]  # left, top, right, bottom in pixels of the picture
+    text: str
+    colour: tuple[int, ...]
 
 
 @dataclasses.dataclass
 class Drawing:
-    """An answer for people: a map with its legend, or rows of numbers."""
+    """An answer for people: a map or boxes with a legend, or rows of numbers."""
 
     map: np.ndarray | None = None  # (H, W, 3), uint8
+    boxes: list[Box] = dataclasses.field(default_factory=list)
     legend: list[tuple[str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
+def drawn_with(task, answers):
+    """The task in whose drawing a task stands: attributes, with the objects found."""
+    kinds = {each: meaning.get("kind") for each, meaning in answers.items()}
+    found = [each for each, kind in kinds.items() if kind == "detection"]
+    return found[0] if found and kinds.get(task) == "attributes" else task
+
+
+def answer(ask, task, answers):
+    """A task's answer to one picture, drawn; objects with their attributes.
+
+    Args:
+        ask: Function of a task and, for attributes, `rois` (1, R, 4), which gives
+            {output name: array with a batch axis}; boxes in pixels of the picture.
+        task: String.
+        answers: {task: what its answer means}, the content of answers.json.
+    """
+    drawing = draw(_first(ask(task)), answers.get(task, {}))
+    if drawing.boxes:
+        rois = np.array([[box.corners for box in drawing.boxes]], "float32")
+        for other, meaning in answers.items():
+            if meaning.get("kind") == "attributes":
+                _tell(drawing, _first(ask(other, rois=rois))[other], meaning)
+    return drawing
+
+
+def _first(outputs):
+    """Of the first example, without the regions that were asked about."""
+    return {name: array[0] for name, array in outputs.items() if name != "rois"}
+
+
+def _tell(drawing, attributes, meaning):
+    """Adds the likely attributes of each object, (R, attributes), to the legend."""
+    least = meaning.get("drawn_from", _LIKELY)
+    for number, probabilities in enumerate(attributes):
+        text, colour = drawing.legend[number]
+        best = probabilities.argsort()[::-1][:_BEST]
+        best = [i for i in best if probabilities[i] >= least]
+        names = ", ".join(_name(i, meaning) for i in best) or "no attribute is likely"
+        drawing.legend[number] = (f"{text}: {names}", colour)
+
+
 def draw(outputs, meaning):
     """The answer to one image, {output name: array without a batch axis}."""
+    if {"boxes", "classes", "scores", "num_detections"} <= outputs.keys():
+        return _objects(outputs, meaning)
     values = next(iter(outputs.values()))
     if len(outputs) == 1 and meaning.get("kind") == "classes":
         if values.ndim == 3:
             return _classes(values.argmax(axis=-1), meaning)
         if values.ndim == 1:
-            best = values.argsort()[::-1][:5]
+            best = values.argsort()[::-1][:_BEST]
             return Drawing(rows=[(_name(i, meaning), f"{values[i]:.3f}") for i in best])
     if len(outputs) == 1 and meaning.get("kind") == "normals" and values.ndim == 3:
         return _normals(values)
@@ -35,6 +92,22 @@ def draw(outputs, meaning):
     )
 
 
+def _objects(outputs, meaning):
+    least = meaning.get("drawn_from", _LIKELY)
+    scores = outputs["scores"][: outputs["num_detections"]]
+    boxes = [
+        Box(
+            outputs["boxes"][i].tolist(),
+            f"{i + 1} {_name(outputs['classes'][i], meaning)} {scores[i]:.0%}",
+            _colour(outputs["classes"][i], meaning),
+        )
+        for i in np.flatnonzero(scores >= least)
+    ]
+    if not boxes:
+        return Drawing(rows=[("nothing found", f"with a score of {least:.0%} or more")])
+    return Drawing(boxes=boxes, legend=[(box.text, box.colour) for box in boxes])
+
+
 def _classes(classes, meaning):
     numbers, counts = np.unique(classes, return_counts=True)
     colours = meaning.get("colours") or [_hue(i) for i in range(numbers.max() + 1)]
@@ -42,7 +115,7 @@ def _classes(classes, meaning):
         (f"{_name(n, meaning)} {_percent(counts[i] / classes.size)}", tuple(colours[n]))
         for i, n in sorted(enumerate(numbers), key=lambda pair: -counts[pair[0]])
     ]
-    return Drawing(np.asarray(colours, "uint8")[classes], legend)
+    return Drawing(np.asarray(colours, "uint8")[classes], legend=legend)
 
 
 def _percent(share):
@@ -52,6 +125,11 @@ def _percent(share):
 def _name(number, meaning):
     names = meaning.get("names", [])
     return names[number] if number < len(names) else f"class {number}"
+
+
+def _colour(number, meaning):
+    colours = meaning.get("colours", [])
+    return tuple(colours[number] if number < len(colours) else _hue(number))
 
 
 def _hue(number):
@@ -68,7 +146,7 @@ def _normals(normals):
         ("faces up", (128, 255, 128)),
         ("faces the camera", (128, 128, 255)),
     ]
-    return Drawing(image.round().clip(0, 255).astype("uint8"), legend)
+    return Drawing(image.round().clip(0, 255).astype("uint8"), legend=legend)
 
 
 def _rows(name, outputs, units):
@@ -83,15 +161,44 @@ def _rows(name, outputs, units):
 
 
 def over(picture, drawing, opacity=0.6):
-    """The map over the picture, an RGB PIL image, with the legend below."""
-    answer = Image.fromarray(drawing.map).resize(picture.size, Image.Resampling.NEAREST)
+    """The map or boxes over the picture, an RGB PIL image, with the legend below."""
+    if drawing.map is not None:
+        answer = Image.fromarray(drawing.map)
+        answer = answer.resize(picture.size, Image.Resampling.NEAREST)
+        picture = Image.blend(picture, answer, opacity)
+    if drawing.boxes:
+        picture = _with_boxes(picture, drawing.boxes)
     width = max(picture.width, 200)
     height = picture.height + _ROW * len(drawing.legend)
     page = Image.new("RGB", (width, height), "white")
-    page.paste(Image.blend(picture, answer, opacity))
+    page.paste(picture)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
     for number, (text, colour) in enumerate(drawing.legend):
         top = picture.height + _ROW * number
         pen.rectangle((4, top + 4, 16, top + 16), fill=colour)
         pen.text((24, top + 2), text, fill="black", font=font)
     return page
+
+
+def _with_boxes(picture, boxes):
+    """The picture, enlarged where labels would cover it, with labelled boxes."""
+    scale = math.ceil(_WIDTH / picture.width)
+    picture = picture.resize([scale * size for size in picture.size])
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    # No box over a label, and nothing over what is likelier.
+    for box in reversed(boxes):
+        corners = [scale * x for x in box.corners]
+        pen.rectangle(corners, outline=box.colour, width=3)
+    for box in reversed(boxes):
+        _, _, right, bottom = pen.textbbox((0, 0), box.text, font=font)
+        x = min(scale * box.corners[0], picture.width - right - 4)
+        y = scale * box.corners[1]
+        y = y - bottom - 4 if y > bottom + 4 else y
+        pen.rectangle((x, y, x + right + 4, y + bottom + 4), fill=box.colour)
+        pen.text((x + 2, y + 1), box.text, fill=_ink(box.colour), font=font)
+    return picture
+
+
+def _ink(colour):
+    """Black or white, whichever is read on a colour."""
+    return "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 128 else "white"

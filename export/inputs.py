@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from export import regions
+
 _ENDINGS = {".jpg", ".jpeg", ".png"}
 
 
@@ -30,29 +32,43 @@ def load_model(path) -> keras.Model:
     return model
 
 
-def load_images(path, model) -> np.ndarray:
-    """A folder of JPEG and PNG files, or an `.npy` file, as the model takes it."""
-    if len(model.inputs) != 1:
-        names = [x.name for x in model.inputs]
-        raise ValueError(f"--images is for models with one input. Received: {names}")
-    (spec,) = model.inputs
+def load_images(path, model) -> list[np.ndarray]:
+    """A folder of JPEG and PNG files, or an `.npy` file, as the model takes it.
+
+    For a model of an image and regions, which are searched for in a folder's files.
+
+    Returns:
+        An array for each of the model's inputs, in their order.
+    """
+    specs = {x.name: x for x in model.inputs}
+    if len(specs) > 1 and not (regions.taken_by(specs) and path.is_dir()):
+        raise ValueError(
+            "--images is for models with one input, or as a folder for those with "
+            f"`image` and `rois`. Received: {path}, for inputs {list(specs)}"
+        )
     if path.is_dir():
-        array = _read_folder(path, spec)
+        arrays = _read_folder(path, specs)
     elif path.suffix == ".npy" and path.is_file():
-        array = np.load(path, allow_pickle=False)
+        arrays = {name: np.load(path, allow_pickle=False) for name in specs}
     else:
         raise ValueError(
             f"--images must be a folder of JPEG or PNG files, or a .npy file. "
             f"Received: {path}"
         )
-    _check_shape(array, spec, path)
-    return array.astype(spec.dtype)
+    for name, spec in specs.items():
+        _check_shape(arrays[name], spec, path)
+    return [arrays[name].astype(spec.dtype) for name, spec in specs.items()]
 
 
-def _read_folder(path, spec):
+def _read_folder(path, specs):
+    """{input name: array}."""
     files = sorted(x for x in path.iterdir() if x.suffix.lower() in _ENDINGS)
     if not files:
         raise ValueError(f"--images: there is no JPEG or PNG file in {path}")
+    if regions.taken_by(specs):
+        images = [_read_image(file) for file in files]
+        return regions.Pictures(images, specs[regions.IMAGE].shape[1:3]).inputs
+    ((name, spec),) = specs.items()
     if len(spec.shape) != 4 or spec.shape[-1] != 3:
         raise ValueError(
             "--images: a folder is for models that take (N, H, W, 3); give a .npy "
@@ -64,11 +80,11 @@ def _read_folder(path, spec):
         raise ValueError(
             f"--images: a model of any size needs images of one size. Received: {sizes}"
         )
-    return np.stack(images)
+    return {name: np.stack(images)}
 
 
-def _read_image(file, size):
-    """Decoded and resized as the signatures `<task>_from_jpeg` do."""
+def _read_image(file, size=(None, None)):
+    """Decoded and, to a size, resized as the signatures `<task>_from_jpeg` do."""
     try:
         image = tf.io.decode_image(file.read_bytes(), 3, expand_animations=False)
     except tf.errors.InvalidArgumentError as error:

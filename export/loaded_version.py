@@ -117,7 +117,7 @@ class LoadedVersion:
             )
         if signature.endswith(IMAGES):
             for images in arrays.values():
-                _check_images(images, self._limits.pixels)
+                check_images(images, self._limits.pixels)
         tensors = {name: tf.constant(array) for name, array in arrays.items()}
         try:
             outputs = self._model.signatures[signature](**tensors)
@@ -137,7 +137,7 @@ def _fits(shape, expected):
     )
 
 
-def _check_images(images, limit):
+def check_images(images, limit):
     """Reads the headers alone: few bytes can hold a picture of 30000x30000 pixels."""
     pixels: float = 0
     for number, encoded in enumerate(images):

@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -16,8 +18,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
-from export import rest_format
-from export.drawing import draw
+from export import drawing, regions, rest_format
+from export.loaded_version import check_images
 from export.protocol import HTTP_STATUS, IMAGES, ServingError
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -145,30 +147,51 @@ def _post(model, request, body):
 def _draw(model, request, body):
     """Not of TF Serving: every task's answer to one picture, drawn for the page."""
     version = model.find(model_pb2.ModelSpec(name=model.name))
-    signatures = [s for s in sorted(version.signature_defs) if s.endswith(IMAGES)]
-    if not signatures:
+    check_images([body], model.limits.pixels)
+    ask = functools.partial(_ask, version, body)
+    answers = []
+    for task in _drawn(version):
+        drawn = drawing.answer(ask, task, version.answers)
+        answers.append(
+            {
+                "task": task,
+                "description": version.answers.get(task, {}).get("description", ""),
+                "map": drawn.map is not None and _data_url(drawn.map),
+                "boxes": [dataclasses.asdict(box) for box in drawn.boxes],
+                "legend": drawn.legend,
+                "rows": drawn.rows,
+            }
+        )
+    return JSONResponse({"version": version.number, "answers": answers})
+
+
+def _drawn(version):
+    """The tasks that can be asked about a picture, without those drawn with others."""
+    known = sorted(version.signature_defs)
+    tasks = [name.removesuffix(IMAGES) for name in known if name.endswith(IMAGES)]
+    tasks += [
+        name
+        for name in known
+        if regions.taken_by(version.signature_defs[name].inputs)
+        and name != "serving_default"
+    ]
+    if not tasks:
         raise ServingError(
             grpc.StatusCode.FAILED_PRECONDITION,
             "The model takes no pictures: export it with --from-jpeg",
         )
-    answers = []
-    for signature in signatures:
-        task = signature.removesuffix(IMAGES)
-        (only_input,) = version.signature(signature).inputs
-        pictures = np.array([body], dtype=object)
-        outputs = version.predict(signature, {only_input: pictures})
-        meaning = version.answers.get(task, {})
-        drawing = draw({name: array[0] for name, array in outputs.items()}, meaning)
-        answers.append(
-            {
-                "task": task,
-                "description": meaning.get("description", ""),
-                "map": drawing.map is not None and _data_url(drawing.map),
-                "legend": drawing.legend,
-                "rows": drawing.rows,
-            }
+    return dict.fromkeys(drawing.drawn_with(task, version.answers) for task in tasks)
+
+
+def _ask(version, file, task, rois=None):
+    """A task's answer to a JPEG or PNG file."""
+    if task + IMAGES in version.signature_defs:
+        (only_input,) = version.signature(task + IMAGES).inputs
+        return version.predict(
+            task + IMAGES, {only_input: np.array([file], dtype=object)}
         )
-    return JSONResponse({"version": version.number, "answers": answers})
+    pictures = regions.Pictures.read([file], version.signature(task).inputs, rois)
+    return pictures.in_their_pixels(version.predict(task, pictures.inputs))
 
 
 def _data_url(image):

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from export import dropping, inputs, precision, recorded
+from export import dropping, inputs, precision, recorded, regions
 from export.changes import Change, changes, read_answers
 from keras_cross_stitch import export_saved_model
 
@@ -57,16 +57,22 @@ def export(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {DTYPES}. Received: {dtype}")
     model = inputs.load_model(path)
+    if from_jpeg and regions.taken_by(x.name for x in model.inputs):
+        raise ValueError(
+            "--from-jpeg is not for a model that takes regions, for which a file must "
+            "be searched first. `export.client.Client`, `python -m export predict` and "
+            "the page do so: they take files without it"
+        )
     _check_warmup(warmup, len(model.output), from_jpeg)
     examples = inputs.load_images(images, model) if images else None
     sample = None
     if examples is not None:
-        few = examples[: recorded.EXAMPLES]
-        sample = keras.tree.pack_sequence_as(model.input, [few])
+        few = [array[: recorded.EXAMPLES] for array in examples]
+        sample = keras.tree.pack_sequence_as(model.input, few)
     answers = inputs.answers_path(path)
     links = []
     if drop_below is not None:
-        given = keras.tree.pack_sequence_as(model.input, [examples])
+        given = keras.tree.pack_sequence_as(model.input, examples)
         links = dropping.negligible_links(model, drop_below, given)
     changed = links or dtype != "float32"
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +123,7 @@ def _finish(examples, warmup, dtype, answers, version, compared_on):
 
 
 def _by_name(examples, compared_on):
-    """The images given, if any, by the name that the signatures have for them."""
+    """The examples given, if any, by the names that the signatures have for them."""
     if examples is None:
         return compared_on
-    return dict.fromkeys(compared_on, examples)
+    return dict(zip(compared_on, examples, strict=True))

@@ -1,6 +1,7 @@
 """The commands `serve` and `predict` of python -m export."""
 
 import contextlib
+import functools
 import pathlib
 import sys
 from typing import Annotated
@@ -12,9 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
-from export import preview_server
+from export import drawing, preview_server
 from export.client import Client
-from export.drawing import draw, over
 from export.protocol import NAME, ServingError, read_answers
 from export.served_model import ServedModel
 
@@ -81,8 +81,9 @@ def predict(
 ):
     """Ask a served model about IMAGES, and draw each answer.
 
-    Writes OUTPUT/IMAGE.TASK.png where the answer is a map, and prints it where it is
-    numbers. The model must have been exported with --from-jpeg.
+    Writes OUTPUT/IMAGE.TASK.png where the answer is a map or boxes, and prints it where
+    it is numbers. The model must take an image and regions, which are searched for, or
+    have been exported with --from-jpeg.
     """
     with _errors_in_a_line():
         for image in images:
@@ -92,9 +93,9 @@ def predict(
         with Client(address, name, timeout=timeout) as client:
             answers = _answers(client, model) if model else {}
             for image in images:
-                for each in task:
-                    outputs = client.predict(each, [image])
-                    _show(image, each, outputs, answers.get(each, {}), output)
+                ask = functools.partial(client.predict, images=[image])
+                for each in dict.fromkeys(drawing.drawn_with(t, answers) for t in task):
+                    _show(image, each, drawing.answer(ask, each, answers), output)
 
 
 def _answers(client, directory):
@@ -106,16 +107,15 @@ def _answers(client, directory):
     raise ValueError(f"{directory} does not hold the version that {client.address} has")
 
 
-def _show(image, task, outputs, meaning, output):
-    drawing = draw({name: array[0] for name, array in outputs.items()}, meaning)
-    if drawing.map is not None:
+def _show(image, task, drawn, output):
+    if drawn.map is not None or drawn.boxes:
         path = output / f"{image.stem}.{task}.png"
         with Image.open(image) as picture:
-            over(picture.convert("RGB"), drawing).save(path)
+            drawing.over(picture.convert("RGB"), drawn).save(path)
         Console().print(f"Wrote {path}", soft_wrap=True)
-    if drawing.rows:
+    if drawn.rows:
         table = Table(f"{image.name}, {task}", "")
-        for row in drawing.rows:
+        for row in drawn.rows:
             table.add_row(*row)
         Console().print(table)
 

@@ -6,6 +6,7 @@ from keras_cross_stitch.learning_rate_groups import LearningRateGroups
 from keras_cross_stitch.loss_weighting import DynamicWeightAverage, weigh_losses
 from keras_cross_stitch.missing_labels import MaskedLoss, MaskedMetric
 from keras_cross_stitch.networks import split, stitch
+from keras_cross_stitch.proposals import selective_search
 from keras_cross_stitch.regions import Detections, RoIAlign
 from keras_cross_stitch.saved_model import export_saved_model
 from keras_cross_stitch.towers import alexnet, fcn_alexnet
@@ -26,6 +27,7 @@ __all__ = [
     "export_saved_model",
     "fcn_alexnet",
     "plot_alpha",
+    "selective_search",
     "split",
     "stitch",
     "weigh_losses",

@@ -1,11 +1,13 @@
+import io
 import json
 
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 from export.savedmodel import export
-from keras_cross_stitch import stitch
+from keras_cross_stitch import Detections, RoIAlign, stitch
 
 layers = keras.layers
 
@@ -74,3 +76,84 @@ def cheaper(model_file, images_file, tmp_path_factory):
         drop_below=1e-4,
         dtype="bfloat16",
     )
+
+
+REGION_ANSWERS = {
+    "detection": {
+        "kind": "detection",
+        "names": ["red", "green"],
+        "colours": [],
+        "drawn_from": 0.3,
+        "description": "What is red or green",
+    },
+    "attributes": {"kind": "attributes", "names": ["colourful", "dark"]},
+}
+
+
+@pytest.fixture(scope="session")
+def region_model():
+    """Finds what is red or green by the mean colour of a region; nothing is trained."""
+    image = keras.Input((48, 64, 3), name="image")
+    rois = keras.Input((None, 4), name="rois")
+    colour = layers.Reshape((-1, 3))(RoIAlign(size=1, stride=1)([image, rois]))
+    scores = layers.Dense(3, "softmax", name="scores")(colour)
+    deltas = layers.Dense(8, kernel_initializer="zeros", name="deltas")(colour)
+    found = Detections((48, 64), iou_threshold=0.1, name="found")(
+        [scores, deltas, rois]
+    )
+    attributes = layers.Dense(2, "sigmoid", name="attributes")(colour)
+    outputs = {"detection": found, "attributes": attributes}
+    model = keras.Model({"image": image, "rois": rois}, outputs)
+    # Of the background, red and green: the share of each colour, less the others'.
+    contrast = np.array([[0, 2, -1], [0, -1, 2], [0, -1, -1]]) * 8 / 255
+    model.get_layer("scores").set_weights([contrast, np.array([8.0, 0, 0])])
+    sums = np.array([[1, -1]] * 3) * 20 / 255
+    model.get_layer("attributes").set_weights([sums, np.array([-10.0, 10])])
+    return model
+
+
+@pytest.fixture(scope="session")
+def region_model_file(region_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("region_model") / "model.keras"
+    region_model.save(path)
+    path.with_name("answers.json").write_text(json.dumps(REGION_ANSWERS))
+    return path
+
+
+class Shapes:
+    """A picture of a red and a green rectangle, of another form than the model's."""
+
+    red, green = (20, 30, 70, 90), (75, 120, 110, 175)  # left, top, right, bottom
+    size = (120, 200)  # width, height
+
+    def __init__(self):
+        self.pixels = np.full((*self.size[::-1], 3), 90, "uint8")
+        for box, colour in ((self.red, (250, 10, 10)), (self.green, (10, 180, 10))):
+            left, top, right, bottom = box
+            self.pixels[top:bottom, left:right] = colour
+
+    @property
+    def jpeg(self):
+        file = io.BytesIO()
+        Image.fromarray(self.pixels).save(file, "JPEG", quality=95)
+        return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    return Shapes()
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    (folder / "shapes.jpg").write_bytes(shapes.jpeg)
+    Image.new("RGB", (80, 50), (90, 90, 90)).save(folder / "plain.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def region_version(region_model_file, shapes_folder, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("served") / "regions"
+    written, _, _ = export(region_model_file, directory, warmup=1, images=shapes_folder)
+    return written

@@ -282,12 +282,16 @@ def test_attributes_are_judged_one_by_one_on_true_boxes(rng):
         assert result[f"mean_ap_rarest_{count}"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("task", [Detection(CLASSES), Attributes(CLASSES)])
-def test_what_answers_mean_is_said_in_json(task):
+@pytest.mark.parametrize(
+    ("task", "more"),
+    [(Detection(CLASSES), {"drawn_from": 0.3}), (Attributes(CLASSES), {})],
+)
+def test_what_answers_mean_is_said_in_json(task, more):
     said = json.loads(json.dumps(task.describe()))
 
-    assert set(said) == {"kind", "names", "colours", "units", "description"}
+    assert set(said) == {"kind", "names", "colours", "units", "description", *more}
     assert said["names"] == list(CLASSES)
+    assert said.items() >= more.items()
 
 
 def test_boxes_are_drawn_where_they_are():

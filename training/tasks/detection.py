@@ -85,9 +85,11 @@ class Detection:
             "names": list(self.classes),
             "colours": [],
             "units": "pixels",
+            "drawn_from": DRAWN,
             "description": (
-                "The objects in the boxes `rois` (left, top, right, bottom): boxes, "
-                "classes (numbers of names), scores, and num_detections, how many"
+                "The objects in an image, the likeliest first: their boxes (left, top, "
+                "right, bottom), classes (numbers of names) and scores; "
+                "num_detections says how many"
             ),
         }
 

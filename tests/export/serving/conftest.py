@@ -134,6 +134,20 @@ def server(served):
     labels = {"v1": 1, "v2": 2}
     limits = Limits(body_bytes=2**20, pixels=10**6, seconds=1.0)
     model = ServedModel("cross_stitch", served.directory, labels, limits)
+    with running(model) as ports:
+        yield ports
+
+
+@pytest.fixture(scope="session")
+def region_addresses(region_version):
+    """Of a preview server of the model of regions: gRPC and REST."""
+    limits = Limits(pixels=10**6)
+    with running(ServedModel("cross_stitch", region_version.parent, {}, limits)) as at:
+        yield f"127.0.0.1:{at[0]}", f"http://127.0.0.1:{at[1]}"
+
+
+@contextlib.contextmanager
+def running(model):
     grpc_port = free_port()
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listening:
         server = preview_server.server(model, grpc_port)

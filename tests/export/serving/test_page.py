@@ -11,15 +11,20 @@ from PIL import Image
 pytestmark = pytest.mark.xdist_group("serving")
 
 
+@pytest.fixture
+def address(rest_address):
+    return rest_address
+
+
 @pytest.fixture(params=[(1280, 800), (375, 700)], ids=["desk", "phone"])
-def page(browser, rest_address, request, tmp_path):
+def page(browser, address, request, tmp_path):
     width, height = request.param
     page = browser.new_page(viewport={"width": width, "height": height})
     page.asked, page.wrong = [], []
     page.on("request", lambda asked: page.asked.append(asked.url))
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("console", lambda message: page.wrong.append(message.text))
-    page.goto(rest_address)
+    page.goto(address)
     yield page
     folder = pathlib.Path(os.environ.get("KCS_SCREENSHOTS", tmp_path))
     page.screenshot(path=folder / f"{request.node.name}.png", full_page=True)
@@ -105,3 +110,41 @@ def test_what_is_no_picture_is_told_so(page, tmp_path):
     page.set_input_files("#file", text)
     page.get_by_text("notes.txt is no picture that this browser can read").wait_for()
     assert page.locator("#answers section").count() == 0
+
+
+class TestRegions:
+    """The page of a model that finds objects in regions."""
+
+    @pytest.fixture
+    def address(self, region_addresses):
+        return region_addresses[1]
+
+    def test_objects_are_boxed_and_told_their_attributes(
+        self, page, shapes, shapes_folder
+    ):
+        page.set_input_files("#file", shapes_folder / "shapes.jpg")
+        page.get_by_text("shapes.jpg, answered by version").wait_for()
+        whole = page.locator(".stack img").bounding_box()
+        boxes = {
+            box.inner_text().split()[1]: box.bounding_box()
+            for box in page.locator(".box").all()
+        }
+        assert boxes.keys() == {"red", "green"}
+        scale = whole["width"] / shapes.size[0]
+        for name, box in boxes.items():
+            start = (box["x"] - whole["x"], box["y"] - whole["y"])
+            corners = [*start, start[0] + box["width"], start[1] + box["height"]]
+            expected = np.array(getattr(shapes, name)) * scale
+            # Two pixels of the model's image are 8.3 of the picture.
+            np.testing.assert_allclose(corners, expected, atol=9 * scale)
+        told = page.locator("li").all_inner_texts()
+        assert sorted(text.split()[1] for text in told) == ["green", "red"]
+        assert all("%: dark" in text or "%: colourful" in text for text in told)
+        assert page.locator("section").count() == 1
+        assert page.wrong == []
+
+    def test_nothing_that_is_found_is_told_so(self, page, shapes_folder):
+        page.set_input_files("#file", shapes_folder / "plain.png")
+        page.get_by_text("nothing found").wait_for()
+        assert page.locator(".box").count() == 0
+        assert page.wrong == []
