@@ -116,8 +116,8 @@ def test_changes_and_citation_are_of_this_version():
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-# What the python blocks of README and docs/using.md need, by words that stand in one of them alone. They
-# run in order, in one namespace.
+# What the python blocks of README and docs/using.md need, by words that stand in one of
+# them alone. They run in order, in one namespace.
 
 
 def dataset():
