@@ -370,6 +370,21 @@ def test_a_run_is_claimed_with_what_it_depends_on(finished, part, values, voided
     assert changed == (spelled if voided == {"all"} else voided)
 
 
+def test_a_part_that_came_later_voids_no_run_unless_it_is_used(finished, tmp_path):
+    """Of what the run starts from, too."""
+    now = finished.depends_on("one_task_longer", 0)
+    before = json.loads(json.dumps(now))
+    for begun in (before, *before["starts_from"]):
+        del begun["training"]["loss_weighting"]
+    runs.claim(tmp_path, before)
+    runs.claim(tmp_path, now)
+    now["starts_from"][0]["training"]["loss_weighting"] = "uncertainty"
+
+    message = r"starts_from\[0\]\.training\.loss_weighting changed"
+    with pytest.raises(ValueError, match=message):
+        runs.claim(tmp_path, now)
+
+
 def test_a_diverging_run_stops_with_a_message(experiment, train):
     diverging = with_(experiment, "one_task", learning_rate=1e30)
 
