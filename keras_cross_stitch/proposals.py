@@ -22,7 +22,7 @@ def selective_search(image: Any, most: int = 1000) -> np.ndarray:
         most: Integer, how many boxes at most.
 
     Returns:
-        Array `(P, 4)`, float32, of at least one box, the largest first: left, top,
+        Array `(P, 4)`, float64, of at least one box, the largest first: left, top,
         right, bottom in pixels of the image. The same image gives the same boxes.
 
     Raises:
@@ -70,4 +70,4 @@ def selective_search(image: Any, most: int = 1000) -> np.ndarray:
     found = found[np.lexsort([*found.T, -found[:, 2:].prod(axis=1)])][:most]
     start, sides = found[:, :2], found[:, 2:]
     boxes = np.concatenate([start, start + sides], axis=1)
-    return (boxes * np.tile(size / enlarged, 2)).astype("float32")
+    return boxes * np.tile(size / enlarged, 2)

@@ -21,7 +21,7 @@ def picture(seed=0, size=(90, 140), box=(30, 20, 95, 70)):
 def test_an_object_is_found_in_pixels_of_the_image(size, box):
     boxes = selective_search(picture(1, size, box))
     height, width = size
-    assert boxes.dtype == np.float32
+    assert boxes.dtype == np.float64
     assert np.abs(boxes - box).max(axis=1).min() <= 1
     assert boxes.min() >= 0
     assert (boxes[:, 2:] <= [width, height]).all()

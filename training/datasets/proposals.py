@@ -67,7 +67,7 @@ def search(image, most=MOST):
     height, width = image.shape[:2]
     left, top, right, bottom = selective_search(image, most).T
     shares = [top / height, left / width, bottom / height, right / width]
-    return np.stack(shares, axis=1)
+    return np.stack(shares, axis=1).astype("float32")
 
 
 def pad(boxes):
