@@ -116,7 +116,7 @@ def test_changes_and_citation_are_of_this_version():
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-# What the README's python blocks need, by words that stand in one of them alone. They
+# What the python blocks of README and docs/using.md need, by words that stand in one of them alone. They
 # run in order, in one namespace.
 
 
@@ -207,7 +207,7 @@ class EveryLossFalls(keras.callbacks.Callback):
             assert np.abs(variable).max() < 20, variable.path
 
 
-def test_the_python_blocks_of_the_readme_run_and_train(tmp_path, monkeypatch):
+def test_the_python_blocks_of_readme_and_using_run_and_train(tmp_path, monkeypatch):
     keras.utils.set_random_seed(0)
     monkeypatch.chdir(tmp_path)
     fit = keras.Model.fit
@@ -216,7 +216,8 @@ def test_the_python_blocks_of_the_readme_run_and_train(tmp_path, monkeypatch):
     monkeypatch.setattr(
         keras.Model, "fit", lambda *args, **more: fit(*args, **more, **watched)
     )
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/using.md"))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     namespace = {}
     for block in blocks:
         needs = [NEEDS[words] for words in NEEDS if words in block]

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from training import batches, methods, towers
-from training.datasets import prepared
-from training.recipe import Recipe
+from training.datasets import prepared, proposals
+from training.recipe import Recipe, RegionData
 from training.tasks import TASKS
 
 
@@ -58,6 +58,16 @@ class Experiment:
         kind = batches.of(self.recipe)
         return kind.load(self.builder, data.train_split, data, self.tasks)
 
+    @functools.cached_property
+    def _data(self):
+        """What identifies the prepared data."""
+        found = {"examples": prepared.digest(self.builder)}
+        data = self.recipe.data
+        if isinstance(data, RegionData):
+            splits = (data.train_split, data.test_split)
+            found["proposals"] = proposals.digest(self.builder, splits)
+        return found
+
     def folder(self, method, seed):
         return self.runs / self.recipe.name / method / f"seed{seed}"
 
@@ -66,7 +76,7 @@ class Experiment:
         plan = methods.plan(method, self.recipe)
         depends = {**plan.depends_on, "seed": seed}
         if plan.schedule:
-            depends["examples"] = prepared.digest(self.builder)
+            depends |= self._data
         if "tower" in depends:
             depends["tower"] |= towers.identity(plan.recipe.tower)
         starts = [

@@ -21,14 +21,19 @@ import tensorflow as tf
 from keras_cross_stitch import weigh_losses
 from training import distribution, recipe, runs
 from training.batches import dense
+from training.runs import open_experiment
 
 ROOT = Path(__file__).parents[2]
 METHOD = "cross_stitch_from_start"
 
 
 def label_all(experiment):
-    """Labels every pixel: a replica's mean is over its own labels alone."""
+    """Labels every pixel or RoI: a replica's mean is over its own labels alone."""
     images, targets = experiment.train_examples
+    if "boxes" in targets:
+        on_objects = tf.repeat(targets["boxes"][:, :1], 32, axis=1)
+        experiment.train_examples = images, {**targets, "proposals": on_objects}
+        return
     classes, normals = targets["segmentation"], targets["normals"]
     defined = tf.reduce_any(normals != 0, axis=-1, keepdims=True)
     experiment.train_examples = (
@@ -84,6 +89,24 @@ def plain(finished, tmp_path_factory):
     small = dataclasses.replace(finished.recipe, name="plain", tower=tower)
     small = recipe.change(small, "one_task", epochs=9)
     return dataclasses.replace(finished, recipe=small, runs=path.parent)
+
+
+@pytest.fixture(scope="module")
+def plain_regions(plain, alone):
+    """The same for boxes: detection and attributes of the rooms."""
+    small = recipe.find("scenes_detection", toy=True)
+    tower = recipe.FastRcnnBackbone(
+        plain.recipe.tower.backbone,
+        frozen_to="rescaling",
+        dropout=0.0,
+        pooled=("relu4", "relu7"),
+        pooled_size=2,
+        fully_connected=8,
+    )
+    units = dataclasses.replace(small.units, at=("relu7", "fc6"))
+    small = dataclasses.replace(small, name="plain_regions", tower=tower, units=units)
+    small = recipe.change(small, "training", dtype="float32")
+    return open_experiment(recipe.change(small, "data", sampled=8), None, plain.runs)
 
 
 @pytest.fixture
@@ -210,6 +233,21 @@ def test_one_device_two_and_two_workers_train_the_same(
 
     assert_same_run(tmp_path / "devices" / alone.relative_to(plain.runs), alone)
     assert_same_run(run, alone)
+
+
+def test_one_device_and_two_train_the_same_on_regions(
+    plain_regions, train, tmp_path, processes
+):
+    of_two = start(plain_regions, tmp_path, replicas=2)
+    processes.append(of_two)
+    label_all(plain_regions)
+    train(plain_regions, METHOD)
+    run = plain_regions.folder(METHOD, 0)
+    finish(of_two)
+
+    alpha = np.load(run / "alpha.npz")["cross_stitch_relu7"]
+    assert np.abs(alpha[0, 1] - 0.1).max() > 1e-4
+    assert_same_run(tmp_path / run.relative_to(plain_regions.runs), run)
 
 
 def test_the_bytes_of_a_step_are_those_of_a_ring():

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 
 import keras
 import matplotlib.image
@@ -10,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from keras_cross_stitch import alexnet, fcn_alexnet, split, stitch
-from training import alexnet_weights, comparison, fitting, runs, towers
+from training import alexnet_weights, callbacks, comparison, fitting, runs, towers
 from training import recipe as recipes
 from training.runs import open_experiment
 from training.study.report import write_report
@@ -323,6 +326,54 @@ def test_a_run_is_trained_judged_compared_and_served(experiment, train):
     }
     told = loaded.signatures["attributes"](**given)["attributes"]
     assert told.shape == (2, 3, 16)
+
+
+def test_a_stopped_run_ends_as_one_that_never_stopped(
+    experiment, train, monkeypatch, tmp_path
+):
+    """By SIGTERM in its second step, which is not lost."""
+    train(experiment, "one_task")
+    (tmp_path / "datasets").symlink_to(experiment.runs / "datasets")
+    again = dataclasses.replace(experiment, runs=tmp_path)
+    begun = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        begun.append(batch)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            callbacks.ShowProgress, "on_train_batch_begin", on_train_batch_begin
+        )
+        with pytest.raises(callbacks.Preempted):
+            train(again, "one_task")
+    assert not (again.folder("one_task", 0) / "model.keras").exists()
+    train(again, "one_task")
+
+    expected, resumed = (
+        keras.models.load_model(
+            x.folder("one_task", 0) / "model.keras", compile=False
+        ).get_weights()
+        for x in (experiment, again)
+    )
+    for one, other in zip(expected, resumed, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_depends_on_its_proposals(experiment, tmp_path):
+    before = experiment.depends_on("one_task", 0)
+    name = experiment.recipe.data.dataset
+    shutil.copytree(experiment.runs / "datasets" / name, tmp_path / "datasets" / name)
+    for name in ("train", "test"):
+        (path,) = (tmp_path / "datasets").rglob(f"proposals-{name}.npy")
+        boxes = np.load(path)
+        np.save(path, boxes / 2)
+        changed = open_experiment(experiment.recipe, None, tmp_path)
+        assert changed.depends_on("one_task", 0) != before
+        np.save(path, boxes)
+    same = open_experiment(experiment.recipe, None, tmp_path)
+    assert same.depends_on("one_task", 0) == before
 
 
 def test_an_ensemble_of_one_net_twice_answers_as_it_does(experiment, train, rng):

@@ -9,9 +9,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_cross_stitch import LearningRateGroups
 from training.callbacks import Backup, StopAtNaN
+from training.datasets import prepared
 from training.locks import lock
 from training.runs import open_experiment
 
@@ -97,6 +99,29 @@ def test_prepared_data_that_lost_their_end_are_refused(copied, finished, tmp_pat
     file.unlink()
     with pytest.raises(ValueError, match=rf"{file.name} has no bytes"):
         open_experiment(finished.recipe, None, tmp_path)
+
+
+def test_equal_examples_are_identified_alike(tmp_path):
+    """Whatever the order of their features, which is by chance in each process."""
+
+    def digest(*parts):
+        of_part = [
+            tf.train.Example(features=tf.train.Features(feature={name: feature}))
+            for name, feature in parts
+        ]
+        # Protobuf's messages behind each other are read as one.
+        record = b"".join(x.SerializeToString() for x in of_part)
+        with tf.io.TFRecordWriter(str(tmp_path / "x.tfrecord-00000-of-00001")) as file:
+            file.write(record)
+        return prepared._content(tmp_path)
+
+    def feature(*values):
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+
+    before = digest(("a", feature(1)), ("b", feature(2, 3)))
+    assert digest(("b", feature(2, 3)), ("a", feature(1))) == before
+    assert digest(("b", feature(2, 4)), ("a", feature(1))) != before
+    assert digest(("a", feature(2, 3)), ("b", feature(1))) != before
 
 
 def test_prepared_data_of_another_version_are_refused(copied, finished, tmp_path):

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from training.datasets import proposals
@@ -129,7 +130,11 @@ def _other_versions(folder):
 def _content(folder):
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.tfrecord*")):
-        total.update(path.read_bytes())
+        for record in tf.data.TFRecordDataset(str(path)):
+            # Of the record's bytes, the order is by chance: the features are a map.
+            features = tf.train.Example.FromString(record.numpy()).features.feature
+            for name in sorted(features):
+                total.update(name.encode() + features[name].SerializeToString())
     return total.hexdigest()
 
 
@@ -140,6 +145,6 @@ def _check_same(prepared, before, source):
         raise ValueError(
             f"The data in {prepared} were prepared from other files than those in "
             f"{source} now: {len(changed)} differ in name, size or time, the first: "
-            f"{changed[0]}. Remove that folder to prepare them anew, or give another "
-            "one with --runs"
+            f"{changed[0]}. Remove that folder to prepare them anew, leave out --data "
+            "to use them as they are, or give another folder with --runs"
         )

@@ -3,6 +3,7 @@
 Any data set with an `image` has proposals, and with `objects` a recall.
 """
 
+import hashlib
 import os
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,14 @@ def prepare(builder, splits):
 def load(builder, split, most=MOST):
     """The proposals of a split's images in order, (N, P, 4): see `search`, `pad`."""
     return np.load(_path(builder, split))[:, :most]
+
+
+def digest(builder, splits):
+    """What identifies the proposals of these splits."""
+    total = hashlib.sha256()
+    for split in splits:
+        total.update(_path(builder, split).read_bytes())
+    return total.hexdigest()
 
 
 def search(image, most=MOST):

@@ -128,7 +128,7 @@ def notes(tables):
         )
     if any(table.paper for table in tables):
         sentences.append(
-            "In italics what the paper reports (AlexNet from ImageNet's weights, other "
-            "normals), for orientation."
+            "In italics what the paper reports (AlexNet from ImageNet's weights, "
+            "another protocol), for orientation."
         )
     return sentences
