@@ -1,7 +1,7 @@
 """What tests/speed.py times, in PyTorch: its peer, which it runs in a process of its own.
 
 `torch.compile` (PyTorch 2.14) crashes a process that has TensorFlow 2.21 in it. Prints
-the number of weights and the names of the cases; then runs each case that is named on
+PyTorch's version, the number of weights and the names of the cases; then runs each case that is named on
 its input once, and prints the milliseconds.
 """
 
@@ -82,15 +82,13 @@ class Network(nn.Module):
         maps = [tower[0](x) for tower in self.towers]
         for k, unit in enumerate(self.units, start=1):
             maps = unit(*maps)
-            maps = [
-                tower[k](x) for tower, x in zip(self.towers, maps, strict=True)
-            ]
+            maps = [tower[k](x) for tower, x in zip(self.towers, maps, strict=True)]
         return [logits.float() for logits in maps]
 
 
-def networks(dtype, layout, compiled):
+def networks(dtype, channels_last, compiled):
     """{case: function} of a training step and of inference."""
-    memory = torch.channels_last if layout else torch.contiguous_format
+    memory = torch.channels_last if channels_last else torch.contiguous_format
     network = Network().to(memory_format=memory)
     optimizer = torch.optim.SGD(network.parameters(), 0.001, momentum=0.9, fused=True)
     image = 255 * torch.rand(BATCH, 3, 227, 227)
@@ -114,7 +112,9 @@ def networks(dtype, layout, compiled):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             return run(image)
 
-    name = f"two AlexNets, {dtype}, PyTorch{layout}{compiled}"
+    layout = "channels last, " * channels_last
+    mode = "compiled" if compiled else "eager"
+    name = f"two AlexNets, {dtype}, PyTorch, {layout}{mode}"
     return {f"{name}, step": step, f"{name}, inference": inference}
 
 
@@ -128,9 +128,7 @@ def units(tasks, compiled):
     leaves = [*layers.parameters(), *(a for site in x for a in site)]
 
     def all_units(x):
-        return [
-            a for layer, site in zip(layers, x, strict=True) for a in layer(*site)
-        ]
+        return [a for layer, site in zip(layers, x, strict=True) for a in layer(*site)]
 
     run = torch.compile(all_units) if compiled else all_units
 
@@ -142,18 +140,18 @@ def units(tasks, compiled):
         upstream = [a.detach() for site in x for a in site]
         return torch.autograd.grad(run(x), leaves, upstream)
 
-    name = f"unit, T={tasks}, PyTorch{compiled}"
+    name = f"unit, T={tasks}, PyTorch, {'compiled' if compiled else 'eager'}"
     return {f"{name}, forward": forward, f"{name}, forward and backward": both}
 
 
 def all_cases():
     cases = {}
-    for compiled in ("", ", compiled"):
+    for compiled in (False, True):
         for tasks in (2, 4):
             cases |= units(tasks, compiled)
         for dtype in ("float32", "mixed_bfloat16"):
-            for layout in ("", ", channels last"):
-                cases |= networks(dtype, layout, compiled)
+            for channels_last in (False, True):
+                cases |= networks(dtype, channels_last, compiled)
     return cases
 
 
@@ -161,7 +159,7 @@ def main():
     torch.set_num_threads(THREADS)
     cases = all_cases()
     weights = sum(p.numel() for p in Network().parameters())
-    print(json.dumps([weights, list(cases)]), flush=True)
+    print(json.dumps([torch.__version__, weights, list(cases)]), flush=True)
     for name in sys.stdin:
         run = cases[name.strip()]
         start = time.perf_counter()
