@@ -1,8 +1,8 @@
-"""What tests/speed.py times, in PyTorch: its peer, which it runs in a process of its own.
+"""What tests/speed.py times, in PyTorch: its peer, run by it in a process of its own.
 
 `torch.compile` (PyTorch 2.14) crashes a process that has TensorFlow 2.21 in it. Prints
-PyTorch's version, the number of weights and the names of the cases; then runs each case that is named on
-its input once, and prints the milliseconds.
+its version, the number of weights and the names of the cases; then runs each case that
+is named on its input once, and prints the milliseconds.
 """
 
 import json

@@ -8,9 +8,9 @@ import pytest
 def test_pytorchs_network_has_as_many_weights_as_ours():
     if not importlib.util.find_spec("torch"):
         pytest.skip("needs torch, which is not installed")
-    import speed
-    import speed_pytorch
     import torch
+
+    from tests import speed, speed_pytorch
 
     with torch.device("meta"):
         peer = speed_pytorch.Network()
