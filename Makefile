@@ -31,9 +31,10 @@ docs: install
 guides: install
 	TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python docs/run_guides.py
 
-# Minutes, on a machine that does nothing else. Writes docs/results/speed.csv.
+# Minutes, on a machine that does nothing else. Writes docs/speed.md. PYTORCH names a
+# Python with PyTorch, where it is not installed here.
 speed: install
-	$(BIN)/python tests/speed.py
+	$(BIN)/python tests/speed.py $(PYTORCH)
 
 # Hours on two cores; what is done stays done. Writes docs/compatibility.md.
 compatibility: install

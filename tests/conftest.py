@@ -4,6 +4,9 @@ import shutil
 
 import pytest
 
+# It imports PyTorch, and --doctest-modules imports all that it finds.
+collect_ignore = ["speed_pytorch.py"]
+
 
 @pytest.fixture(scope="session")
 def browser():
