@@ -126,7 +126,7 @@ def fit(
         tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or METHODS))
-        chosen = _recipe(recipe, backbone, weights, toy, methods)
+        chosen = _recipe(recipe, toy, methods, backbone=backbone, weights=weights)
         experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
         with _progress() as progress:
@@ -192,7 +192,7 @@ def study(
 
         tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy()
-        chosen = _recipe(recipe, backbone, weights, toy)
+        chosen = _recipe(recipe, toy, backbone=backbone, weights=weights)
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
         if dry_run:
@@ -272,7 +272,7 @@ def bench(
         from training.runs import open_experiment
 
         experiment = open_experiment(
-            _recipe(recipe, backbone, weights, toy), data, runs
+            _recipe(recipe, toy, backbone=backbone, weights=weights), data, runs
         )
         rows = benchmark.measure(experiment, steps)
     _print_table(("", "ms, median", "ratio"), rows)
@@ -295,7 +295,7 @@ def traffic(
         from training import distribution, methods, towers
         from training.runs import open_experiment
 
-        chosen = _recipe(recipe, backbone, toy, [method])
+        chosen = _recipe(recipe, toy, [method], backbone=backbone)
         tasks = open_experiment(chosen, data, runs).tasks
         model = methods.plan(method, chosen).join(towers.build(chosen, tasks, 0))
     rows = [
@@ -334,7 +334,7 @@ def prepare_voc2008(
     console.print(f"Now: python -m training fit voc2008 --data {directory}")
 
 
-def _recipe(name, backbone, weights, toy, spelled=()):
+def _recipe(name, toy, spelled=(), *, backbone=None, weights=None):
     """The recipe, checked with its methods before any data are prepared, and shown."""
     from training import methods, towers
     from training import recipe as recipes

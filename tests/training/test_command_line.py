@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -46,6 +47,23 @@ def test_the_demo_trains_every_method_and_shows_a_table(demo):
     assert "segmentation mean iu" in result.stdout
     assert "cross stitch from start" in result.stdout
     assert "data:image/png" in (folder.parent / "report.html").read_text()
+
+
+@shares_the_demo
+def test_traffic_is_that_of_the_recipes_method(demo):
+    _, folder = demo
+    arguments = ("traffic", "scenes", "--toy", "--runs", folder.parent)
+    result = training(*arguments, "--devices", 2, "--devices", 4)
+    alone = training(*arguments, "--devices", 2, "--method", "one_task")
+    model = keras.models.load_model(
+        folder / "cross_stitch_from_start/seed0/model.keras", compile=False
+    )
+    gradients = 4 * sum(math.prod(x.shape) for x in model.trainable_variables)
+
+    assert result.exit_code == 0, result.output
+    assert f"{gradients / 1e6:.2f}" in result.stdout
+    assert f"{1.5 * gradients / 1e6:.2f}" in result.stdout
+    assert f"{gradients / 1e6:.2f}" not in alone.stdout
 
 
 @shares_the_demo
