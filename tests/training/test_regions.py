@@ -180,6 +180,18 @@ def test_a_batch_is_that_of_its_step_wherever_the_steps_begin(rooms, two_passes)
         np.testing.assert_array_equal(later[1][name], targets[name][24:])
 
 
+def test_the_rows_of_a_worker_are_those_of_the_whole_batch(rooms, two_passes):
+    rows = np.array([3, 1])
+    of_worker = collect(
+        regions.train_batches(
+            rooms.train_examples, rooms.recipe, rooms.tasks, 3, range(7, 8), rows
+        )
+    )
+    for parts, wholes in zip(of_worker, two_passes, strict=True):
+        for name, part in parts.items():
+            np.testing.assert_array_equal(part, wholes[name][28:][rows])
+
+
 def test_each_task_is_tested_on_the_boxes_that_it_asks_for(rooms):
     stored = list(tfds.as_numpy(rooms.builder.as_dataset(split="test")))
     passes = batches.test_passes(rooms.builder, rooms.recipe, rooms.tasks)
