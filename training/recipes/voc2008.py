@@ -49,6 +49,9 @@ RECIPE = Recipe(
     splits=("block7_expand_conv", "fc7"),
     best_split="block7_expand_conv",
     training=Training(batch_size=8, momentum=0.9, loss_weighting=None, dtype="float32"),
-    one_task=Schedule(epochs=4, learning_rate=0.02),
-    extra=Schedule(epochs=2, learning_rate=0.01),
+    # Chosen on the last fifth of the train images, by detection alone: at 0.002, 0.005
+    # and 0.01 it reaches 8.8, 13.0 and 11.4 % in 4 epochs, 24.7 and 22.7 % in 10 at the
+    # last two. At 0.02 it hardly learns.
+    one_task=Schedule(epochs=10, learning_rate=0.005),
+    extra=Schedule(epochs=4, learning_rate=0.0025),
 )
