@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -49,8 +50,12 @@ def test_only_the_export_needs_tensorflow():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
+    # A copy: what builds in the checkout, another process may be building there too.
+    shutil.copytree(ROOT / "keras_cross_stitch", folder / "keras_cross_stitch")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
-    subprocess.run([*command, "--wheel-dir", folder, ROOT], check=True)
+    subprocess.run([*command, "--wheel-dir", folder, folder], check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
