@@ -1,15 +1,19 @@
 # make demo and make test need nothing but Python 3.11 or newer.
 PYTHON ?= python3
 BIN = .venv/bin
+# Warnings are errors in the tests, so versions are pinned. The newest of all instead:
+# make install CONSTRAINTS=/dev/null
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: install demo test lint docs guides speed compatibility
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable . --group training --group export --group docs --group test
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[tensorflow]' \
+	    --group training --group export --group docs --group test
 	touch $@
 
 demo: install

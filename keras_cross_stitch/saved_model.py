@@ -111,7 +111,8 @@ def export_saved_model(
     """
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
-            "A SavedModel is written by TensorFlow: save the model with "
+            "A SavedModel is written by TensorFlow (`pip install "
+            "'keras_cross_stitch[tensorflow]'`): save the model with "
             "`model.save('model.keras')`, and with KERAS_BACKEND=tensorflow load it, "
             "`keras.saving.load_model('model.keras', compile=False)`, and export it. "
             f"Received: backend={keras.backend.backend()!r}"

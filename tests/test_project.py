@@ -6,13 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import keras_cross_stitch
 
@@ -45,6 +49,29 @@ def test_only_the_export_needs_tensorflow():
     for path in (ROOT / "keras_cross_stitch").glob("*.py"):
         if path.name not in ("saved_model.py", "trial_input.py"):
             assert "tensorflow" not in set(imports(path)), path
+
+
+def test_what_the_project_names_is_pinned_within_its_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = [
+        *project["project"]["dependencies"],
+        *chain(*project["project"]["optional-dependencies"].values()),
+        *chain(*project["dependency-groups"].values()),
+    ]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+
+    for requirement in map(Requirement, named):
+        name = canonicalize_name(requirement.name)
+        if name != "openvino":  # tried with, and not installed by `make install`
+            assert requirement.specifier.contains(pinned[name]), requirement
+
+
+def test_the_library_alone_depends_on_keras_and_numpy():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {Requirement(line).name for line in project["dependencies"]}
+    assert needed == {"keras", "numpy"}
 
 
 @pytest.fixture(scope="module")

@@ -873,7 +873,10 @@ def test_a_task_with_a_list_of_outputs_is_an_error(tmp_path, names):
 def test_another_backend_is_an_error(model, tmp_path, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     # Keras cannot load the optimizer of the PyTorch backend under TensorFlow.
-    message = r"KERAS_BACKEND=tensorflow.*compile=False\).*backend='jax'"
+    message = (
+        r"keras_cross_stitch\[tensorflow\].*KERAS_BACKEND=tensorflow"
+        r".*compile=False\).*backend='jax'"
+    )
     with pytest.raises(RuntimeError, match=message):
         export_saved_model(model, tmp_path)
 
