@@ -1,13 +1,17 @@
 """AlexNet's weights from elsewhere, converted to the towers' layers.
 
-Two layouts are read: the `.npy` of Caffe's reference net ({"conv1": [kernel, bias],
-...}, BGR, convolutions in two groups), and torchvision's names in an `.npz`
-("features.0.weight", ...), which `numpy.savez` writes from a state dict.
+An `.npz` of plain arrays, in one of two layouts: torchvision's ("features.0.weight",
+...), or that of Caffe's reference net ("conv1.weight", "conv1.bias", ..., BGR,
+convolutions in two groups). Caffe's is offered as an `.npy` that holds a pickle, which
+may run any code when it is read: it is refused, with the lines that convert it.
 """
 
 import numpy as np
 
+from training.datasets.files import read_as
+
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
+PARTS = ("weight", "bias")
 _TORCHVISION = dict(
     zip(
         LAYERS,
@@ -18,6 +22,14 @@ _TORCHVISION = dict(
 _CAFFE_MEAN = np.array([123.68, 116.779, 103.939])  # RGB, in [0, 255]
 _TORCHVISION_MEAN = 255 * np.array([0.485, 0.456, 0.406])
 _TORCHVISION_STD = 255 * np.array([0.229, 0.224, 0.225])
+_CONVERT = (
+    "A state dict of torchvision's is written as one by "
+    "`np.savez('alexnet.npz', **{k: v.numpy() for k, v in state.items()})`. An .npy "
+    "with Caffe's layers is a pickle, and may run any code that its author put there. "
+    "If you trust them, convert it: `w = np.load('alexnet.npy', allow_pickle=True, "
+    "encoding='latin1').item()`, then `np.savez('alexnet.npz', **{f'{k}.{part}': x "
+    "for k, v in w.items() for part, x in zip(('weight', 'bias'), v)})`"
+)
 
 
 def load(model, path):
@@ -29,7 +41,7 @@ def load(model, path):
 
     Args:
         model: The tower, of width 1, whose conv1 to fc7 take RGB in [-1, 1].
-        path: Path of the `.npy` or `.npz`.
+        path: Path of the `.npz`.
 
     Raises:
         ValueError: If the file has another layout, or other shapes.
@@ -58,29 +70,21 @@ def read(path):
 
     They take RGB in [-1, 1], as `keras_cross_stitch.alexnet` scales it.
     """
-    try:
-        loaded = np.load(path, allow_pickle=True, encoding="latin1")
-        arrays = dict(loaded if path.suffix == ".npz" else loaded.item())
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"Expected AlexNet's weights in {path}, an .npy with a dict of layers or "
-            "an .npz with torchvision's names. Write that from a state dict with "
-            "np.savez('alexnet.npz', **{k: v.numpy() for k, v in state.items()}). "
-            f"{error}"
-        ) from error
-    if set(LAYERS) <= arrays.keys():
-        return _from_caffe({name: arrays[name] for name in LAYERS})
-    if {f"{name}.weight" for name in _TORCHVISION.values()} <= arrays.keys():
-        return _from_torchvision(arrays)
-    raise ValueError(
-        f"Expected {', '.join(LAYERS)}, or torchvision's features.0.weight and so on, "
-        f"in {path}. Received: {', '.join(map(str, arrays))}"
-    )
+    with read_as("AlexNet's weights, an .npz of arrays,", path, _CONVERT):
+        with open(path, "rb") as file:
+            arrays = dict(np.load(file, allow_pickle=False))
+        for names, converted in (
+            (LAYERS, _from_caffe),
+            (_TORCHVISION.values(), _from_torchvision),
+        ):
+            if {f"{x}.{part}" for x in names for part in PARTS} <= arrays.keys():
+                return converted(arrays)
+        raise ValueError(f"It holds: {', '.join(arrays) or 'no array'}")
 
 
 def _from_caffe(arrays):
-    kernels = {name: np.asarray(kernel) for name, (kernel, _) in arrays.items()}
-    biases = {name: np.asarray(bias) for name, (_, bias) in arrays.items()}
+    kernels = {name: arrays[f"{name}.weight"] for name in LAYERS}
+    biases = {name: arrays[f"{name}.bias"] for name in LAYERS}
     for name in ("conv2", "conv4", "conv5"):
         kernels[name] = _ungrouped(kernels[name])
     kernels["conv1"], biases["conv1"] = _rescaled(

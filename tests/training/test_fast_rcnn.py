@@ -1,5 +1,6 @@
 """Fast R-CNN's towers, the weights they may start from, and a run from end to end."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -174,13 +175,23 @@ CAFFE = {
 }
 
 
+def convert(path, folder):
+    """Runs the lines that the error names."""
+    with pytest.raises(ValueError, match="is a pickle") as refused:
+        alexnet_weights.read(path)
+    lines = str(refused.value).partition("convert it: ")[2].split("`")[1::2]
+    with contextlib.chdir(folder):
+        exec("\n".join(lines), {"np": np})
+
+
 def test_caffes_weights_compute_what_they_did(rng, tmp_path):
     weights = {
         name: [normal(rng, *shape), rng.normal(0, 1, shape[-1:]).astype("float32")]
         for name, shape in CAFFE.items()
     }
-    np.save(tmp_path / "bvlc.npy", weights)
-    read = alexnet_weights.read(tmp_path / "bvlc.npy")
+    np.save(tmp_path / "alexnet.npy", weights)
+    convert(tmp_path / "alexnet.npy", tmp_path)
+    read = alexnet_weights.read(tmp_path / "alexnet.npz")
     net = alexnet(2, (99, 99, 3), normalization="local_response")
     for name in list(CAFFE)[:5]:
         net.get_layer(name).set_weights(read[name])
@@ -266,14 +277,48 @@ def test_a_wider_layer_keeps_its_start_and_does_not_disturb(rng, monkeypatch):
 
 
 def test_a_file_of_another_layout_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"AlexNet's weights in .*none\.npy.*savez"):
-        alexnet_weights.read(tmp_path / "none.npy")
+    with pytest.raises(ValueError, match=r"weights.*none\.npz\. There is no.*savez"):
+        alexnet_weights.read(tmp_path / "none.npz")
     np.savez(tmp_path / "other.npz", stem=np.zeros(3))
-    with pytest.raises(ValueError, match=r"conv1, conv2.*features\.0.*Received: stem"):
+    with pytest.raises(ValueError, match=r"other\.npz\. .*It holds: stem\. "):
         alexnet_weights.read(tmp_path / "other.npz")
     np.save(tmp_path / "array.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"AlexNet's weights in .*array\.npy"):
+    with pytest.raises(ValueError, match=r"AlexNet's weights.* in .*array\.npy"):
         alexnet_weights.read(tmp_path / "array.npy")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda whole: b"", "The file is empty"),
+        (lambda whole: b"garbage" * 99, "pickle"),
+        (lambda whole: whole[:-50], "BadZipFile"),
+        (lambda whole: whole.replace(b"\0" * 64, b"\1" * 64, 1), "BadZipFile"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, spoil, found):
+    path = tmp_path / "alexnet.npz"
+    np.savez(path, **{"conv1.weight": np.zeros(99)})
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"alexnet\.npz\. .*{found}"):
+        alexnet_weights.read(path)
+
+
+class Ran:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("name", ["alexnet.npy", "alexnet.npz"])
+def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save = np.save if name.endswith("npy") else np.savez
+    save(name, np.array([Ran()], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"If you trust them, convert it: `w = np"):
+        alexnet_weights.read(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
 
 
 # A run from end to end

@@ -309,7 +309,55 @@ def test_check_folder_refuses_classes_in_another_order(folder):
 
 def test_check_folder_refuses_a_splits_file_without_the_splits(folder):
     scipy.io.savemat(folder / "splits.mat", {"trainNdxs": [[1.0]]})
-    with pytest.raises(ValueError, match=r"Missing: \['testNdxs'\]\. Use the official"):
+    with pytest.raises(ValueError, match=r"KeyError: 'testNdxs'\. Use the official"):
+        check_folder(folder)
+
+
+def test_splits_of_matlab_7_3_are_read(folder):
+    with h5py.File(folder / "splits.mat", "w") as file:
+        file["trainNdxs"] = np.array([[1.0, 3, 4, 6]])  # as MATLAB stores a column
+        file["testNdxs"] = np.array([[2.0, 5]])
+    train, test = ["0001", "0003", "0004", "0006"], ["0002", "0005"]
+    assert check_folder(folder) == {"train": train, "test": test}
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "The file is empty"),
+        (b"\0" * 200, "Error"),
+        (b"MATLAB 5.0 MAT-file" + 200 * b"garbage", "Error"),
+        (b"\x89HDF\r\n\x1a\n" + b"garbage" * 99, "OSError"),
+    ],
+)
+def test_damaged_splits_are_refused(folder, content, found):
+    (folder / "splits.mat").write_bytes(content)
+    message = rf"a MATLAB file with .*nyuv2/splits\.mat\. .*{found}.*Use the official"
+    with pytest.raises(ValueError, match=message):
+        check_folder(folder)
+
+
+def test_splits_without_an_image_are_refused(folder):
+    write_splits(folder / "splits.mat", train=[1, 3], test=[])
+    with pytest.raises(ValueError, match=r"Expected indices.* none\. Use the official"):
+        check_folder(folder)
+
+
+def test_what_file_managers_leave_does_not_count(folder):
+    before = prepared.fingerprint(folder)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0001.jpg"):
+        for place in ("", "rgb", "depth", ".hidden"):
+            (folder / place).mkdir(exist_ok=True)
+            (folder / place / name).write_bytes(b"left")
+    assert check_folder(folder)["test"] == ["0002", "0005"]
+    assert prepared.fingerprint(folder) == before
+
+
+def test_classes_with_a_byte_order_mark_are_read(folder):
+    (folder / "classes.txt").write_text("\r\n".join(CLASSES), "utf-8-sig")
+    assert check_folder(folder)["test"] == ["0002", "0005"]
+    (folder / "classes.txt").write_bytes(b"\xe9t\xe9")
+    with pytest.raises(ValueError, match=r"text in UTF-8 in .*classes\.txt\. Unicode"):
         check_folder(folder)
 
 
@@ -466,14 +514,14 @@ def test_prepare_accepts_an_empty_folder(tmp_path, release):
 def test_prepare_leaves_nothing_behind_when_it_fails(tmp_path, release):
     with h5py.File(tmp_path / "nyu.mat", "a") as file:
         file["labels"][2, 0, 0] = 2000
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"whole image 3 in .*nyu\.mat\. IndexError"):
         prepare(tmp_path)
     assert not any((tmp_path / "out").iterdir())
 
 
 def test_prepare_refuses_a_mat_that_is_not_hdf5(tmp_path, release):
     (tmp_path / "nyu.mat").write_text("MATLAB 5.0")
-    with pytest.raises(ValueError, match=r"an HDF5 file\. Received: .*nyu\.mat"):
+    with pytest.raises(ValueError, match=r"an HDF5 file, in .*nyu\.mat\. "):
         prepare(tmp_path)
 
 

@@ -12,16 +12,16 @@ from training.datasets.voc2008 import ATTRIBUTES, CLASSES, Voc2008
 SIZE = (256, 190)  # of the test images: width, height
 
 
-def line(image, name, box, on=()):
+def line(image, name, box, on=(), difficult=0):
     attributes = ["1" if x in on else "0" for x in ATTRIBUTES]
-    return " ".join([image, name, *map(str, box), *attributes])
+    return " ".join([image, name, *map(str, box), *attributes, str(difficult)])
 
 
 LINES = {
     "train": [
         line("a.jpg", "dog", (10.5, 20, 100.25, 150), on=("Furry", "Leather")),
         line("b.jpg", "train", (0, 0, 256, 190), on=("2D Boxy",)),
-        line("a.jpg", "person", (200, 10, 250, 180)),
+        line("a.jpg", "person", (200, 10, 250, 180), difficult=1),
     ],
     "test": ["d.jpg", line("c.jpg", "aeroplane", (60, 40, 200, 150), on=("Wing",))],
 }
@@ -43,6 +43,7 @@ def write(folder, lines=LINES):
         cv2.imwrite(str(folder / f"images/{name}.jpg"), image)
     for split, of_split in lines.items():
         (folder / f"apascal_{split}.txt").write_text("\n".join(of_split) + "\n")
+    (folder / "format.txt").write_text(voc2008.FORMAT_2)
     (folder / "class_names.txt").write_text("\n".join(CLASSES) + "\n")
     (folder / "attribute_names.txt").write_text("\n".join(ATTRIBUTES) + "\n")
     return folder
@@ -67,6 +68,11 @@ def test_the_data_at_hand_is_whole():
     }
 
     assert counts == {"train": (2111, 6337), "test": (2221, 6347)}
+    boxes = np.array(
+        [x["box"] for of in found.values() for y in of.values() for x in y]
+    )
+    # Without the subtraction no box would begin at 0, and hundreds at 256 / 500.
+    assert (boxes[:, :2] < 0.01).sum(axis=0).tolist() == [1514, 775]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,7 @@ def test_examples_are_the_images_and_their_lines(builder, folder):
     dog, person = (0, 1) if train["a"]["objects"]["label"][0] == 11 else (1, 0)
     objects = train["a"]["objects"]
     assert objects["label"][[dog, person]].tolist() == [11, 14]
+    assert objects["difficult"][[dog, person]].tolist() == [0, 1]
     pixels = objects["bbox"][dog] * [190, 256, 190, 256]
     np.testing.assert_allclose(pixels, [20, 10.5, 150, 100.25], rtol=1e-5)
     on = [ATTRIBUTES[k] for k in objects["attributes"][dog].nonzero()[0]]
@@ -106,8 +113,8 @@ def test_the_lists_are_those_of_the_data_at_hand():
     ("wrong", "message"),
     [
         (line("b.jpg", "tram", (1, 2, 3, 4)), "class of aeroplane.*Received: tram"),
-        (line("b.jpg", "car", (1, 2, 3, 4)) + " 1", "64 attributes.*69 fields"),
-        (line("b.jpg", "car", (1, 2, 3, 4))[:-2], "64 attributes.*67 fields"),
+        (line("b.jpg", "car", (1, 2, 3, 4)) + " 1", "64 attributes.*70 fields"),
+        (line("b.jpg", "car", (1, 2, 3, 4))[:-2], "64 attributes.*68 fields"),
         (
             line("b.jpg", "car", (1, 2, 257, 4)),
             "inside its image of 256x190.*1 2 257 4",
@@ -127,6 +134,29 @@ def test_a_wrong_line_is_refused_with_its_number(tmp_path, wrong, message):
     path = write(tmp_path / "voc", lines)
 
     with pytest.raises(ValueError, match=rf"apascal_train.txt, line 4: .*{message}"):
+        voc2008.check_folder(path)
+
+
+def test_boxes_of_a_folder_without_a_format_begin_at_vocs_first_pixel(tmp_path):
+    on = ("Furry",)
+    lines = [
+        line("a.jpg", "dog", (0.51, 20, 256, 150), on),
+        line("b.jpg", "cat", [9] * 4),
+    ]
+    path = write(tmp_path / "voc", {**LINES, "train": [x[:-2] for x in lines]})
+    of_test = (path / "apascal_test.txt").read_text().replace(" 0\n", "\n")
+    (path / "apascal_test.txt").write_text(of_test)
+    (path / "format.txt").unlink()
+    (dog,), (cat,) = voc2008.check_folder(path)["train"].values()
+
+    np.testing.assert_allclose(dog["box"], [0, 20 - 256 / 500, 256, 150], atol=0.003)
+    np.testing.assert_allclose(cat["box"], [9 - 256 / 500] * 2 + [9, 9])  # one pixel
+    assert (dog["attributes"].sum(), dog["difficult"]) == (1, 0)
+    (path / "apascal_train.txt").write_text(line("a.jpg", "dog", (0, 0, 9, 9))[:-2])
+    with pytest.raises(ValueError, match=r"256x190 pixels, from 0\.512 on.* 0 0 9 9"):
+        voc2008.check_folder(path)
+    (path / "format.txt").write_text("boxes of another kind")
+    with pytest.raises(ValueError, match=r"format\.txt to say 'boxes from 0.*prepare"):
         voc2008.check_folder(path)
 
 
@@ -151,12 +181,25 @@ def test_a_truncated_image_is_refused(folder, tmp_path):
         voc2008.read_example(path, [])
 
 
+def annotate(devkit, image, *objects):
+    names = ("xmin", "ymin", "xmax", "ymax")
+    parts = [
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>"
+        + "".join(f"<{x}>{y}</{x}>" for x, y in zip(names, box, strict=True))
+        + "</bndbox></object>"
+        for name, difficult, box in objects
+    ]
+    path = devkit / f"Annotations/{image}.xml"
+    path.write_text(f"<annotation>{''.join(parts)}</annotation>")
+
+
 @pytest.fixture
 def official(folder, tmp_path):
     """A devkit and aPascal's files: larger images, `e` without objects."""
     devkit, apascal = tmp_path / "VOC2008", tmp_path / "attribute_data"
     (devkit / "JPEGImages").mkdir(parents=True)
     (devkit / "ImageSets/Main").mkdir(parents=True)
+    (devkit / "Annotations").mkdir()
     apascal.mkdir()
     rng = np.random.default_rng(0)
     for name in "abe":
@@ -164,14 +207,18 @@ def official(folder, tmp_path):
         cv2.imwrite(str(devkit / f"JPEGImages/{name}.jpg"), image)
     (devkit / "ImageSets/Main/train.txt").write_text("a\ne\n")
     (devkit / "ImageSets/Main/val.txt").write_text("b\n")
-    box = (100, 75, 500, 375)
-    (apascal / "apascal_train.txt").write_text(line("a.jpg", "cow", box, ["Tail"]))
-    (apascal / "apascal_test.txt").write_text(line("b.jpg", "cat", box))
+    box = (101, 76, 500, 375)
+    small = (1, 1, 100, 75)
+    cow, calf = line("a.jpg", "cow", box, ["Tail"]), line("a.jpg", "cow", small)
+    (apascal / "apascal_train.txt").write_text(f"{cow[:-2]}\n{calf[:-2]}\n")
+    (apascal / "apascal_test.txt").write_text(line("b.jpg", "cat", box)[:-2])
+    annotate(devkit, "a", ("cow", 0, box), ("cow", 1, small), ("dog", 1, box))
+    annotate(devkit, "b", ("cat", 0, small))
     (apascal / "attribute_names.txt").write_text("\n".join(ATTRIBUTES))
     return devkit, apascal
 
 
-def test_the_official_files_become_that_folder(official, tmp_path):
+def test_the_official_files_become_that_folder(official, tmp_path, capsys):
     voc2008.prepare_from_devkit(*official, tmp_path / "folder")
     found = voc2008.check_folder(tmp_path / "folder")
 
@@ -180,7 +227,11 @@ def test_the_official_files_become_that_folder(official, tmp_path):
         "test": ["b.jpg"],
     }
     assert found["train"]["e.jpg"] == []
-    (cow,) = found["train"]["a.jpg"]
+    cow, calf = found["train"]["a.jpg"]
+    np.testing.assert_allclose(calf["box"], [0, 0, 51.2, 38.4], atol=0.01)
+    assert (cow["difficult"], calf["difficult"]) == (0, 1)
+    assert found["test"]["b.jpg"][0]["difficult"] == 0
+    assert "1 of aPascal's objects are none of VOC's" in capsys.readouterr().out
     np.testing.assert_allclose(cow["box"], [51.2, 38.4, 256, 192], atol=0.01)
     assert cow["label"] == CLASSES.index("cow")
     assert cow["attributes"].sum() == cow["attributes"][ATTRIBUTES.index("Tail")] == 1
@@ -191,6 +242,12 @@ def test_what_is_missing_of_the_official_files_is_named(official, tmp_path):
     devkit, apascal = official
     with pytest.raises(ValueError, match=r"content\. Remove it or choose another"):
         voc2008.prepare_from_devkit(devkit, apascal, apascal)
+    whole = (devkit / "Annotations/a.xml").read_text()
+    (devkit / "Annotations/a.xml").write_text(whole[:-20])
+    with pytest.raises(
+        ValueError, match=r"annotation of .*a\.xml\. ParseError.*Unpack"
+    ):
+        voc2008.prepare_from_devkit(devkit, apascal, tmp_path / "folder")
     (apascal / "apascal_train.txt").write_text(line("a.jpg", "elk", (1, 2, 3, 4)))
     with pytest.raises(ValueError, match=r"apascal_train.txt, line 1: .*elk"):
         voc2008.prepare_from_devkit(devkit, apascal, tmp_path / "folder")

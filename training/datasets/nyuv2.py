@@ -21,6 +21,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from rich.progress import track
 
+from training.datasets.files import files_in, read_as, read_lines
 from training.datasets.normal_maps import encode_normals
 
 # Spelled as the official files spell them; the index here is the class minus one.
@@ -165,7 +166,7 @@ def check_folder(path: str | os.PathLike) -> dict[str, list[str]]:
                 f"Expected the NYUv2 folder {folder} with {', '.join(SUFFIXES)}, "
                 f"splits.mat and classes.txt. Missing: {folder / name}. {remedy}"
             )
-    classes = (folder / "classes.txt").read_text().splitlines()
+    classes = read_lines(folder / "classes.txt", remedy)
     if classes != list(CLASSES):
         differing = sorted(set(classes) ^ set(CLASSES)) or "their order"
         raise ValueError(
@@ -176,7 +177,7 @@ def check_folder(path: str | os.PathLike) -> dict[str, list[str]]:
     splits = read_splits(folder / "splits.mat")
     ids = [image_id for split in splits.values() for image_id in split]
     for name, suffix in SUFFIXES.items():
-        found = {file.name for file in (folder / name).iterdir()}
+        found = {file.name for file in files_in(folder / name)}
         expected = [image_id + suffix for image_id in sorted(ids)]
         missing = [file for file in expected if file not in found]
         if missing:
@@ -188,25 +189,36 @@ def check_folder(path: str | os.PathLike) -> dict[str, list[str]]:
         if len(found) != len(ids):
             raise ValueError(
                 f"Expected {len(ids)} files in {folder / name}, one for each index in "
-                f"splits.mat. Found {len(found)}. Remove the others, or use the "
-                f"splits.mat that belongs to them."
+                f"splits.mat. Found {len(found)}, of others "
+                f"{min(found - set(expected), default='none')}. Remove the others, or "
+                f"use the splits.mat that belongs to them."
             )
     return splits
 
 
 def read_splits(path: str | os.PathLike) -> dict[str, list[str]]:
     """Reads the official split: image ids, "0001" being the first image's."""
-    splits = scipy.io.loadmat(path)
-    missing = {"trainNdxs", "testNdxs"} - splits.keys()
-    if missing:
+    indices = _read_mat(path, ("trainNdxs", "testNdxs"), "splits.mat")
+    if not all(of_split.size for of_split in indices):
         raise ValueError(
-            f"Expected {path} to hold trainNdxs and testNdxs. Missing: "
-            f"{sorted(missing)}. Use the official splits.mat."
+            f"Expected indices of images in trainNdxs and testNdxs of {path}. Received "
+            "none. Use the official splits.mat."
         )
     return {
-        split: [f"{index:04d}" for index in splits[key].ravel().astype(int)]
-        for split, key in (("train", "trainNdxs"), ("test", "testNdxs"))
+        split: [f"{int(index):04d}" for index in of_split.ravel()]
+        for split, of_split in zip(("train", "test"), indices, strict=True)
     }
+
+
+def _read_mat(path, names, official):
+    """The numbers of those names in a MATLAB file, of version 7.3 or older."""
+    remedy = f"Use the official {official}."
+    with read_as(f"a MATLAB file with {' and '.join(names)}", path, remedy):
+        if h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                return [np.asarray(file[name], np.float64) for name in names]
+        values = scipy.io.loadmat(path)
+        return [np.asarray(values[name], np.float64) for name in names]
 
 
 @dataclasses.dataclass(eq=False)
@@ -316,9 +328,10 @@ def read_example(folder: Path, image_id: str) -> dict[str, Any]:
 
 def read_image(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """Reads an image as it is stored, and checks that it is what is expected."""
-    encoded = path.read_bytes()
-    array = np.frombuffer(encoded, np.uint8)
-    image = cv2.imdecode(array, cv2.IMREAD_UNCHANGED) if encoded else None
+    with read_as("an image", path, "Write the file anew."):
+        encoded = path.read_bytes()
+        array = np.frombuffer(encoded, np.uint8)
+        image = cv2.imdecode(array, cv2.IMREAD_UNCHANGED) if encoded else None
     if image is None or image.dtype != dtype or image.shape != shape:
         received = "no image" if image is None else f"{image.dtype} {image.shape}"
         raise ValueError(
@@ -379,12 +392,13 @@ def prepare_from_mat(
             folder = Path(temporary, directory.name)
             for name in SUFFIXES:
                 (folder / name).mkdir(parents=True)
-            (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+            (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", "utf-8")
             shutil.copyfile(splits, folder / "splits.mat")
             for index in track(indices, "Writing NYUv2"):
-                image = release["images"][index - 1].T[..., ::-1]  # (H, W, C), BGR
-                depth = np.nan_to_num(release["depths"][index - 1].T)
-                labels = to_40_classes[release["labels"][index - 1].T]
+                with read_as(f"a whole image {index}", mat, "Download it anew."):
+                    image = release["images"][index - 1].T[..., ::-1]  # (H, W, C), BGR
+                    depth = np.nan_to_num(release["depths"][index - 1].T)
+                    labels = to_40_classes[release["labels"][index - 1].T]
                 millimetres = np.round(depth * 1000).clip(0, 65535).astype(np.uint16)
                 # Nearest takes every other pixel, which halving the camera fits.
                 write_image(folder / f"rgb/{index:04d}.jpg", image, cv2.INTER_AREA)
@@ -400,17 +414,13 @@ def prepare_from_mat(
 
 def open_mat(path: str | os.PathLike) -> h5py.File:
     """Opens the official images, depths and labels: arrays (N, [3,] 640, 480)."""
-    if not h5py.is_hdf5(path):
-        raise ValueError(
-            f"Expected nyu_depth_v2_labeled.mat, an HDF5 file. Received: {path}, which "
-            f"is missing or of another kind. Download it anew."
-        )
-    file = h5py.File(path)
-    shapes = {
-        name: file[name].shape
-        for name in ("images", "depths", "labels")
-        if name in file
-    }
+    with read_as("nyu_depth_v2_labeled.mat, an HDF5 file,", path, "Download it anew."):
+        file = h5py.File(path)
+        shapes = {
+            name: file[name].shape
+            for name in ("images", "depths", "labels")
+            if name in file
+        }
     count = shapes.get("images", (0,))[0]
     size = (640, 480)
     expected = {
@@ -429,11 +439,12 @@ def open_mat(path: str | os.PathLike) -> h5py.File:
 
 def read_mapping(path: str | os.PathLike) -> np.ndarray:
     """Reads the class 1..40 of each of the classes 0..894; 0 stays unlabelled."""
-    classes = scipy.io.loadmat(path).get("mapClass", np.empty(0)).ravel()
+    (classes,) = _read_mat(path, ("mapClass",), "classMapping40.mat")
+    classes = classes.ravel()
     if classes.size != 894 or classes.min() < 1 or classes.max() != len(CLASSES):
         raise ValueError(
             f"Expected {path} to map 894 classes to 1..{len(CLASSES)} in mapClass. "
-            f"Received {classes.size} values up to {classes.max(initial=0)}. Use "
+            f"Received {classes.size} values up to {classes.max(initial=0):g}. Use "
             f"classMapping40.mat."
         )
     return np.concatenate([[0], classes]).astype(np.uint8)

@@ -10,6 +10,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from training.datasets import proposals
+from training.datasets.files import files_in
 from training.locks import lock
 from training.recipe import RegionData
 
@@ -63,14 +64,10 @@ def digest(builder):
 
 
 def fingerprint(folder):
-    """Each file's size and time of change, by its path in the folder.
-
-    Without hidden files, which file managers leave.
-    """
-    files = sorted(path for path in Path(folder).rglob("[!.]*") if path.is_file())
+    """Each file's size and time of change, by its path in the folder."""
     return {
         path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime]
-        for path in files
+        for path in files_in(folder)
     }
 
 

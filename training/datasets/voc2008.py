@@ -1,7 +1,11 @@
 """PASCAL VOC 2008 with the attributes of aPascal, as a TFDS data set.
 
 The builder reads a plain folder; `prepare_from_devkit` writes that folder from the
-official files. Nothing is downloaded here.
+official files. Nothing is downloaded here. The split that is called test is VOC's val,
+as aPascal has it: the labels of VOC 2008's own test were never given out.
+
+VOC counts pixels from 1, and a box holds its last ones. Here a box begins at 0 and ends
+before its right and bottom, so that right - left is its width.
 """
 
 import contextlib
@@ -11,13 +15,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image, UnidentifiedImageError
+from rich.console import Console
 from rich.progress import track
+
+from training.datasets.files import read_as, read_lines
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
@@ -36,6 +44,10 @@ ATTRIBUTES = (
     "Leather",
 )
 LONGEST = 256  # pixels of an image's longer side
+OFFICIAL_LONGEST = 500  # of VOC's own, all but a few of them
+FORMAT = "format.txt"
+# What that file says of the lines. A folder without it has VOC's boxes, scaled alone.
+FORMAT_2 = "boxes from 0, right and bottom exclusive; a last number, 1: difficult"
 SPLITS = {"train": "train", "test": "val"}  # aPascal's, and VOC's
 LISTS = {"class_names.txt": CLASSES, "attribute_names.txt": ATTRIBUTES}
 REMEDY = "Write the folder with `python -m training prepare voc2008`"
@@ -46,11 +58,13 @@ def check_folder(path: str | os.PathLike) -> dict[str, dict[str, list[dict]]]:
 
     Args:
         path: The folder with `images`, `apascal_train.txt`, `apascal_test.txt`,
-            `class_names.txt` and `attribute_names.txt`.
+            `class_names.txt` and `attribute_names.txt`. Without a `format.txt`, as
+            earlier versions wrote it, boxes are VOC's, whose first pixel is 1.
 
     Returns:
         `{split: {image: [object, ...]}}`, an object being a dict of `box` (left, top,
-        right, bottom in pixels), `label` and `attributes`. An image may have none.
+        right, bottom in pixels, from 0), `label`, `attributes` and `difficult`. An
+        image may have none.
 
     Raises:
         ValueError: If a file is missing or wrong; for a line, with its number.
@@ -65,8 +79,18 @@ def check_folder(path: str | os.PathLike) -> dict[str, dict[str, list[dict]]]:
             )
     for name, expected in LISTS.items():
         _check_names(folder / name, expected)
+    first, flagged = LONGEST / OFFICIAL_LONGEST, False
+    if (folder / FORMAT).exists():
+        first, flagged = 0.0, True
+        if read_lines(folder / FORMAT, REMEDY) != [FORMAT_2]:
+            raise ValueError(
+                f"Expected {folder / FORMAT} to say '{FORMAT_2}', as this version "
+                f"writes it. {REMEDY}"
+            )
     objects = {
-        split: read_objects(folder / f"apascal_{split}.txt", folder / "images")
+        split: read_objects(
+            folder / f"apascal_{split}.txt", folder / "images", first, flagged
+        )
         for split in SPLITS
     }
     both = objects["train"].keys() & objects["test"].keys()
@@ -78,21 +102,30 @@ def check_folder(path: str | os.PathLike) -> dict[str, dict[str, list[dict]]]:
     return objects
 
 
-def read_objects(path: Path, images: Path) -> dict[str, list[dict]]:
+def read_objects(
+    path: Path, images: Path, first: float, flagged: bool
+) -> dict[str, list[dict]]:
     """Reads `<image> <class> xmin ymin xmax ymax <64 x 0/1>`, a line an object.
 
     A line with an image alone names one without objects.
+
+    Args:
+        path: The file.
+        images: The folder of its images.
+        first: What the file calls the left and top of an image's first pixel.
+        flagged: Whether a last 0 or 1 says if the object is difficult.
     """
     objects: dict[str, list[dict]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_lines(path, REMEDY), 1):
         image, *fields = line.split() or [""]
         with _line_named(path, number):
             if image not in sizes:
                 sizes[image] = _size(images / image)
                 objects[image] = []
             if fields:
-                objects[image].append(_object(fields, *sizes[image]))
+                thing = _object(fields, *sizes[image], first, flagged)
+                objects[image].append(thing)
     return objects
 
 
@@ -105,7 +138,7 @@ def _line_named(path, number):
 
 
 def _check_names(path, expected):
-    names = path.read_text().splitlines()
+    names = read_lines(path, REMEDY)
     if names != list(expected):
         differing = sorted(set(names) ^ set(expected)) or "their order"
         raise ValueError(
@@ -123,19 +156,22 @@ def _size(path):
         raise ValueError(f"There is no image {path}, or it is damaged") from error
 
 
-def _object(fields, width, height):
+def _object(fields, width, height, first, flagged):
     name, *numbers = fields
+    expected = 4 + len(ATTRIBUTES) + flagged
     if name not in CLASSES:
         raise ValueError(f"Expected a class of {', '.join(CLASSES)}. Received: {name}")
-    if len(numbers) != 4 + len(ATTRIBUTES):
+    if len(numbers) != expected:
         raise ValueError(
-            f"Expected 4 numbers of a box and {len(ATTRIBUTES)} attributes behind the "
-            f"class. Received: {len(numbers)} fields"
+            f"Expected 4 numbers of a box and {len(ATTRIBUTES)} attributes"
+            f"{', and whether it is difficult,' if flagged else ''} behind the class. "
+            f"Received: {len(numbers)} fields"
         )
     try:
         box = np.array(numbers[:4], np.float64)
     except ValueError:
         box = np.full(4, np.nan)
+    box[:2] -= first
     left, top, right, bottom = box
     # Files written with two decimals may reach beyond by half of the last one.
     if not (
@@ -143,7 +179,7 @@ def _object(fields, width, height):
     ):
         raise ValueError(
             f"Expected a box xmin ymin xmax ymax inside its image of {width}x{height} "
-            f"pixels. Received: {' '.join(numbers[:4])}"
+            f"pixels, from {first:g} on. Received: {' '.join(numbers[:4])}"
         )
     if set(numbers[4:]) - {"0", "1"}:
         wrong = next(x for x in numbers[4:] if x not in ("0", "1"))
@@ -151,7 +187,8 @@ def _object(fields, width, height):
     return {
         "box": box.clip(0, [width, height, width, height]),
         "label": CLASSES.index(name),
-        "attributes": np.array(numbers[4:], np.uint8),
+        "attributes": np.array(numbers[4 : 4 + len(ATTRIBUTES)], np.uint8),
+        "difficult": int(numbers[-1]) if flagged else 0,
     }
 
 
@@ -167,10 +204,14 @@ class Voc2008(tfds.core.GeneratorBasedBuilder):
     """VOC 2008's images of 256 pixels, their objects' boxes, classes and attributes.
 
     Each example is `{"image", "objects", "id"}`. A box is (ymin, xmin, ymax, xmax), as
-    shares of the image; the attributes are 64 numbers 0 or 1.
+    shares of the image; the attributes are 64 numbers 0 or 1; what is difficult counts
+    neither as found nor as missed.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        "2.0.0": "Boxes begin at pixel 0, where they began at 1; `difficult` is new."
+    }
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
         Voc2008Config(name="full", description="All images."),
         Voc2008Config(name="toy", description="For tests.", train=16, test=8),
@@ -182,8 +223,8 @@ class Voc2008(tfds.core.GeneratorBasedBuilder):
         "`python -m training prepare voc2008`, and give that folder as manual_dir. It "
         "holds images/*.jpg (the longer side 256 pixels), apascal_train.txt and "
         "apascal_test.txt (a line an object: image, class, xmin, ymin, xmax, ymax in "
-        "pixels, 64 attributes of 0 or 1; an image alone has no object), "
-        "class_names.txt and attribute_names.txt."
+        "pixels, 64 attributes of 0 or 1, 1 if it is difficult; an image alone has no "
+        "object), class_names.txt, attribute_names.txt and format.txt."
     )
     attribute_names = ATTRIBUTES
 
@@ -194,6 +235,7 @@ class Voc2008(tfds.core.GeneratorBasedBuilder):
             "attributes": tfds.features.Tensor(
                 shape=(len(ATTRIBUTES),), dtype=np.uint8
             ),
+            "difficult": tfds.features.Scalar(dtype=np.uint8),
         }
         features = {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
@@ -250,6 +292,7 @@ def read_example(path: Path, objects: list[dict]) -> dict[str, Any]:
                 "bbox": tfds.features.BBox(*(thing["box"][[1, 0, 3, 2]] / size)),
                 "label": thing["label"],
                 "attributes": thing["attributes"],
+                "difficult": thing["difficult"],
             }
             for thing in objects
         ],
@@ -264,10 +307,12 @@ def prepare_from_devkit(
 ) -> None:
     """Writes the folder that `Voc2008` reads from the official files.
 
-    The folder appears when it is complete, and not before.
+    The folder appears when it is complete, and not before. Which objects are difficult
+    is what the devkit's Annotations say of the box of that class that is the same.
 
     Args:
-        devkit: `VOCdevkit/VOC2008`, with `JPEGImages` and `ImageSets/Main`.
+        devkit: `VOCdevkit/VOC2008`, with `JPEGImages`, `Annotations` and
+            `ImageSets/Main`.
         apascal: aPascal's `attribute_data`, with `apascal_train.txt`,
             `apascal_test.txt`, `class_names.txt` and `attribute_names.txt`.
         directory: The folder to write; must not exist, or be empty.
@@ -283,6 +328,7 @@ def prepare_from_devkit(
         )
     for path in (
         devkit / "JPEGImages",
+        devkit / "Annotations",
         *(devkit / "ImageSets/Main" / f"{name}.txt" for name in SPLITS.values()),
         *(apascal / f"apascal_{split}.txt" for split in SPLITS),
         apascal / "attribute_names.txt",
@@ -296,30 +342,67 @@ def prepare_from_devkit(
     objects = {
         split: {
             **dict.fromkeys(_listed(devkit, voc), ()),
-            **read_objects(apascal / f"apascal_{split}.txt", devkit / "JPEGImages"),
+            **read_objects(
+                apascal / f"apascal_{split}.txt", devkit / "JPEGImages", 1.0, False
+            ),
         }
         for split, voc in SPLITS.items()
     }
+    unknown = sum(
+        _mark_difficult(of_image, devkit / "Annotations" / f"{Path(name).stem}.xml")
+        for of_split in objects.values()
+        for name, of_image in of_split.items()
+    )
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         folder = Path(temporary, directory.name)
         (folder / "images").mkdir(parents=True)
         for name, names in LISTS.items():
-            (folder / name).write_text("\n".join(names) + "\n")
+            (folder / name).write_text("\n".join(names) + "\n", "utf-8")
+        (folder / FORMAT).write_text(f"{FORMAT_2}\n", "utf-8")
         for split, of_split in objects.items():
             lines = []
             for name in track(of_split, f"Writing VOC 2008, {split}"):
                 scale = _shrink(devkit / "JPEGImages" / name, folder / "images" / name)
                 lines += [name] if not of_split[name] else []
                 lines += [_line(name, thing, scale) for thing in of_split[name]]
-            (folder / f"apascal_{split}.txt").write_text("\n".join(lines) + "\n")
+            (folder / f"apascal_{split}.txt").write_text(
+                "\n".join(lines) + "\n", "utf-8"
+            )
         check_folder(folder)
         folder.replace(directory)
+    if unknown:
+        Console().print(
+            f"{unknown} of aPascal's objects are none of VOC's Annotations: taken as "
+            "not difficult"
+        )
 
 
 def _listed(devkit, name):
-    ids = (devkit / "ImageSets/Main" / f"{name}.txt").read_text().split()
-    return [f"{x}.jpg" for x in ids]
+    lines = read_lines(devkit / "ImageSets/Main" / f"{name}.txt", "Unpack it anew")
+    return [f"{x}.jpg" for line in lines for x in line.split()]
+
+
+def _mark_difficult(objects, path):
+    """Sets `difficult` as an image's annotation has it; returns how many it lacks."""
+    if not objects:
+        return 0
+    annotated = {}
+    with read_as("the annotation of an image", path, "Unpack the devkit anew"):
+        for thing in ElementTree.parse(path).getroot().iter("object"):
+            edges = (
+                thing.find(f"bndbox/{x}") for x in ("xmin", "ymin", "xmax", "ymax")
+            )
+            box = tuple(round(float(x.text)) for x in edges)
+            difficult = int(thing.findtext("difficult", "0"))
+            annotated[thing.findtext("name"), box] = difficult
+    lacking = 0
+    for thing in objects:
+        left, top, right, bottom = np.round(thing["box"]).astype(int).tolist()
+        key = CLASSES[thing["label"]], (left + 1, top + 1, right, bottom)
+        thing["difficult"] = annotated.get(key, 0)
+        lacking += key not in annotated
+    return lacking
 
 
 def _shrink(source, target):
@@ -339,4 +422,5 @@ def _shrink(source, target):
 def _line(name, thing, scale):
     box = " ".join(f"{x:.2f}" for x in thing["box"] * [*scale, *scale])
     attributes = " ".join(map(str, thing["attributes"]))
-    return f"{name} {CLASSES[thing['label']]} {box} {attributes}"
+    of_class = CLASSES[thing["label"]]
+    return f"{name} {of_class} {box} {attributes} {thing['difficult']}"
