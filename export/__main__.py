@@ -67,8 +67,8 @@ def savedmodel(
     (answers.json beside MODEL) goes with it, and predictions for `verify`.
     """
     with _known_errors_in_one_line():
-        from export.changes import BATCH
-        from export.savedmodel import export
+        from export.make.changes import BATCH
+        from export.make.savedmodel import export
 
         written, links, changes = export(
             model,
@@ -100,8 +100,8 @@ def verify(
     an answer differs.
     """
     with _known_errors_in_one_line():
-        from export.signatures import version_path, versions
-        from export.verify import verify
+        from export.inspect.verify import verify
+        from export.version.signatures import version_path, versions
 
         version = version_path(directory)
         report = verify(version, engine)
@@ -132,8 +132,8 @@ def bench(
 ):
     """Measure what an answer costs, in turns: each signature at batch 1, 8 and 32."""
     with _known_errors_in_one_line():
-        from export.bench import bench
-        from export.signatures import version_path
+        from export.inspect.bench import bench
+        from export.version.signatures import version_path
 
         version = version_path(directory)
         report = bench(

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
-from export import drawing, preview_server
-from export.client import Client
-from export.protocol import NAME, ServingError, read_answers
-from export.served_model import ServedModel
+from export.client import Client, drawing
+from export.client.protocol import NAME, ServingError, read_answers
+from export.preview import server
+from export.preview.served_model import ServedModel
 
 Name = Annotated[str, typer.Option(help="The served model's name.")]
 
@@ -39,7 +39,7 @@ def serve(
     """
     with _errors_in_a_line():
         model = ServedModel(name, directory, _labels(label or []))
-        listening = preview_server.listen(port, rest_port)
+        listening = server.listen(port, rest_port)
     Console().print(
         f"Preview server, for development only; Ctrl+C ends it.\n"
         f"gRPC  127.0.0.1:{port}, model '{name}'\n"
@@ -50,7 +50,7 @@ def serve(
     )
     # Until SIGTERM or Ctrl+C; what is under way is answered first.
     with listening:
-        preview_server.server(model, port).run(sockets=[listening])
+        server.server(model, port).run(sockets=[listening])
 
 
 def _labels(pairs):

@@ -6,8 +6,9 @@ import keras
 import pytest
 from typer.testing import CliRunner
 
-from export import recorded, verify
 from export.__main__ import app
+from export.inspect import verify
+from export.version import recorded
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_savedmodel_tells_what_it_left_out_and_what_that_changed(cheaper, monkey
         asked.append((model, directory, options))
         return cheaper
 
-    monkeypatch.setattr("export.savedmodel.export", export)
+    monkeypatch.setattr("export.make.savedmodel.export", export)
     options = ("--drop-below", 0.01, "--images", "i", "--dtype", "bfloat16")
     result = run("savedmodel", "m.keras", "out", *options, "--from-jpeg", "--warmup", 2)
     assert result.exit_code == 0
@@ -65,7 +66,9 @@ def test_savedmodel_writes_the_next_version(tmp_path):
 
 
 def test_savedmodel_says_where_nothing_can_be_left_out(version, monkeypatch):
-    monkeypatch.setattr("export.savedmodel.export", lambda *_, **__: (version, [], {}))
+    monkeypatch.setattr(
+        "export.make.savedmodel.export", lambda *_, **__: (version, [], {})
+    )
     result = run("savedmodel", "m.keras", "out", "--drop-below", 0.01)
     assert "Nothing can be left out: each link changes more than 0.01" in result.stdout
 

@@ -1,0 +1,1 @@
+"""What makes a version of a .keras file."""

@@ -1,0 +1,105 @@
+"""What a cheaper version costs, and how its answers change, signature by signature."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import tensorflow as tf
+
+from export.version.signatures import Signature, signatures
+from export.version.timing import batch_of, interleaved
+
+_ROUNDS = 20
+BATCH = 16  # of a call that is timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A signature of the model as it was trained, and of its cheaper version."""
+
+    before: Signature
+    after: Signature
+    seconds_before: float  # median of a call of `BATCH` examples
+    seconds_after: float
+    largest: float  # change of an output, relative to its largest value
+    metrics: dict[str, str]  # {output: "1.2 % of the classes"}, by answers.json
+
+
+def changes(before, after, inputs, answers) -> dict[str, Change]:
+    """Compares two versions of a model on `inputs`, {name: array}.
+
+    Args:
+        before, after: Paths of the versions.
+        inputs: {input name: array with a batch axis}.
+        answers: {task: what its answer means}, the content of `answers.json`.
+    """
+    costs = signatures(before), signatures(after)
+    loaded = tf.saved_model.load(str(before)), tf.saved_model.load(str(after))
+    batch = batch_of(inputs, BATCH)
+    found = {}
+    for name in costs[0]:
+        if set(costs[0][name].inputs) != set(inputs):
+            continue  # takes files, and runs the same after them
+        old, new = (model.signatures[name] for model in loaded)
+        calls = {
+            "before": functools.partial(_run, old, batch),
+            "after": functools.partial(_run, new, batch),
+        }
+        seconds = interleaved(calls, _ROUNDS)
+        pairs = _answers(old, new, inputs)
+        found[name] = Change(
+            costs[0][name],
+            costs[1][name],
+            float(np.median(seconds["before"])),
+            float(np.median(seconds["after"])),
+            max(_largest(pair) for pair in pairs.values()),
+            {
+                task: metric
+                for task, (x, y) in pairs.items()
+                if (metric := changed_answers(x, y, answers.get(task, {})))
+            },
+        )
+    return found
+
+
+def read_answers(path) -> dict:
+    """The content of an `answers.json`, or nothing where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def changed_answers(before, after, meaning) -> str:
+    """How many classes are others, or by what angle normals have turned."""
+    if meaning.get("kind") == "classes":
+        other = before.argmax(axis=-1) != after.argmax(axis=-1)
+        return f"{100 * other.mean():.2g} % other classes"
+    if meaning.get("kind") == "normals":
+        cosine = (before * after).sum(axis=-1)
+        angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+        return f"{angle.mean():.2g} degrees"
+    return ""
+
+
+def _run(function, inputs):
+    tensors = {name: tf.constant(array) for name, array in inputs.items()}
+    return {name: output.numpy() for name, output in function(**tensors).items()}
+
+
+def _answers(old, new, inputs):
+    """{output: (before, after)} of all examples."""
+    batches = [
+        {name: array[i : i + BATCH] for name, array in inputs.items()}
+        for i in range(0, len(next(iter(inputs.values()))), BATCH)
+    ]
+    both = [[_run(function, batch) for batch in batches] for function in (old, new)]
+    return {
+        name: tuple(np.concatenate([batch[name] for batch in x]) for x in both)
+        for name in both[0][0]
+    }
+
+
+def _largest(pair):
+    before, after = pair
+    scale = np.abs(before).max()
+    difference = np.abs(after.astype("float64") - before).max()
+    return float(difference / scale if scale else difference)

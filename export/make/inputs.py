@@ -1,0 +1,111 @@
+"""What a command is given, checked: a model's file, and images to try it on."""
+
+import pathlib
+import textwrap
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from export.client import regions
+
+_ENDINGS = {".jpg", ".jpeg", ".png"}
+
+
+def load_model(path) -> keras.Model:
+    """The multi-task model in a `.keras` file."""
+    expected = (
+        f"Expected a multi-task model, saved by `model.save('{path.stem}.keras')`"
+    )
+    if not path.is_file():
+        raise ValueError(f"{expected}. There is no file {path}")
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except Exception as error:  # Keras raises all kinds on what is no model
+        why = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise ValueError(f"{expected}. Received: {path} ({why})") from error
+    if not isinstance(getattr(model, "output", None), dict):
+        raise ValueError(
+            f"{expected}, with a dict of task name to output, such as `stitch()` "
+            f"makes. Received: {path}, with outputs {getattr(model, 'output', None)}"
+        )
+    return model
+
+
+def load_images(path, model) -> list[np.ndarray]:
+    """A folder of JPEG and PNG files, or an `.npy` file, as the model takes it.
+
+    For a model of an image and regions, which are searched for in a folder's files.
+
+    Returns:
+        An array for each of the model's inputs, in their order.
+    """
+    specs = {x.name: x for x in model.inputs}
+    if len(specs) > 1 and not (regions.taken_by(specs) and path.is_dir()):
+        raise ValueError(
+            "--images is for models with one input, or as a folder for those with "
+            f"`image` and `rois`. Received: {path}, for inputs {list(specs)}"
+        )
+    if path.is_dir():
+        arrays = _read_folder(path, specs)
+    elif path.suffix == ".npy" and path.is_file():
+        arrays = {name: np.load(path, allow_pickle=False) for name in specs}
+    else:
+        raise ValueError(
+            f"--images must be a folder of JPEG or PNG files, or a .npy file. "
+            f"Received: {path}"
+        )
+    for name, spec in specs.items():
+        _check_shape(arrays[name], spec, path)
+    return [arrays[name].astype(spec.dtype) for name, spec in specs.items()]
+
+
+def _read_folder(path, specs):
+    """{input name: array}."""
+    files = sorted(x for x in path.iterdir() if x.suffix.lower() in _ENDINGS)
+    if not files:
+        raise ValueError(f"--images: there is no JPEG or PNG file in {path}")
+    if regions.taken_by(specs):
+        images = [_read_image(file) for file in files]
+        return regions.Pictures(images, specs[regions.IMAGE].shape[1:3]).inputs
+    ((name, spec),) = specs.items()
+    if len(spec.shape) != 4 or spec.shape[-1] != 3:
+        raise ValueError(
+            "--images: a folder is for models that take (N, H, W, 3); give a .npy "
+            f"file. The model takes {spec.shape}"
+        )
+    images = [_read_image(file, spec.shape[1:3]) for file in files]
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"--images: a model of any size needs images of one size. Received: {sizes}"
+        )
+    return {name: np.stack(images)}
+
+
+def _read_image(file, size=(None, None)):
+    """Decoded and, to a size, resized as the signatures `<task>_from_jpeg` do."""
+    try:
+        image = tf.io.decode_image(file.read_bytes(), 3, expand_animations=False)
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(f"--images: {file} is no JPEG or PNG image") from error
+    if None not in size:
+        image = tf.image.resize(image, size, antialias=True)
+    return image.numpy()
+
+
+def _check_shape(array, spec, path):
+    fits = array.ndim == len(spec.shape) and all(
+        size in (None, given)
+        for size, given in zip(spec.shape[1:], array.shape[1:], strict=True)
+    )
+    if not fits or not len(array):
+        raise ValueError(
+            f"--images: the model takes {spec.shape}. Received: {path}, of shape "
+            f"{array.shape}"
+        )
+
+
+def answers_path(model_path) -> pathlib.Path:
+    """Where `training` says what the answers mean: class names, colours, units."""
+    return model_path.with_name("answers.json")

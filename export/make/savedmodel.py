@@ -1,0 +1,131 @@
+"""From a .keras file to a version for TF Serving, with all that travels with it."""
+
+import functools
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import keras
+
+from export.client import regions
+from export.make import dropping, inputs, precision
+from export.make.changes import Change, changes, read_answers
+from export.version import recorded
+from keras_cross_stitch import export_saved_model
+
+# Of a recorded output's largest value: what rounding may change on another machine.
+_TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-4}
+DTYPES = list(_TOLERANCES)
+
+
+def export(
+    path: pathlib.Path,
+    directory: pathlib.Path,
+    *,
+    from_jpeg: bool = False,
+    warmup: int = 0,
+    images: pathlib.Path | None = None,
+    drop_below: float | None = None,
+    dtype: str = "float32",
+    progress: Callable[[str], Any] | None = None,
+) -> tuple[pathlib.Path, list[dropping.Link], dict[str, Change]]:
+    """Exports the model in the file `path` as the next version in `directory`.
+
+    Args:
+        path: A `.keras` file. `answers.json` beside it goes with the version.
+        directory: Of the served model.
+        from_jpeg: Whether to add signatures `<task>_from_jpeg`.
+        warmup: Number of requests that TF Serving replays, for every signature.
+        images: Folder of images, or `.npy` file, to measure and to warm up with.
+            Defaults to random ones.
+        drop_below: The most that outputs may change for links left out; see
+            `dropping.negligible_links`. Needs `images`.
+        dtype: `"float32"`, or `"bfloat16"` to compute in.
+        progress: Function that is told of each signature; see `export_saved_model`.
+
+    Returns:
+        `(version, links left out, changes)`; the changes by signature, against the
+        model as it is in the file, where the version differs from that.
+    """
+    if drop_below is not None and images is None:
+        raise ValueError(
+            "--drop-below measures what may be dropped on --images: give a folder of "
+            "images such as the model will be asked about, or a .npy file"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {DTYPES}. Received: {dtype}")
+    model = inputs.load_model(path)
+    if from_jpeg and regions.taken_by(x.name for x in model.inputs):
+        raise ValueError(
+            "--from-jpeg is not for a model that takes regions, for which a file must "
+            "be searched first. `export.client.Client`, `python -m export predict` and "
+            "the page do so: they take files without it"
+        )
+    _check_warmup(warmup, len(model.output), from_jpeg)
+    examples = inputs.load_images(images, model) if images else None
+    sample = None
+    if examples is not None:
+        few = [array[: recorded.EXAMPLES] for array in examples]
+        sample = keras.tree.pack_sequence_as(model.input, few)
+    answers = inputs.answers_path(path)
+    links = []
+    if drop_below is not None:
+        given = keras.tree.pack_sequence_as(model.input, examples)
+        links = dropping.negligible_links(model, drop_below, given)
+    changed = links or dtype != "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        before = export_saved_model(model, folder, sample=sample) if changed else None
+        if dtype != "float32":
+            model = precision.lower(model, dtype)
+        if links:
+            model = dropping.leave_out(model, links)
+        version = export_saved_model(
+            model,
+            directory,
+            from_jpeg=from_jpeg,
+            sample=sample,
+            progress=progress,
+            finish=functools.partial(_finish, examples, warmup, dtype, answers),
+        )
+        report = {}
+        if before:
+            predictions = recorded.read(version / recorded.RECORDED)
+            asked = {signature: given for signature, given, _ in predictions}
+            measured_on = _by_name(examples, asked["serving_default"])
+            report = changes(before, version, measured_on, read_answers(answers))
+    return version, links, report
+
+
+def _check_warmup(warmup, tasks, from_jpeg):
+    records = warmup * (1 + tasks * (2 if from_jpeg else 1))
+    if not 0 <= records <= recorded.MOST_WARMUP_RECORDS:
+        raise ValueError(
+            f"--warmup must be at least 0, and TF Serving takes "
+            f"{recorded.MOST_WARMUP_RECORDS} requests for all signatures together. "
+            f"Received: --warmup {warmup}, which makes {records}"
+        )
+
+
+def _finish(examples, warmup, dtype, answers, version, compared_on):
+    extra = version / "assets.extra"
+    extra.mkdir()
+    if answers.is_file():
+        shutil.copyfile(answers, extra / answers.name)
+    about = {
+        "dtype": dtype,
+        "tolerance": _TOLERANCES[dtype],
+        "versions": {name: metadata.version(name) for name in ("keras", "tensorflow")},
+    }
+    (extra / "export.json").write_text(json.dumps(about, indent=2))
+    recorded.record(version, _by_name(examples, compared_on), warmup)
+
+
+def _by_name(examples, compared_on):
+    """The examples given, if any, by the names that the signatures have for them."""
+    if examples is None:
+        return compared_on
+    return dict(zip(compared_on, examples, strict=True))

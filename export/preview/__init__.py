@@ -1,0 +1,1 @@
+"""A stand-in for TF Serving on one's own machine."""

@@ -1,0 +1,156 @@
+"""One SavedModel in memory: checks a request's tensors, then runs a signature."""
+
+import dataclasses
+import io
+import math
+import pathlib
+
+import grpc
+import tensorflow as tf
+from PIL import Image
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+
+from export.client.protocol import (
+    CODES,
+    IMAGES,
+    ServingError,
+    dtype_name,
+    in_words,
+    info_in_words,
+    read_answers,
+    shape_of,
+)
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may cost."""
+
+    body_bytes: int = 32 * 2**20  # sent, and as tensors
+    pixels: int = 64 * 2**20  # of all images of a request, once decoded
+    requests: int = 32  # at a time, those that wait included
+    seconds: float = 10.0  # for a request to arrive
+
+
+class LoadedVersion:
+    """A SavedModel in memory."""
+
+    def __init__(self, path: pathlib.Path, limits: Limits):
+        self.number = int(path.name)
+        self.answers = read_answers(path)
+        self._limits = limits
+        proto = saved_model_pb2.SavedModel.FromString(
+            (path / "saved_model.pb").read_bytes()
+        )
+        self.signature_defs = proto.meta_graphs[0].signature_def
+        self._model = tf.saved_model.load(str(path))  # keeps the variables alive
+        self._replay(path / "assets.extra" / "tf_serving_warmup_requests")
+
+    def _replay(self, path):
+        """Warms up: runs the requests that came with the model."""
+        if path.is_file():
+            for record in tf.data.TFRecordDataset(str(path)):
+                log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
+                request = log.predict_log.request
+                signature = request.model_spec.signature_name or "serving_default"
+                self.predict(signature, self.arrays(signature, request.inputs))
+
+    def signature(self, name):
+        """The SignatureDef of that name."""
+        if name not in self._model.signatures:
+            raise ServingError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"Signature '{name}' not found in version {self.number}, which has: "
+                f"{', '.join(sorted(self._model.signatures))}",
+            )
+        return self.signature_defs[name]
+
+    def arrays(self, signature, protos):
+        """The request's tensors as {name: array}, checked before they take memory."""
+        described = {
+            name: (dtype_name(proto.dtype), shape_of(proto.tensor_shape))
+            for name, proto in protos.items()
+        }
+        self._check(signature, described)
+        try:
+            return {name: self._array(name, protos[name]) for name in protos}
+        except ValueError as error:
+            raise ServingError(INVALID, f"A tensor is malformed: {error}") from error
+
+    def _array(self, name, proto):
+        # One value may stand for a whole tensor: few bytes can mean a great many.
+        count = math.prod(shape_of(proto.tensor_shape))
+        dtype = tf.as_dtype(proto.dtype)
+        if dtype == tf.string and count != len(proto.string_val):
+            raise ValueError(f"{name} has {len(proto.string_val)} strings, not {count}")
+        if count * dtype.size > self._limits.body_bytes:
+            raise ValueError(f"{name} is larger than {self._limits.body_bytes} bytes")
+        return tf.make_ndarray(proto)
+
+    def _check(self, signature, described):
+        """Compares {name: (dtype, shape)} with what the signature takes."""
+        inputs = self.signature(signature).inputs
+        fits = described.keys() == inputs.keys() and all(
+            dtype == dtype_name(inputs[name].dtype)
+            and _fits(shape, shape_of(inputs[name].tensor_shape))
+            for name, (dtype, shape) in described.items()
+        )
+        if not fits:
+            received = (f"{n}: {in_words(*what)}" for n, what in described.items())
+            raise ServingError(
+                INVALID,
+                f"Signature '{signature}' takes {info_in_words(inputs)}, N at least 1. "
+                f"Received: {', '.join(received) or 'nothing'}",
+            )
+
+    def predict(self, signature, arrays, only=()):
+        """Runs a signature on {name: array}; gives {name: array}, or those of only."""
+        described = {n: (_dtype_name(a), a.shape) for n, a in arrays.items()}
+        self._check(signature, described)
+        unknown = set(only) - set(self.signature(signature).outputs)
+        if unknown:
+            raise ServingError(
+                INVALID, f"Signature '{signature}' has no output {sorted(unknown)}"
+            )
+        if signature.endswith(IMAGES):
+            for images in arrays.values():
+                check_images(images, self._limits.pixels)
+        tensors = {name: tf.constant(array) for name, array in arrays.items()}
+        try:
+            outputs = self._model.signatures[signature](**tensors)
+            return {name: outputs[name].numpy() for name in only or outputs}
+        except tf.errors.OpError as error:
+            raise ServingError(CODES[error.error_code], error.message) from error
+
+
+def _dtype_name(array):
+    return "string" if array.dtype == object else array.dtype.name
+
+
+def _fits(shape, expected):
+    return len(shape) == len(expected) and all(
+        size == wanted or (wanted < 0 and size > 0)
+        for size, wanted in zip(shape, expected, strict=True)
+    )
+
+
+def check_images(images, limit):
+    """Reads the headers alone: few bytes can hold a picture of 30000x30000 pixels."""
+    pixels: float = 0
+    for number, encoded in enumerate(images):
+        try:
+            with Image.open(io.BytesIO(encoded), formats=["JPEG", "PNG"]) as image:
+                pixels += image.width * image.height
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            pixels = math.inf
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ServingError(
+                INVALID, f"Image {number} of {len(images)} must be a JPEG or PNG file"
+            ) from error
+        if pixels > limit:
+            raise ServingError(
+                INVALID, f"The images of one request may have {limit} pixels in all"
+            )

@@ -1,0 +1,1 @@
+"""What a version holds: signatures, recorded predictions, and how long it takes."""

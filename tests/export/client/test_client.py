@@ -1,0 +1,207 @@
+"""The client, against each server: gRPC and REST of the preview, and TF Serving."""
+
+import re
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
+
+from export.client import Client, ServingError
+
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
+
+
+@pytest.fixture
+def client(door):
+    with Client(door[0]) as client:
+        yield client
+
+
+@pytest.fixture
+def behind(door):
+    """The models behind the address."""
+    return door[1]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "normals"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+def test_arrays_are_answered_as_by_predict(client, behind, task, dtype):
+    images = behind.pictures(3)
+    answer = client.predict(task, images.astype(dtype))
+    assert answer.keys() == {task}
+    assert answer[task].dtype == "float32"
+    np.testing.assert_allclose(answer[task], behind.predict(images)[task], atol=1e-5)
+
+
+def test_serving_default_answers_all_tasks(client, behind):
+    images = behind.pictures(2)
+    answer = client.predict("serving_default", {"image": images})
+    expected = behind.predict(images)
+    assert answer.keys() == expected.keys()
+    for task in expected:
+        np.testing.assert_allclose(answer[task], expected[task], atol=1e-5)
+
+
+def test_files_and_bytes_are_answered_as_their_pixels(client, behind, tmp_path):
+    images = behind.pictures(2)
+    path = tmp_path / "image.png"
+    path.write_bytes(behind.png(images[0]))
+    answer = client.predict("normals", [path, behind.png(images[1])])
+    expected = behind.predict(images)["normals"]
+    np.testing.assert_allclose(answer["normals"], expected, atol=1e-5)
+
+
+def test_a_version_can_be_asked_for(door, behind):
+    with Client(door[0], version=behind.latest) as client:
+        assert client.predict("normals", behind.pictures())["normals"].shape[0] == 1
+
+
+def test_signatures_say_shapes_and_status_says_versions(client, behind):
+    signatures = client.signatures()
+    image = signatures["normals"].inputs["image"].tensor_shape
+    assert [dim.size for dim in image.dim] == [-1, 24, 32, 3]
+    state = {x.version: x.state for x in client.status().model_version_status}
+    assert state[behind.latest] == ModelVersionStatus.AVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("images", "received"),
+    [
+        (np.zeros((24, 32, 3), "float32"), "image: float32 (24, 32, 3)"),
+        (np.zeros((1, 24, 31, 3), "float32"), "image: float32 (1, 24, 31, 3)"),
+        (np.zeros((1, 24, 32, 3), "complex64"), "image: complex64 (1, 24, 32, 3)"),
+        ({"picture": np.zeros((1, 24, 32, 3), "float32")}, "picture: float32"),
+    ],
+    ids=["rank", "size", "dtype", "name"],
+)
+def test_a_wrong_input_is_told_what_the_signature_takes(client, images, received):
+    if (
+        client.address.startswith("http")
+        and getattr(images, "dtype", "") == "complex64"
+    ):
+        pytest.skip("JSON has no complex numbers")
+    with pytest.raises(ServingError) as raised:
+        client.predict("normals", images)
+    assert raised.value.code == INVALID
+    assert "'normals' takes image: float32 (N, 24, 32, 3)" in raised.value.message
+    assert f"Sent: {received}" in raised.value.message
+
+
+def test_an_unknown_signature_is_told_which_there_are(client, behind):
+    message = r"no signature 'depth'. There are: normals, normals_from_jpeg, segm"
+    with pytest.raises(ServingError, match=message):
+        client.predict("depth", behind.pictures())
+
+
+@pytest.mark.parametrize(
+    ("options", "codes"),
+    [
+        ({"name": "nobody"}, {NOT_FOUND}),
+        ({"version": 4000}, {NOT_FOUND}),
+        ({"label": "never"}, {INVALID}),
+    ],
+    ids=["model", "version", "label"],
+)
+def test_what_is_not_served_has_its_code(door, options, codes):
+    address, behind = door
+    with Client(address, **options) as client, pytest.raises(ServingError) as raised:
+        client.predict("normals", behind.pictures())
+    assert raised.value.code in codes
+    assert address in raised.value.message
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty"])
+def test_a_file_that_is_no_image_is_refused_and_the_next_answered(client, behind, kind):
+    whole = behind.png(behind.pictures()[0])
+    file = {"truncated": whole[: len(whole) // 2], "text": b"a text", "empty": b""}
+    with pytest.raises(ServingError) as raised:
+        client.predict("normals", [file[kind]])
+    assert raised.value.code == INVALID
+    assert "'normals_from_jpeg' takes image_bytes: string (N,)" in raised.value.message
+    assert client.predict("normals", [whole])["normals"].shape == (1, 24, 32, 3)
+
+
+def test_one_path_is_no_list(client):
+    with pytest.raises(TypeError, match="must be a list of files"):
+        client.predict("normals", "room.jpg")
+
+
+def test_version_and_label_exclude_each_other():
+    with pytest.raises(ValueError, match="Give `version` or `label`, not both"):
+        Client("127.0.0.1:1", version=1, label="stable")
+
+
+def test_the_code_in_docs_runs(behind, door, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # A PNG: what a file holds says what it is, not its name.
+    (tmp_path / "room.jpg").write_bytes(behind.png(behind.pictures()[0]))
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    code, _ = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code.replace("127.0.0.1:8500", door[0]), {})
+    assert capsys.readouterr().out == "(1, 24, 32, 3)\n"
+
+
+class Answers:
+    """A transport that raises, or returns, one thing after the other."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.timeouts = []
+
+    def status(self, timeout):
+        return self.signatures(timeout)
+
+    def signatures(self, timeout):
+        self.timeouts.append(timeout)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def fails(code):
+    return ServingError(code, "why")
+
+
+def test_unavailable_is_tried_again_with_the_time_that_is_left():
+    unavailable = fails(grpc.StatusCode.UNAVAILABLE)
+    client = Client("127.0.0.1:1", timeout=5)
+    client._transport = Answers(unavailable, unavailable, "status")
+    assert client.status() == "status"
+    first, second, third = client._transport.timeouts
+    assert 5 >= first > second > third > 0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [code for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE")],
+)
+def test_nothing_else_is_tried_again(code):
+    client = Client("127.0.0.1:1")
+    client._transport = Answers(fails(code), "status")
+    with pytest.raises(ServingError, match=rf"{code.name}: why \(from 127.0.0.1:1\)"):
+        client.status()
+
+
+def test_a_late_server_is_not_asked_what_it_takes_besides(served):
+    client = Client("127.0.0.1:1")
+    client._transport = Answers(fails(grpc.StatusCode.DEADLINE_EXCEEDED))
+    with pytest.raises(ServingError, match="DEADLINE_EXCEEDED: why"):
+        client.predict("normals", served.pictures())
+    assert len(client._transport.timeouts) == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1"])
+def test_a_server_that_is_away_is_unavailable_when_the_time_is_up(address):
+    with Client(address, timeout=0.3) as client, pytest.raises(ServingError) as raised:
+        client.status()
+    assert raised.value.code in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    )

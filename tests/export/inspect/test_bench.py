@@ -1,0 +1,124 @@
+import concurrent.futures
+
+import grpc
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+from export.inspect import bench
+from export.version import timing
+from export.version.signatures import signatures
+
+TASKS = {"kind", "age", "normals"}
+
+
+def test_calls_take_turns():
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in "ab"}
+    seconds = timing.interleaved(calls, 3)
+    assert "".join(called) == "aabb" + "ababab"
+    assert {name: x.shape for name, x in seconds.items()} == {"a": (3,), "b": (3,)}
+
+
+def test_a_batch_repeats_or_leaves_out_examples():
+    x = np.arange(6).reshape(3, 2)
+    repeated = timing.batch_of({"x": x}, 4)["x"]
+    np.testing.assert_array_equal(repeated, [[0, 1], [2, 3], [4, 5], [0, 1]])
+    np.testing.assert_array_equal(timing.batch_of({"x": x}, 1)["x"], [[0, 1]])
+
+
+def test_every_signature_is_timed_at_every_batch_size(version):
+    report = bench.bench(version, rounds=2, batches=(1, 3))
+    asked = {(row.signature, row.way, row.batch) for row in report.rows}
+    assert asked == {
+        (signature, "in process", batch)
+        for signature in TASKS | {"serving_default"}
+        for batch in (1, 3)
+    }
+    assert list(report.together) == [1, 3]
+    assert report.stitched == {}
+    assert report.signatures == signatures(version)
+
+
+def test_ratios_are_of_medians(version, model_file, monkeypatch):
+    medians = {
+        "serving_default": 3.0,
+        "unstitched": 2.0,
+        "kind": 1,
+        "age": 2,
+        "normals": 3,
+    }
+
+    def fixed(calls, rounds):
+        return {key: np.array([0, medians[key[0]], 100]) for key in calls}
+
+    monkeypatch.setattr(bench, "interleaved", fixed)
+    report = bench.bench(version, model=model_file, batches=(2,))
+    assert report.together == {2: 3 / (1 + 2 + 3)}
+    assert report.stitched == {2: 3 / 2}
+    (row,) = (row for row in report.rows if row.signature == "normals")
+    assert row.throughput == pytest.approx(2 / (103 / 3))
+    assert row.percentile(50) == 3
+
+
+def test_unstitched_towers_are_the_same_without_units(model, images):
+    plain = bench.unstitched(model)
+    assert not [x for x in plain.layers if x.name.startswith("cross_stitch")]
+    part = keras.Model(plain.input, plain.output["age"])
+    assert not [x for x in part.layers if x.name.startswith(("kind", "normals"))]
+    x = images / 255
+    for name in ("conv1", "conv2"):
+        x = model.get_layer(f"age_{name}")(x)
+    expected = model.get_layer("age_score")(keras.ops.mean(x, axis=(1, 2)))
+    np.testing.assert_allclose(
+        plain.predict(images, verbose=0)["age"], expected, rtol=1e-5, atol=1e-6
+    )
+
+
+class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
+    def __init__(self, version):
+        self.loaded = tf.saved_model.load(str(version))
+        self.asked = []
+
+    def Predict(self, request, context):
+        spec = request.model_spec
+        if spec.name != "cross_stitch":
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no model {spec.name}")
+        image = tf.make_ndarray(request.inputs["image"])
+        self.asked.append((spec.signature_name, len(image)))
+        response = predict_pb2.PredictResponse()
+        run = self.loaded.signatures[spec.signature_name]
+        for name, output in run(image=tf.constant(image)).items():
+            response.outputs[name].CopyFrom(tf.make_tensor_proto(output.numpy()))
+        return response
+
+
+@pytest.fixture
+def served(version):
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    service = Service(version)
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield service, f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_a_server_is_asked_beside_the_process(version, served):
+    service, address = served
+    report = bench.bench(
+        version, address=address, name="cross_stitch", rounds=2, batches=(3,)
+    )
+    ways = {(row.signature, row.way) for row in report.rows}
+    signatures = TASKS | {"serving_default"}
+    assert ways == {(x, way) for x in signatures for way in ("in process", "gRPC")}
+    assert set(service.asked) == {(signature, 3) for signature in signatures}
+
+
+def test_a_server_without_the_model_is_an_error_that_names_both(version, served):
+    _, address = served
+    message = f"{address} does not answer for model 'other': no model other"
+    with pytest.raises(RuntimeError, match=message):
+        bench.bench(version, address=address, name="other", rounds=2, batches=(1,))

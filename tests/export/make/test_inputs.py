@@ -1,0 +1,95 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from export.make.inputs import load_images, load_model
+
+
+def takes(*shapes):
+    inputs = [keras.Input(shape, name=f"x{i}") for i, shape in enumerate(shapes)]
+    outputs = {
+        x.name: keras.layers.Flatten()(x) for x in inputs if None not in x.shape[1:]
+    }
+    return keras.Model(inputs, outputs or {"a": inputs[0]})
+
+
+def write(path, *size):
+    image = np.random.default_rng(0).integers(256, size=(*size, 3)).astype("uint8")
+    tf.io.write_file(str(path), tf.io.encode_png(image))
+    return image
+
+
+def test_a_folder_of_images_is_resized_to_the_model_in_the_order_of_names(tmp_path):
+    second = write(tmp_path / "b.png", 9, 7)
+    first = write(tmp_path / "a.PNG", 20, 30)
+    (tmp_path / "notes.txt").touch()
+    (images,) = load_images(tmp_path, takes((9, 7, 3)))
+    assert images.dtype == np.float32
+    np.testing.assert_array_equal(images[1], second)
+    resized = tf.image.resize(first, (9, 7), antialias=True)
+    np.testing.assert_allclose(images[0], resized, atol=1e-4)
+
+
+def test_images_keep_their_size_where_the_model_takes_any(tmp_path):
+    image = write(tmp_path / "a.png", 20, 30)
+    model = takes((None, None, 3))
+    np.testing.assert_array_equal(load_images(tmp_path, model), [[image]])
+    write(tmp_path / "b.png", 20, 31)
+    with pytest.raises(ValueError, match="needs images of one size"):
+        load_images(tmp_path, model)
+
+
+def test_an_array_is_taken_as_it_is(tmp_path):
+    array = np.random.default_rng(0).normal(size=(3, 4, 5))
+    np.save(tmp_path / "x.npy", array)
+    (loaded,) = load_images(tmp_path / "x.npy", takes((4, 5)))
+    np.testing.assert_array_equal(loaded, array.astype("float32"))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (3, 4), (0, 4, 5)])
+def test_an_array_of_another_shape_is_an_error(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.zeros(shape))
+    with pytest.raises(ValueError, match=r"takes \(None, 4, 5\). Received: .*x\.npy"):
+        load_images(tmp_path / "x.npy", takes((4, 5)))
+
+
+def test_what_is_no_image_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "a.jpg").write_text("not an image")
+    with pytest.raises(ValueError, match=r"a\.jpg is no JPEG or PNG image"):
+        load_images(tmp_path, takes((9, 7, 3)))
+
+
+def test_images_that_are_not_there_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="there is no JPEG or PNG file in"):
+        load_images(tmp_path, takes((9, 7, 3)))
+    with pytest.raises(ValueError, match=r"a folder of JPEG or PNG files, or a .npy"):
+        load_images(tmp_path / "none.npy", takes((9, 7, 3)))
+
+
+def test_a_folder_for_a_model_of_no_images_is_an_error(tmp_path):
+    write(tmp_path / "a.png", 9, 7)
+    with pytest.raises(ValueError, match=r"that take \(N, H, W, 3\); give a .npy file"):
+        load_images(tmp_path, takes((9, 7, 1)))
+
+
+def test_images_for_a_model_of_two_inputs_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"one input, or .*inputs \['x0', 'x1'\]"):
+        load_images(tmp_path, takes((4,), (5,)))
+
+
+def test_a_model_that_is_none_is_told_in_one_line(tmp_path):
+    text = tmp_path / "text.keras"
+    text.write_text("not a model")
+    one_output = tmp_path / "one_output.keras"
+    x = keras.Input((4,))
+    keras.Model(x, keras.layers.Dense(2)(x)).save(one_output)
+    for path, received in (
+        (text, r"Received: .*text\.keras \("),
+        (tmp_path / "none.keras", "There is no file .*none.keras"),
+        (one_output, r"dict of task name to output, .*Received: .*one_output\.keras"),
+    ):
+        with pytest.raises(ValueError, match=received) as error:
+            load_model(path)
+        assert "Expected a multi-task model" in str(error.value)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,105 @@
+import json
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from export.make.changes import changed_answers
+from export.make.savedmodel import export
+from export.version import recorded
+from export.version.signatures import signatures
+
+
+def test_what_answers_mean_goes_with_the_version(version, model_file):
+    answers = (version / "assets.extra" / "answers.json").read_text()
+    assert answers == model_file.with_name("answers.json").read_text()
+
+
+def test_a_model_of_two_inputs_without_answers(tmp_path):
+    inputs = [keras.Input((4,), name="right"), keras.Input((3,), name="left")]
+    outputs = {x.name: keras.layers.Dense(2)(x) for x in inputs}
+    keras.Model(inputs, outputs).save(tmp_path / "model.keras")
+    written, links, changes = export(
+        tmp_path / "model.keras", tmp_path / "served", warmup=1
+    )
+    assert (links, changes) == ([], {})
+    assert sorted(os.listdir(written / "assets.extra")) == [
+        "export.json",
+        "recorded_predictions",
+        "tf_serving_warmup_requests",
+    ]
+    for _, given, _ in recorded.read(written / recorded.WARMUP):
+        assert {name: x.shape for name, x in given.items()} == {
+            "right": (1, 4),
+            "left": (1, 3),
+        }
+
+
+def test_how_it_was_made_goes_with_the_version(version):
+    about = json.loads((version / "assets.extra" / "export.json").read_text())
+    assert about["dtype"] == "float32"
+    assert about["versions"]["keras"] == keras.__version__
+
+
+def test_a_tower_that_is_not_needed_is_gone_from_the_signatures(cheaper, version):
+    written, links, _ = cheaper
+    assert {(link.unit, link.task, link.source) for link in links} == {
+        ("cross_stitch_conv2", "kind", "age"),
+        ("cross_stitch_conv2", "normals", "age"),
+    }
+    before, after = signatures(version), signatures(written)
+    # conv1 and conv2 of three towers; kind needs conv2 of two.
+    assert before["kind"].ops["Conv2D"] == 6
+    assert after["kind"].ops["Conv2D"] == after["normals"].ops["Conv2D"] == 5
+    assert after["age"].ops["Conv2D"] == after["serving_default"].ops["Conv2D"] == 6
+    assert after["kind"].variable_bytes < before["kind"].variable_bytes
+
+
+def test_changes_are_against_the_model_as_it_was_trained(cheaper, version, images):
+    written, _, changes = cheaper
+    before, after = signatures(version), signatures(written)
+    assert set(changes) == {"serving_default", "kind", "age", "normals"}
+    loaded = [tf.saved_model.load(str(path)) for path in (version, written)]
+    for name, change in changes.items():
+        assert (change.before, change.after) == (before[name], after[name])
+        outputs = [x.signatures[name](image=tf.constant(images)) for x in loaded]
+        assert change.largest == pytest.approx(
+            max(
+                np.abs(outputs[1][task] - y).max() / np.abs(y).max()
+                for task, y in outputs[0].items()
+            ),
+            rel=1e-3,
+        )
+    assert changes["kind"].metrics["kind"].endswith(" % other classes")
+    assert changes["normals"].metrics["normals"].endswith(" degrees")
+    assert changes["age"].metrics == {}
+    assert set(changes["serving_default"].metrics) == {"kind", "normals"}
+
+
+def test_changed_answers_are_counted_by_what_they_mean():
+    before = np.array([[0.9, 0.1], [0.4, 0.6], [0.8, 0.2], [0.3, 0.7]])
+    after = np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7]])
+    metric = changed_answers(before, after, {"kind": "classes"})
+    assert metric == "25 % other classes"
+    x, y = np.eye(3)[[0, 0]], np.eye(3)[[0, 1]]
+    assert changed_answers(x, y, {"kind": "normals"}) == "45 degrees"
+    assert changed_answers(x, y, {"kind": "depth"}) == ""
+    assert changed_answers(x, y, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_below": 0.1}, "--drop-below measures .* on --images: give a folder"),
+        ({"dtype": "int8"}, r"\['float32', 'bfloat16'\]. Received: int8"),
+        ({"warmup": 251}, "takes 1000 requests .* --warmup 251, which makes 1004"),
+        ({"warmup": 143, "from_jpeg": True}, "--warmup 143, which makes 1001"),
+        ({"warmup": -1}, "--warmup must be at least 0"),
+    ],
+)
+def test_bad_options_are_errors_before_any_work(model_file, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(model_file, tmp_path / "served", **options)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,186 @@
+"""A folder of versions: which is served, and what a broken one does."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import model_pb2, prediction_log_pb2
+
+from export.client import ServingError
+from export.preview.served_model import ServedModel, State
+
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
+SPEC = model_pb2.ModelSpec(name="m")
+
+
+@pytest.fixture
+def folder(served, tmp_path):
+    """A folder with version 1, and a function that adds it under another number."""
+    source = served.directory / str(served.latest)
+
+    def add(version):
+        return shutil.copytree(source, tmp_path / "m" / str(version))
+
+    add(1)
+    return tmp_path / "m", add
+
+
+def served_by(model):
+    return model.find(SPEC).number
+
+
+def state(model, version):
+    spec = model_pb2.ModelSpec(name="m")
+    spec.version.value = version
+    (status,) = model.status(spec).model_version_status
+    return State.State.Name(status.state), status.status.error_message
+
+
+def test_the_highest_number_is_served_and_others_ended(folder):
+    directory, add = folder
+    (directory / "notes").mkdir()
+    (directory / "99").write_text("no folder")
+    model = ServedModel("m", directory)
+    assert served_by(model) == 1
+    add(10)
+    add(9)
+    model.refresh()
+    assert served_by(model) == 10
+    assert state(model, 1) == ("END", "")
+    assert state(model, 10) == ("AVAILABLE", "")
+
+
+def test_a_removed_version_gives_way_to_the_one_before(folder):
+    directory, add = folder
+    add(2)
+    model = ServedModel("m", directory)
+    shutil.rmtree(directory / "2")
+    model.refresh()
+    assert served_by(model) == 1
+    assert state(model, 2) == ("END", "")
+
+
+def test_a_folder_that_goes_away_is_served_on(folder):
+    directory, _ = folder
+    model = ServedModel("m", directory)
+    shutil.rmtree(directory)
+    model.refresh()
+    assert served_by(model) == 1
+
+
+def no_graph(version):
+    (version / "saved_model.pb").unlink()
+
+
+def half_a_graph(version):
+    graph = version / "saved_model.pb"
+    graph.write_bytes(graph.read_bytes()[:1000])
+
+
+def no_variables(version):
+    shutil.rmtree(version / "variables")
+
+
+def half_the_variables(version):
+    (data,) = version.glob("variables/variables.data*")
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+
+
+def empty_folder(version):
+    shutil.rmtree(version)
+    version.mkdir()
+
+
+def answers_that_are_no_json(version):
+    (version / "assets.extra" / "answers.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        no_graph,
+        half_a_graph,
+        no_variables,
+        half_the_variables,
+        empty_folder,
+        answers_that_are_no_json,
+    ],
+)
+def test_a_broken_version_leaves_the_old_one_and_is_served_once_mended(folder, damage):
+    directory, add = folder
+    model = ServedModel("m", directory)
+    damage(add(2))
+    model.refresh()
+    assert served_by(model) == 1
+    assert state(model, 1) == ("AVAILABLE", "")
+    name, reason = state(model, 2)
+    assert name == "END"
+    assert reason.startswith("Version 2 could not be loaded: ")
+    model.refresh()
+    shutil.rmtree(directory / "2")
+    add(2)
+    model.refresh()
+    assert served_by(model) == 2
+
+
+def test_a_broken_version_is_not_tried_again_until_it_changes(folder, monkeypatch):
+    directory, add = folder
+    model = ServedModel("m", directory)
+    no_graph(add(2))
+    model.refresh()
+    monkeypatch.setattr(model, "_load", lambda path: pytest.fail("tried again"))
+    model.refresh()
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, no_graph])
+def test_a_folder_without_a_good_version_is_an_error(folder, damage):
+    directory, _ = folder
+    damage(directory / "1")
+    message = "None is there" if damage is shutil.rmtree else "Version 1 could not be"
+    with pytest.raises(ValueError, match=f"must hold versions, .* {message}"):
+        ServedModel("m", directory)
+
+
+def test_a_label_names_a_version(folder):
+    model = ServedModel("m", folder[0], {"stable": 1, "gone": 7})
+    for label, found in (("stable", True), ("gone", False), ("new", False)):
+        spec = model_pb2.ModelSpec(name="m", version_label=label)
+        if found:
+            assert model.find(spec).number == 1
+        else:
+            with pytest.raises(ServingError, match=r"is not served|Unrecognized"):
+                model.find(spec)
+
+
+def warm_up(version, *images):
+    path = version / "assets.extra" / "tf_serving_warmup_requests"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for image in images:
+            log = prediction_log_pb2.PredictionLog()
+            request = log.predict_log.request
+            request.model_spec.signature_name = "normals"
+            request.inputs["image"].CopyFrom(tf.make_tensor_proto(image))
+            writer.write(log.SerializeToString())
+
+
+def test_warm_up_requests_are_run_before_a_version_is_served(folder):
+    directory, add = folder
+    model = ServedModel("m", directory)
+    image = np.zeros((1, 24, 32, 3), "float32")
+    warm_up(add(2), image, image[:, 1:])
+    model.refresh()
+    assert served_by(model) == 1
+    assert "Signature 'normals' takes image" in state(model, 2)[1]
+    warm_up(directory / "2", image)
+    model.refresh()
+    assert served_by(model) == 2
+
+
+def test_a_version_knows_what_its_answers_mean(folder):
+    directory, _ = folder
+    answers = json.loads((directory / "1/assets.extra/answers.json").read_text())
+    assert ServedModel("m", directory).find(SPEC).answers == answers

@@ -1,0 +1,129 @@
+import collections
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
+
+from export.version import recorded
+
+ARRAYS = {"serving_default", "kind", "age", "normals"}
+FILES = {"kind_from_jpeg", "age_from_jpeg", "normals_from_jpeg"}
+
+
+def test_warmup_has_requests_of_one_example_for_every_signature(version, images):
+    requests = recorded.read(version / recorded.WARMUP)
+    counts = collections.Counter(signature for signature, _, _ in requests)
+    assert counts == dict.fromkeys(ARRAYS | FILES, 3)
+    for number, (signature, inputs, outputs) in enumerate(requests):
+        assert outputs == {}
+        image = images[[number % 3]]
+        if signature in FILES:
+            assert set(inputs) == {"image_bytes"}
+            (file,) = inputs["image_bytes"]
+            np.testing.assert_array_equal(tf.io.decode_png(file), image[0])
+        else:
+            assert set(inputs) == {"image"}
+            np.testing.assert_array_equal(inputs["image"], image)
+
+
+def test_warmup_is_in_tf_servings_format(version):
+    path = version / "assets.extra" / "tf_serving_warmup_requests"
+    for record in tf.data.TFRecordDataset(str(path)):
+        log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        assert log.WhichOneof("log_type") == "predict_log"
+        assert log.predict_log.request.model_spec.signature_name in ARRAYS | FILES
+
+
+def test_recorded_outputs_are_the_models(version, model, images):
+    predictions = recorded.read(version / recorded.RECORDED)
+    assert {signature for signature, _, _ in predictions} == ARRAYS | FILES
+    expected = model.predict(images[: recorded.EXAMPLES], verbose=0)
+    for _, _, outputs in predictions:
+        for task, output in outputs.items():
+            np.testing.assert_allclose(output, expected[task], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_differs_in_what_was_just_written(version):
+    differences = recorded.differences(version, "tensorflow")
+    assert set(differences) == ARRAYS | FILES
+    assert all(x <= 1e-6 for outputs in differences.values() for x in outputs.values())
+
+
+def test_openvino_runs_serving_default(version):
+    pytest.importorskip("openvino")
+    (signature, outputs), *others = recorded.differences(version, "openvino").items()
+    assert signature == "serving_default"
+    assert not others
+    assert set(outputs) == {"kind", "age", "normals"}
+    assert max(outputs.values()) < 1e-4
+
+
+class PlusOne(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec(None, name="x")])
+    def __call__(self, x):
+        return {"y": x + 1}
+
+
+@pytest.fixture(scope="module")
+def plus_one(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plus_one")
+    module = PlusOne()
+    tf.saved_model.save(module, path, {"serving_default": module.__call__})
+    return path
+
+
+def replace(value):
+    def change(outputs):
+        outputs["y"].CopyFrom(tf.make_tensor_proto(value, "float32"))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "output", "difference"),
+    [
+        (replace([[4.0], [4.0]]), "y", 2 / 4),
+        (replace([[4.0, 4.0]]), "y", float("inf")),
+        (replace([[np.nan], [1.0]]), "y", float("nan")),
+        (lambda outputs: outputs.pop("y"), "y", float("inf")),
+        (lambda outputs: outputs["z"].CopyFrom(outputs["y"]), "z", float("inf")),
+    ],
+)
+def test_what_differs_is_measured(plus_one, change, output, difference):
+    recorded.record(plus_one, {"x": np.array([[1.0], [2.0]], "float32")})
+    path = plus_one / recorded.RECORDED
+    (record,) = tf.data.TFRecordDataset(str(path))
+    log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
+    change(log.predict_log.response.outputs)
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(log.SerializeToString())
+    outputs = recorded.differences(plus_one, "tensorflow")["serving_default"]
+    assert outputs[output] == pytest.approx(difference, nan_ok=True)
+
+
+def test_a_signature_that_is_not_there_differs(plus_one):
+    recorded.record(plus_one, {"x": np.array([[1.0], [2.0]], "float32")})
+    path = plus_one / recorded.RECORDED
+    (record,) = tf.data.TFRecordDataset(str(path))
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(record.numpy().replace(b"serving_default", b"serving_defaulx"))
+    assert recorded.differences(plus_one, "tensorflow") == {
+        "serving_defaulx": {"y": float("inf")}
+    }
+
+
+def test_a_large_output_is_sampled_all_over(plus_one):
+    x = np.random.default_rng(0).normal(size=(2, 60, 64, 10)).astype("float32")
+    recorded.record(plus_one, {"x": x})
+    assert recorded.differences(plus_one, "tensorflow")["serving_default"]["y"] == 0
+    ((_, _, outputs),) = recorded.read(plus_one / recorded.RECORDED)
+    assert outputs["y"].shape == (4096,)
+    # Every channel, column and example is seen: values differ, so they tell where.
+    places = np.argwhere(np.isin(x + 1, outputs["y"]))
+    assert [len(set(axis)) for axis in places.T] == [2, 60, 64, 10]
+
+
+def test_a_version_without_recorded_predictions_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="is missing: export the model anew"):
+        recorded.read(tmp_path / recorded.RECORDED)

@@ -1,0 +1,71 @@
+import pytest
+import tensorflow as tf
+
+from export.version.signatures import signatures, version_path, versions
+
+
+class TwoOutputs(tf.Module):
+    def __init__(self):
+        self.w = tf.Variable(tf.ones((3, 5)))
+        self.v = tf.Variable(tf.ones(5, "bfloat16"))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3))])
+    def both(self, x):
+        product = tf.matmul(x, self.w)
+        return product, tf.nn.relu(tf.nn.relu(product)) + tf.cast(self.v, "float32")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+    def short(self, x):
+        return {"y": self.both(x)[0]}
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+    def long(self, x):
+        return {"y": tf.exp(self.both(x)[1])}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "7"
+    module = TwoOutputs()
+    tf.saved_model.save(module, path, {"short": module.short, "long": module.long})
+    return path
+
+
+def test_a_signature_is_counted_without_what_only_others_need(saved):
+    found = signatures(saved)
+    assert set(found) == {"short", "long"}
+    assert found["short"].ops == {"MatMul": 1}
+    assert found["long"].ops == {
+        "MatMul": 1,
+        "Relu": 2,
+        "Cast": 1,
+        "AddV2": 1,
+        "Exp": 1,
+    }
+    assert found["short"].variable_bytes == 3 * 5 * 4
+    assert found["long"].variable_bytes == 3 * 5 * 4 + 5 * 2
+
+
+def test_shapes_and_dtypes_are_told(saved):
+    short = signatures(saved)["short"]
+    assert short.inputs == {"x": "float32 (N, 3)"}
+    assert short.outputs == {"y": "float32 (N, 5)"}
+
+
+def test_the_latest_version_is_taken_and_a_version_is_itself(saved):
+    (saved.parent / "10").mkdir()  # not a model
+    assert versions(saved.parent) == [7]
+    assert version_path(saved.parent) == saved
+    assert version_path(saved) == saved
+
+
+def test_a_folder_without_versions_is_an_error(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="Expected a folder of versions"):
+            version_path(path)
+
+
+def test_a_file_that_is_no_saved_model_is_an_error(tmp_path):
+    (tmp_path / "saved_model.pb").write_text("not a model")
+    with pytest.raises(ValueError, match="is no SavedModel"):
+        signatures(tmp_path)
