@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-# Before TensorFlow is imported, which the commands do: its notices are not ours, and
-# where a CPU lacks AVX-512 it leaves oneDNN's convolutions off, which are faster.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-for library in ("absl", "tensorflow"):  # which set the levels of their loggers anew
-    logging.getLogger(library).addFilter(lambda record: record.levelno >= logging.ERROR)
+if __name__ == "__main__":
+    # Before TensorFlow is imported, whose notices are not ours. Where a CPU lacks
+    # AVX-512, TensorFlow leaves oneDNN's convolutions off, which are faster.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    for library in ("absl", "tensorflow"):  # which set the levels of their loggers anew
+        logging.getLogger(library).addFilter(
+            lambda record: record.levelno >= logging.ERROR
+        )
 
 import typer
 from rich.console import Console

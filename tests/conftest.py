@@ -1,11 +1,23 @@
 """What tests of several packages share."""
 
+import os
 import shutil
 
+# As the programs do, before TensorFlow is imported: a test computes with the same
+# convolutions as the processes that it starts.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras
 import pytest
 
 # It imports PyTorch, and --doctest-modules imports all that it finds.
 collect_ignore = ["speed_pytorch.py"]
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """`fitting.fit` makes all that follows deterministic, which asks for seeds."""
+    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(scope="session")

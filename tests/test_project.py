@@ -260,3 +260,29 @@ def test_the_python_blocks_of_readme_and_using_run_and_train(tmp_path, monkeypat
     assert len(blocks) == len(NEEDS)
     served = tf.saved_model.load(tmp_path / "serving/my_model/1")
     assert set(served.signatures) == {"serving_default", "segmentation", "normals"}
+
+
+@pytest.mark.parametrize("package", ["keras_cross_stitch", "training", "export"])
+def test_importing_a_package_sets_nothing_for_other_processes(package):
+    """The programs do, before TensorFlow is imported; a test that imports must not."""
+    code = (
+        "import importlib, os, pkgutil\n"
+        "import tensorflow, tensorflow_datasets, cv2, sklearn.cluster\n"
+        "before = dict(os.environ)\n"
+        f"import {package}\n"
+        f"for x in pkgutil.walk_packages({package}.__path__, '{package}.'):\n"
+        "    importlib.import_module(x.name)\n"
+        "assert not any(k.startswith('TF_ENABLE') for k in os.environ), os.environ\n"
+        "print({k for k in os.environ if os.environ[k] != before.get(k)})\n"
+    )
+    environment = {k: x for k, x in os.environ.items() if not k.startswith("TF_")}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    assert process.stdout == "set()\n"

@@ -8,13 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-# Before TensorFlow is imported, which the commands do: its notices are not ours, and
-# where a CPU lacks AVX-512 it leaves oneDNN's convolutions off, which are faster.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-for library in ("absl", "tensorflow"):
-    logging.getLogger(library).setLevel(logging.ERROR)
-
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -116,14 +109,10 @@ def fit(
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
-        import tensorflow as tf
-
         from training import comparison, distribution, fitting
         from training.runs import open_experiment
         from training.study.report import write_report
 
-        # Equal runs of equal seeds. On a CPU it costs nothing that can be measured.
-        tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or METHODS))
         chosen = _recipe(recipe, toy, methods, backbone=backbone, weights=weights)
@@ -184,13 +173,10 @@ def study(
     Example: `python -m training study scenes methods --seeds 3`
     """
     with _errors_in_a_line():
-        import tensorflow as tf
-
         from training import distribution, fitting
         from training.runs import Experiment, open_experiment
         from training.study import studies
 
-        tf.config.experimental.enable_op_determinism()
         strategy = distribution.strategy()
         chosen = _recipe(recipe, toy, backbone=backbone, weights=weights)
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
@@ -426,4 +412,10 @@ def _errors_in_a_line():
 
 
 if __name__ == "__main__":
+    # Before a command imports TensorFlow, whose notices are not ours. Where a CPU lacks
+    # AVX-512, TensorFlow leaves oneDNN's convolutions off, which are faster.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    for library in ("absl", "tensorflow"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     app(prog_name="python -m training")

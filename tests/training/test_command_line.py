@@ -18,14 +18,6 @@ def training(*arguments):
     return CliRunner().invoke(app, [str(x) for x in arguments], env=environment)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def leave_determinism():
-    """It cannot be switched off again for the tests of other modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)
-        yield
-
-
 # Tests of one group run in one process, and so share the demo.
 shares_the_demo = pytest.mark.xdist_group("demo")
 
