@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_cross_stitch import versions
 from keras_cross_stitch.networks import check_task_names
 from keras_cross_stitch.trial_input import from_sample, layer_named, tried
 
@@ -44,7 +45,8 @@ def export_saved_model(
             `stitch` returns. A task's output is a tensor or a dict of tensors.
         directory: Local folder of the served model, made if it does not exist;
             `~` is the home folder. Versions are its subfolders.
-        version: Positive integer. Defaults to one above the highest that is there.
+        version: Positive integer. Defaults to one above the highest that is there;
+            of two exports at once, each gets a number of its own.
         from_jpeg: Whether to add a signature `<task>_from_jpeg` per task that takes
             encoded images. The model must have one input, `(N, H, W, 3)`.
         sample: A batch of inputs to compare the models on, as the model is called
@@ -121,7 +123,8 @@ def export_saved_model(
     if from_jpeg:
         _check_takes_images(model)
     inputs = None if sample is None else from_sample(sample, model, from_jpeg)
-    with _published(_local(directory), version) as (temporary, path):
+    local = _local(directory)
+    with _unfinished(local, version) as temporary:
         run = _traced(model, model)
         inputs, outputs = tried(run, model, inputs)
         _check_dense(outputs)
@@ -129,7 +132,7 @@ def export_saved_model(
         compared_on = _compare(temporary, inputs, outputs, model, from_jpeg)
         if finish is not None:
             finish(temporary, compared_on)
-    return path
+        return versions.publish(temporary, local, version)
 
 
 def _check_model(model: keras.Model) -> None:
@@ -211,15 +214,14 @@ def _local(directory: str | os.PathLike) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _published(
-    directory: pathlib.Path, version: int | None
-) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """Gives a path to write to and the version's, which it becomes in the end."""
+def _unfinished(directory: pathlib.Path, version: int | None) -> Iterator[pathlib.Path]:
+    """Gives a path to write to, in the directory; where that fails, nothing is left."""
     created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            path = _version_path(directory, version)
+            if version is not None:
+                versions.check_free(directory, version)
             # TensorFlow Serving passes over names that are not numbers.
             folder = tempfile.TemporaryDirectory(prefix=".export-", dir=directory)
         except OSError as error:
@@ -229,30 +231,12 @@ def _published(
             ) from error
         with folder:
             # One deeper, since only its owner may enter a temporary directory.
-            temporary = pathlib.Path(folder.name) / path.name
-            yield temporary, path
-            temporary.rename(path)
+            yield pathlib.Path(folder.name) / "model"
     except BaseException:
         for parent in created:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
-
-
-def _version_path(directory: pathlib.Path, version: int | None) -> pathlib.Path:
-    versions = {int(path.name) for path in directory.iterdir() if path.name.isdecimal()}
-    if version is None:
-        version = max(versions, default=0) + 1
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(
-            f"`version` must be a positive integer. Received: version={version!r}"
-        )
-    if version in versions:
-        raise ValueError(
-            f"'{directory}' already has version {version}: remove it, or leave out "
-            f"`version` for the next one, {max(versions) + 1}"
-        )
-    return directory / str(version)
 
 
 def _together(outputs: Mapping[str, Any]) -> dict[str, list[str]]:

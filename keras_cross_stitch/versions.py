@@ -1,0 +1,67 @@
+"""What a version of a served model is, and how a new one gets its number."""
+
+import os
+import pathlib
+
+
+def versions(directory: str | os.PathLike) -> dict[int, pathlib.Path]:
+    """What TensorFlow Serving takes for versions: {number: path}, ascending.
+
+    These are the folders whose names are numbers, empty where there is no such
+    directory. One that is not complete yet is among them.
+    """
+    try:
+        paths = [path for path in pathlib.Path(directory).iterdir() if path.is_dir()]
+    except OSError:
+        return {}
+    return dict(sorted((int(path.name), path) for path in paths if _is_number(path)))
+
+
+def is_complete(version: str | os.PathLike) -> bool:
+    """Whether the folder holds a SavedModel."""
+    return (pathlib.Path(version) / "saved_model.pb").is_file()
+
+
+def next_number(directory: str | os.PathLike) -> int:
+    """One above the highest number that anything in the directory has for a name."""
+    names = filter(_is_number, pathlib.Path(directory).iterdir())
+    return max((int(path.name) for path in names), default=0) + 1
+
+
+def check_free(directory: str | os.PathLike, number: int) -> None:
+    """Raises a ValueError where the number is none, or is taken."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(
+            f"`version` must be a positive integer. Received: version={number!r}"
+        )
+    if (pathlib.Path(directory) / str(number)).exists() or number in versions(
+        directory
+    ):
+        raise ValueError(
+            f"'{directory}' already has version {number}: remove it, or leave out "
+            f"`version` for the next one, {next_number(directory)}"
+        )
+
+
+def publish(
+    finished: pathlib.Path, directory: pathlib.Path, number: int | None = None
+) -> pathlib.Path:
+    """Renames a finished folder to its version, in one step, and returns that.
+
+    Without `number` it is the next one, and the one after it where another export
+    takes that at the same time. A `number` that is taken is a ValueError.
+    """
+    while True:
+        if number is not None:
+            check_free(directory, number)
+        path = directory / str(number or next_number(directory))
+        try:
+            return finished.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+
+
+def _is_number(path: pathlib.Path) -> bool:
+    # Other scripts' digits are decimal too, but no numbers to TensorFlow Serving.
+    return path.name.isascii() and path.name.isdecimal()
