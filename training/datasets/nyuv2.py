@@ -230,15 +230,18 @@ class Nyuv2Config(tfds.core.BuilderConfig):
 
 
 class Nyuv2(tfds.core.GeneratorBasedBuilder):
-    """NYUv2's 1449 labelled images at 320x240: 40 classes and surface normals.
+    """NYUv2's 1449 labelled images at 320x240: 40 classes, surface normals and depth.
 
-    Each example is `{"image", "segmentation", "normals", "id"}`. Segmentation holds
+    Each example is `{"image", "segmentation", "normals", "depth", "id"}`. Segmentation
+    holds
     the class index 0..39, 255 where unlabelled. Normals hold
     `round((n + 1) / 2 * 255)` with n as `normals_from_depth` returns it, and
-    (0, 0, 0), which no unit vector encodes to, where undefined.
+    (0, 0, 0), which no unit vector encodes to, where undefined. Depth is in millimetres
+    along the camera's axis, 0 where there is none.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "`depth` is new."}  # noqa: RUF012, TFDS's own way
     BUILDER_CONFIGS = [  # noqa: RUF012, TFDS's own way
         Nyuv2Config(name="full", description="All images."),
         Nyuv2Config(name="toy", description="For tests.", train=8, test=4),
@@ -267,6 +270,11 @@ class Nyuv2(tfds.core.GeneratorBasedBuilder):
                         encoding_format="png",
                     ),
                     "normals": tfds.features.Image(shape=shape, encoding_format="png"),
+                    "depth": tfds.features.Image(
+                        shape=(HEIGHT, WIDTH, 1),
+                        dtype=np.uint16,
+                        encoding_format="png",
+                    ),
                     "id": tfds.features.Text(),
                 }
             ),
@@ -313,15 +321,17 @@ def read_example(folder: Path, image_id: str) -> dict[str, Any]:
             f"Expected the classes 0..{len(CLASSES)} in {labels}. "
             f"Received: {segmentation.max()}. Write the file anew."
         )
-    metres = np.zeros((HEIGHT, WIDTH), np.float32)
+    millimetres = np.zeros((HEIGHT, WIDTH), np.uint16)
     inside = slice(FRAME, -FRAME), slice(FRAME, -FRAME)
-    metres[inside] = read_image(depth, np.uint16, (HEIGHT, WIDTH))[inside] / 1000
+    millimetres[inside] = read_image(depth, np.uint16, (HEIGHT, WIDTH))[inside]
+    metres = millimetres.astype(np.float32) / 1000
     normals = normals_from_depth(metres, **CAMERA)
     return {
         "image": rgb.read_bytes(),
         # uint8 wraps the unlabelled 0 round to 255, VOID.
         "segmentation": encode_png(segmentation - np.uint8(1)),
         "normals": encode_png(encode_normals(normals)[..., ::-1]),
+        "depth": encode_png(millimetres),
         "id": image_id,
     }
 

@@ -332,9 +332,13 @@ class ScenesConfig(tfds.core.BuilderConfig):
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder):
-    """Rendered rooms for segmentation, normals, detection and attributes."""
+    """Rendered rooms for segmentation, normals, depth, detection and attributes.
 
-    VERSION = tfds.core.Version("1.0.0")
+    Depth is in millimetres along the camera's axis, to the nearest one.
+    """
+
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "`depth` is new."}
     BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
         ScenesConfig(name="full", description="Large enough to learn from."),
         ScenesConfig(name="toy", description="For tests.", train=16, test=8),
@@ -355,6 +359,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Image(**image),
             "segmentation": tfds.features.LabeledImage(labels=CLASSES, **label_map),
             "normals": tfds.features.Image(**image),
+            "depth": tfds.features.Image(**label_map, dtype=np.uint16),
             "objects": tfds.features.Sequence(thing),
             "id": tfds.features.Text(),
         }
@@ -381,6 +386,9 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
                     "image": scene["image"],
                     "segmentation": scene["segmentation"][..., None],
                     "normals": encode_normals(scene["normals"]),
+                    "depth": np.round(1000 * scene["depth"]).astype(np.uint16)[
+                        ..., None
+                    ],
                     "objects": [
                         {**thing, "bbox": tfds.features.BBox(*thing["bbox"])}
                         for thing in scene["objects"]

@@ -1,0 +1,125 @@
+"""Depth: a number for each pixel, in metres along the camera's axis.
+
+A target is a map (H, W, 1), stored in millimetres; NaN where there is no depth, which
+counts nowhere.
+"""
+
+import dataclasses
+import types
+
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+
+from keras_cross_stitch import MaskedLoss
+from training.metric import Metric
+
+FARTHEST = 10.0  # metres, where the colours end
+THRESHOLDS = {"delta_1.25": 1.25, "delta_1.25_2": 1.25**2, "delta_1.25_3": 1.25**3}
+_COLOURS = matplotlib.colormaps["viridis_r"]  # near is bright
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """The absolute error of metres; the metrics of Eigen et al. (2014)."""
+
+    inputs = "image"
+    feature = "depth"
+    void = np.nan
+    outputs = 1
+    metrics = types.MappingProxyType(
+        {
+            "abs_error": Metric("absolute error", "m", False),
+            "rel_error": Metric("relative error", "", False),
+            "rmse": Metric("RMSE", "m", False),
+            "delta_1.25": Metric("pixels with δ < 1.25", "%", True),
+            "delta_1.25_2": Metric("pixels with δ < 1.25²", "%", True),
+            "delta_1.25_3": Metric("pixels with δ < 1.25³", "%", True),
+        }
+    )
+
+    @classmethod
+    def of(cls, builder):
+        """The task as the data set defines it."""
+        return cls()
+
+    def target(self, example):
+        metres = tf.cast(example[self.feature], "float32") / 1000
+        return tf.where(metres > 0, metres, self.void)
+
+    def flip(self, target):
+        return tf.reverse(target, axis=[2])
+
+    def enlarge(self, target, shares):
+        """Nearer by the share of its side that the crop is of the image.
+
+        So one camera would see it: the part is as large as what is nearer. As MTAN has
+        it (Liu et al., 2019).
+        """
+        return target * tf.reshape(shares, (-1, 1, 1, 1))
+
+    def loss(self):
+        return MaskedLoss(keras.losses.MeanAbsoluteError(), name="depth_loss")
+
+    def answer(self, logits, name, inputs=None):
+        return keras.layers.ReLU(name=f"{name}_metres", dtype="float32")(logits)
+
+    def average(self, logits, name, inputs=None):
+        answers = [self.answer(x, f"{name}_{k}", inputs) for k, x in enumerate(logits)]
+        return keras.layers.Average(name=f"{name}_average", dtype="float32")(answers)
+
+    def describe(self):
+        steps = _COLOURS(np.linspace(0, 1, 16))[:, :3]
+        return {
+            "kind": "depth",
+            "names": [],
+            "colours": (255 * steps).round().astype(int).tolist(),
+            "range": [0.0, FARTHEST],  # from the first colour to the last
+            "units": "metres",
+            "description": "The depth of each pixel along the camera's axis",
+        }
+
+    def scores(self):
+        return DepthErrors()
+
+    def draw(self, target_or_answer, inputs=None):
+        """Near is bright, what is 10 m away dark; black is missing."""
+        metres = np.asarray(target_or_answer)[..., 0]
+        there = np.isfinite(metres)
+        image = _COLOURS(np.where(there, metres, 0) / FARTHEST, bytes=True)[..., :3]
+        return np.where(there[..., None], image, np.uint8(0))
+
+
+class DepthErrors:
+    """Sums the errors of depth over all pixels of the data set that have one."""
+
+    def __init__(self):
+        self.count = 0
+        # |y - d|, |y - d| / d, (y - d)^2, and how many have max(y / d, d / y) < t
+        self.sums = np.zeros(3 + len(THRESHOLDS))
+
+    def update(self, target, answer):
+        """Adds a batch, both (N, H, W, 1) in metres, NaN where there is no depth."""
+        there = np.isfinite(target)
+        d, y = target[there].astype("float64"), answer[there].astype("float64")
+        error = np.abs(y - d)
+        # An answer of 0 is beyond every threshold.
+        ratio = np.maximum(y / d, d / np.maximum(y, 1e-9))
+        below = [(ratio < t).sum() for t in THRESHOLDS.values()]
+        self.sums += [error.sum(), (error / d).sum(), np.square(error).sum(), *below]
+        self.count += there.sum()
+
+    def result(self):
+        """Metres, a ratio, and shares in percent; all 0 without a pixel with depth."""
+        absolute, relative, squared, *below = self.sums / max(self.count, 1)
+        within = dict(zip(THRESHOLDS, np.multiply(100, below), strict=True))
+        return {
+            "abs_error": absolute,
+            "rel_error": relative,
+            "rmse": np.sqrt(squared),
+            **within,
+        }
+
+    def per_class(self):
+        return {}
