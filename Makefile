@@ -5,7 +5,7 @@ BIN = .venv/bin
 # make install CONSTRAINTS=/dev/null
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: install demo test lint docs guides speed compatibility
+.PHONY: install demo quick test lint docs guides speed compatibility
 
 install: .venv/installed
 
@@ -18,6 +18,10 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/python -m training
+
+# At most a minute: all that is not marked slow.
+quick: install
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

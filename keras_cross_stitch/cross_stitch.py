@@ -55,8 +55,8 @@ class CrossStitch(keras.layers.Layer):
     >>> normals = keras.ops.zeros((2, 8, 8, 16))
     >>> stitch = CrossStitch(same_task=0.75)
     >>> segmentation, normals = stitch([segmentation, normals])
-    >>> float(segmentation[0, 0, 0, 0]), float(normals[0, 0, 0, 0])
-    (0.75, 0.25)
+    >>> [float(keras.ops.convert_to_numpy(x).max()) for x in (segmentation, normals)]
+    [0.75, 0.25]
     >>> tuple(stitch.alpha.shape)
     (2, 2, 16)
 

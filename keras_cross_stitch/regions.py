@@ -149,8 +149,9 @@ class Detections(layers.Layer):
     >>> probabilities = [[[0.1, 0.9], [0.2, 0.8], [0.0, 1.0]]]
     >>> inputs = [probabilities, keras.ops.zeros((1, 3, 4)), regions]
     >>> found = Detections((64, 64))([keras.ops.array(x) for x in inputs])
-    >>> int(found["num_detections"][0]), found["boxes"][0, 0].numpy().tolist()
-    (1, [10.0, 10.0, 50.0, 50.0])
+    >>> found = {name: keras.ops.convert_to_numpy(x) for name, x in found.items()}
+    >>> found["num_detections"].tolist(), found["boxes"][0, 0].tolist()
+    ([1], [10.0, 10.0, 50.0, 50.0])
 
     Reference:
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -72,6 +73,40 @@ def test_the_library_alone_depends_on_keras_and_numpy():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {Requirement(line).name for line in project["dependencies"]}
     assert needed == {"keras", "numpy"}
+
+
+def test_the_workflows_run_the_library_on_all_that_pyproject_names():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pythons = [
+        x.rpartition(" ")[2]
+        for x in project["classifiers"]
+        if re.search(r"Python :: 3\.\d", x)
+    ]
+    jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
+    matrix = jobs["library"]["strategy"]["matrix"]
+
+    assert matrix["python"] == pythons
+    assert set(matrix["backend"]) == {"tensorflow", "jax", "torch"}
+    assert set(matrix["backend"]) < set(project["optional-dependencies"])
+
+
+def test_what_the_workflows_run_is_there():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            commands = "\n".join(step.get("run", "") for step in job["steps"])
+            assert set(re.findall(r"^make (\w+)", commands, re.M)) <= set(targets)
+            for file in re.findall(r"keras_cross_stitch/\S+\.py", str(job)):
+                assert (ROOT / file).is_file(), file
+
+
+def test_a_commit_is_linted_by_the_version_that_make_lint_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (ruff,) = hooks["repos"]
+    assert (
+        f"\nruff=={ruff['rev'].removeprefix('v')}\n"
+        in (ROOT / "constraints.txt").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
