@@ -100,7 +100,7 @@ class Training:
     # `None` for the sum of the tasks' losses, or how `weigh_losses` weighs them:
     # "uncertainty" or "dynamic_average"
     loss_weighting: str | None
-    dtype: str  # a Keras dtype policy; "auto" is mixed_bfloat16 where the CPU has it
+    dtype: str  # a Keras dtype policy; what is published is float32, on every machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,6 @@ def find(name, toy=False):
     if base not in names():
         raise ValueError(f"There is no recipe '{base}'. There are: {names()}")
     recipe = importlib.import_module(f"training.recipes.{base}").RECIPE
-    recipe = change(recipe, "training", dtype=_dtype(recipe.training.dtype))
     if toy:
         recipe = _toy(recipe)
     return recipe if name == base else with_labels(recipe, budget)
@@ -187,12 +186,3 @@ def _toy(recipe):
     if hasattr(recipe.tower, "width"):
         recipe = change(recipe, "tower", width=1 / 32)
     return dataclasses.replace(recipe, name=f"{recipe.name}-toy")
-
-
-def _dtype(dtype):
-    """What "auto" is on this machine: bfloat16 pays where the CPU multiplies it."""
-    if dtype != "auto":
-        return dtype
-    cpuinfo = Path("/proc/cpuinfo")
-    fast = cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
-    return "mixed_bfloat16" if fast else "float32"

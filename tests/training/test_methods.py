@@ -66,7 +66,7 @@ def test_every_recipe_has_a_toy_size_and_label_budgets(name):
     toy = recipes.find(f"{name}-labels25", toy=True)
 
     assert recipe.name == name
-    assert recipe.training.dtype in ("float32", "mixed_bfloat16")
+    assert recipe.training.dtype == "float32"
     assert toy.name == f"{name}-toy-labels25"
     assert toy.data.label_budget == ("segmentation", 0.25)
     assert toy.data.config == "toy"

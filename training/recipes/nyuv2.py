@@ -42,7 +42,9 @@ RECIPE = Recipe(
     ),
     splits=("conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "score"),
     best_split="conv4",
-    training=Training(batch_size=16, momentum=0.9, loss_weighting=None, dtype="auto"),
+    training=Training(
+        batch_size=16, momentum=0.9, loss_weighting=None, dtype="float32"
+    ),
     one_task=Schedule(epochs=40, learning_rate=0.05),
     extra=Schedule(epochs=15, learning_rate=0.01),
 )
