@@ -14,22 +14,27 @@ from keras import ops
 class LearningRateGroups(keras.optimizers.Optimizer):
     """Multiplies the learning rate of an optimizer, group by group.
 
-    A variable's rate is `learning_rate * multiplier`, whatever sets the learning
-    rate: a schedule, a callback or an assignment. There is one `learning_rate`,
-    and gradient clipping, gradient accumulation, the moving average, loss scaling
-    and `tf.distribute` work over all variables, as `inner_optimizer` has them.
+    A variable's learning rate is `learning_rate * multiplier`, whatever sets the
+    `learning_rate`: a schedule, a callback or an assignment. Gradient clipping,
+    gradient accumulation, the moving average, loss scaling and `tf.distribute` work
+    over all variables, as `inner_optimizer` has them: each of its attributes is an
+    attribute of this optimizer, too.
 
-    Weight decay (`weight_decay`, the decoupled one) follows a variable's rate too,
-    so that a multiplier of 0 freezes it. The alpha of `CrossStitch` units is never
-    decayed, nor is what `exclude_from_weight_decay` names.
+    Weight decay (`weight_decay`, the decoupled one) follows a variable's learning
+    rate, so that a multiplier of 0 freezes it. The alpha of `CrossStitch` units is
+    never decayed, nor is what `exclude_from_weight_decay` names.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` that updates the variables,
             or what `keras.optimizers.get` takes for one, such as `"adam"`.
         multipliers: Dict of regular expressions, searched in `variable.path`, to
             non-negative numbers. A variable that none of them matches has
-            multiplier 1. Where towers have an `alpha` of their own (PReLU), tell
-            them apart: `"cross_stitch.*/alpha"`.
+            multiplier 1.
+        alpha: Non-negative number, the multiplier of the alpha of all `CrossStitch`
+            units, whatever they and the other variables are called. The expressions
+            of `multipliers` are then searched in the other variables alone. A model
+            without units may be trained with it, too. Defaults to `None`: alpha is
+            a variable like the others.
         name: String, the name of the optimizer.
 
     Raises:
@@ -39,25 +44,31 @@ class LearningRateGroups(keras.optimizers.Optimizer):
 
     Example:
 
-    >>> alpha = keras.Variable(0.9, name="alpha")
+    >>> from keras_cross_stitch import CrossStitch
+    >>> units = CrossStitch(same_task=0.9)
+    >>> a, b = units([keras.ops.ones((1, 1)), keras.ops.ones((1, 1))])
+    >>> bias = keras.Variable(0.9, name="bias")
     >>> kernel = keras.Variable(0.9, name="kernel")
     >>> sgd = keras.optimizers.SGD(0.001)
-    >>> optimizer = LearningRateGroups(sgd, {"alpha": 100})
-    >>> optimizer.apply([keras.ops.ones(()), keras.ops.ones(())], [alpha, kernel])
-    >>> [round(float(keras.ops.convert_to_numpy(x)), 4) for x in (alpha, kernel)]
-    [0.8, 0.899]
+    >>> optimizer = LearningRateGroups(sgd, {"bias": 2}, alpha=100)
+    >>> variables = [units.alpha, bias, kernel]
+    >>> optimizer.apply([keras.ops.ones(v.shape) for v in variables], variables)
+    >>> [round(float(keras.ops.convert_to_numpy(v).max()), 4) for v in variables]
+    [0.8, 0.898, 0.899]
 
     Reference:
 
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539): cross-stitch units
       learn best at 100 to 1000 times the learning rate of the network, which is not
-      printed. With SGD, begin at an alpha rate of about 0.1.
+      printed. With SGD, begin where alpha's own learning rate is about 0.1.
     """
 
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
-        multipliers: Mapping[str, float],
+        multipliers: Mapping[str, float] | None = None,
+        *,
+        alpha: float | None = None,
         name: str | None = None,
     ) -> None:
         if isinstance(inner_optimizer, str | dict):
@@ -71,6 +82,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
                 "itself; wrap LearningRateGroups in a LossScaleOptimizer, not the "
                 f"reverse. Received: inner_optimizer={inner_optimizer!r}"
             )
+        multipliers = dict(multipliers or {})
         for pattern, multiplier in multipliers.items():
             try:
                 re.compile(pattern)
@@ -79,18 +91,22 @@ class LearningRateGroups(keras.optimizers.Optimizer):
                     "The keys of `multipliers` must be regular expressions. "
                     f"Received: {pattern!r} ({error})"
                 ) from error
-            if (
-                not isinstance(multiplier, int | float)
-                or not math.isfinite(multiplier)
-                or multiplier < 0
-            ):
+            if not _is_multiplier(multiplier):
                 raise ValueError(
                     "The values of `multipliers` must be finite numbers, 0 or more. "
                     f"Received: {multiplier!r} for {pattern!r}"
                 )
+        if alpha is not None and not _is_multiplier(alpha):
+            raise ValueError(
+                f"`alpha` must be a finite number, 0 or more. Received: alpha={alpha!r}"
+            )
         super().__init__(learning_rate=0.0, name=name)
+        # What every optimizer has is the inner one's: see `__getattr__`.
+        for setting in super().get_config().keys() - {"name", "learning_rate"}:
+            delattr(self, setting)
         self.inner_optimizer = inner_optimizer
-        self.multipliers = dict(multipliers)
+        self.multipliers = multipliers
+        self.alpha = alpha
         # What `apply_gradients` returns.
         self._iterations = inner_optimizer._iterations
 
@@ -110,10 +126,17 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             inner._backend_update_step = functools.partial(
                 keras_class._backend_update_step, inner
             )
-        super().build(variables)
+        # Not the base class's `build`, which would make a second moving average.
+        self._trainable_variables = variables[:]
+        self.built = True
 
     def _match(self, variables: list[keras.Variable]) -> dict[Any, float]:
         """The multiplier of each variable, by the variable's key."""
+        multiplier_of: dict[Any, float] = {}
+        if self.alpha is not None:
+            units = [variable for variable in variables if _is_alpha_of_unit(variable)]
+            multiplier_of = {self._var_key(unit): self.alpha for unit in units}
+            variables = [v for v in variables if not _is_alpha_of_unit(v)]
         paths = [variable.path for variable in variables]
         for pattern in self.multipliers:
             if not any(re.search(pattern, path) for path in paths):
@@ -122,7 +145,6 @@ class LearningRateGroups(keras.optimizers.Optimizer):
                     "correct it, leave it out, or unfreeze what it names. "
                     f"Received: {pattern!r}, which matches none of {paths}"
                 )
-        multiplier_of: dict[Any, float] = {}
         for variable in variables:
             matches = [p for p in self.multipliers if re.search(p, variable.path)]
             if len(matches) > 1:
@@ -148,8 +170,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             inner.assign_sub(
                 variable, variable * ops.cast(rate * decay, variable.dtype)
             )
-        # The class's, not what this took the place of, lest a second wrapper multiply
-        # a second time.
+        # Call the class's `update_step`: the instance's may be another wrapper's.
         type(inner).update_step(inner, gradient, variable, rate)
 
     def apply(
@@ -163,13 +184,22 @@ class LearningRateGroups(keras.optimizers.Optimizer):
 
     # All that follows belongs to the inner optimizer.
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner_optimizer":  # before the constructor has set it
+            raise AttributeError(name)
+        return getattr(self.inner_optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = vars(self).get("inner_optimizer")
+        own = inner is None or name in vars(self) or hasattr(type(self), name)
+        if own or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
+
     @property
     def variables(self) -> list[keras.Variable]:
         return self.inner_optimizer.variables
-
-    @property
-    def iterations(self) -> Any:
-        return self.inner_optimizer.iterations
 
     @property
     def learning_rate(self) -> Any:
@@ -178,16 +208,6 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def loss_scale_factor(self) -> float | None:
-        return self.inner_optimizer.loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, loss_scale_factor: float | None) -> None:
-        # Keras's constructor sets it before there is an inner optimizer.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.loss_scale_factor = loss_scale_factor
 
     def exclude_from_weight_decay(
         self,
@@ -215,6 +235,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             "name": self.name,
             "inner_optimizer": keras.optimizers.serialize(self.inner_optimizer),
             "multipliers": dict(self.multipliers),
+            "alpha": self.alpha,
         }
 
     @classmethod
@@ -224,13 +245,20 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         inner_optimizer = keras.saving.deserialize_keras_object(
             config["inner_optimizer"], custom_objects=custom_objects
         )
-        return cls(inner_optimizer, config["multipliers"], config["name"])
+        return cls(**{**config, "inner_optimizer": inner_optimizer})
+
+
+def _is_multiplier(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _is_alpha_of_unit(variable: Any) -> bool:
+    return getattr(variable, "is_cross_stitch_alpha", False)
 
 
 def _weight_decay(optimizer: keras.optimizers.Optimizer, variable: Any) -> float | None:
     """The optimizer's weight decay of a variable; a unit's alpha has none."""
-    is_alpha_of_unit = getattr(variable, "is_cross_stitch_alpha", False)
-    if is_alpha_of_unit or not optimizer._use_weight_decay(variable):
+    if _is_alpha_of_unit(variable) or not optimizer._use_weight_decay(variable):
         return None
     # Muon has another decay for the variables that it leaves to AdamW.
     if isinstance(optimizer, keras.optimizers.Muon) and optimizer._should_use_adamw(

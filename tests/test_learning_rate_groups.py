@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_cross_stitch import CrossStitch, LearningRateGroups
+from keras_cross_stitch import CrossStitch, LearningRateGroups, stitch
 
 # Keras's callbacks read the learning rate so that NumPy 2 warns.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -384,6 +384,131 @@ def test_a_second_wrapper_does_not_multiply_a_second_time():
     assert_weights(model, expected([RATE] * 2))
 
 
+# The units are a group that needs no pattern.
+
+
+def two_towers(at):
+    """Towers with a PReLU, whose weight is an `alpha` too, of a task `alpha_helix`."""
+
+    def tower(units):
+        x = keras.Input((3,), name="x")
+        y = keras.layers.PReLU(name="slope")(keras.layers.Dense(4, name="first")(x))
+        return keras.Model(x, keras.layers.Dense(units, name="score")(y))
+
+    return stitch({"alpha_helix": tower(2), "sheet": tower(1)}, at=at)
+
+
+@pytest.mark.parametrize("at", [["slope"], []], ids=["one unit", "no units"])
+def test_alpha_names_the_units_and_nothing_else(at):
+    model = two_towers(at)
+    before = model.get_weights()
+    sgd = keras.optimizers.SGD(RATE)
+    optimizer = LearningRateGroups(sgd, {"bias": 2}, alpha=100)
+    optimizer.apply([keras.ops.ones(v.shape) for v in model.weights], model.weights)
+    for variable, start in zip(model.weights, before, strict=True):
+        multiplier = {"bias": 2}.get(variable.name, 1)
+        if variable.path.startswith("cross_stitch"):
+            multiplier = 100
+        np.testing.assert_allclose(variable - start, -RATE * multiplier, rtol=1e-3)
+
+
+def test_with_alpha_patterns_are_of_the_other_variables():
+    optimizer = LearningRateGroups("sgd", {"alpha": 3}, alpha=10)
+    with pytest.raises(ValueError, match=r"'alpha', which matches none of \['first"):
+        optimizer.build(new_model().trainable_variables)
+
+
+def test_frozen_units_leave_the_group_empty():
+    model = new_model()
+    model.get_layer("unit").trainable = False
+    model.compile(LearningRateGroups("sgd", alpha=100), loss="mse")
+    fit(model, 1)
+    np.testing.assert_array_equal(model.get_layer("unit").alpha, WEIGHTS[2])
+
+
+@pytest.mark.parametrize("alpha", [-1, float("nan"), "100"])
+def test_alpha_must_be_a_finite_number(alpha):
+    with pytest.raises(ValueError, match=r"`alpha` must be a finite number, 0 or more"):
+        LearningRateGroups("sgd", alpha=alpha)
+
+
+# Whoever holds this optimizer has the inner one, too.
+
+
+def public_settings(optimizer):
+    """What may be read and set, of an optimizer and of all of Keras's own."""
+    return sorted(optimizer.get_config().keys() - {"name", "learning_rate"})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_setting_is_the_inner_optimizers(name):
+    inner = getattr(keras.optimizers, name)(RATE, use_ema=True, weight_decay=0.25)
+    optimizer = LearningRateGroups(inner, alpha=10)
+    assert set(public_settings(inner)) >= {"use_ema", "clipnorm", "loss_scale_factor"}
+    for setting in public_settings(inner):
+        assert getattr(optimizer, setting) is getattr(inner, setting), setting
+        new = object()
+        setattr(optimizer, setting, new)
+        assert getattr(inner, setting) is new, setting
+
+
+def test_every_public_name_of_the_inner_optimizer_is_there():
+    optimizer = LearningRateGroups(keras.optimizers.SGD(RATE, use_ema=True))
+    inner = optimizer.inner_optimizer
+    optimizer.build(new_model().trainable_variables)
+    for name in dir(inner):
+        if not name.startswith("_") and not callable(getattr(inner, name)):
+            ours, theirs = getattr(optimizer, name), getattr(inner, name)
+            same = ours is theirs or keras.tree.flatten(ours) == keras.tree.flatten(
+                theirs
+            )
+            assert same or name == "name", name
+    with pytest.raises(AttributeError, match="temperature"):
+        _ = optimizer.temperature
+
+
+CALLBACKS = {
+    "SwapEMAWeights": lambda path: keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+    "LearningRateScheduler": lambda path: keras.callbacks.LearningRateScheduler(
+        lambda epoch: RATE / (1 + epoch)
+    ),
+    "ReduceLROnPlateau": lambda path: keras.callbacks.ReduceLROnPlateau(
+        monitor="loss", factor=0.5, patience=1, min_delta=1e9
+    ),
+    "EarlyStopping": lambda path: keras.callbacks.EarlyStopping(
+        monitor="loss", mode="max", patience=1, restore_best_weights=True
+    ),
+    "BackupAndRestore": lambda path: keras.callbacks.BackupAndRestore(path / "backup"),
+    "ModelCheckpoint": lambda path: keras.callbacks.ModelCheckpoint(
+        path / "model.keras"
+    ),
+    "CSVLogger": lambda path: keras.callbacks.CSVLogger(path / "log.csv"),
+    "TerminateOnNaN": lambda path: keras.callbacks.TerminateOnNaN(),
+}
+
+
+@pytest.mark.parametrize(
+    "policy", ["float32", "mixed_float16", "mixed_bfloat16", "bfloat16"]
+)
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_without_groups_it_is_the_inner_optimizer(callback, policy, tmp_path):
+    weights = []
+    keras.config.set_dtype_policy(policy)
+    try:
+        for wrap in (lambda inner: inner, LearningRateGroups):
+            inner = keras.optimizers.SGD(RATE, 0.9, use_ema=True, ema_momentum=0.5)
+            model = new_model(wrap(inner), run_eagerly=True)  # quicker, of few steps
+            fit(model, 1)  # builds the averages, which one callback asks for at once
+            fit(model, 3, [CALLBACKS[callback](tmp_path)])
+            weights.append(model.get_weights())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    rtol = {"float32": 1e-5, "mixed_float16": 1e-3}.get(policy, 2e-2)
+    for plain, wrapped in zip(*weights, strict=True):
+        plain, wrapped = plain.astype("float32"), wrapped.astype("float32")
+        np.testing.assert_allclose(wrapped, plain, rtol, atol=rtol / 10)
+
+
 # Saving.
 
 
@@ -442,14 +567,14 @@ def test_backup_and_restore_resumes_where_it_stopped(tmp_path):
 
 
 def test_serialize_and_deserialize():
-    optimizer = LearningRateGroups(
-        keras.optimizers.AdamW(RATE, weight_decay=0.5), MULTIPLIERS, name="groups"
-    )
+    adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
+    optimizer = LearningRateGroups(adamw, {"bias": 2}, alpha=100, name="groups")
     config = keras.optimizers.serialize(optimizer)
     copy = keras.optimizers.deserialize(config)
     assert copy.get_config() == optimizer.get_config()
     assert copy.inner_optimizer.weight_decay == 0.5
-    assert (copy.multipliers, copy.name) == (MULTIPLIERS, "groups")
+    assert (copy.multipliers, copy.alpha) == ({"bias": 2}, 100)
+    assert copy.name == "groups"
 
 
 def test_set_weights_sets_the_state():
@@ -548,7 +673,8 @@ def test_keras_still_has_what_is_not_public():
     methods += ["_use_weight_decay", "_var_key"]
     assert all(hasattr(keras.optimizers.Optimizer, name) for name in methods)
     assert hasattr(keras.optimizers.Muon, "_should_use_adamw")
-    assert hasattr(keras.optimizers.SGD(), "_iterations")
+    sgd = keras.optimizers.SGD()
+    assert all(hasattr(sgd, name) for name in ["_iterations", "_trainable_variables"])
 
 
 def test_pytorchs_optimizers_still_have_what_is_not_public():
