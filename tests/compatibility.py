@@ -209,7 +209,7 @@ def check(name, way):
     # Last: untrained statistics of a batch normalisation may take what follows away.
     frozen = {v.path: v.numpy() for v in model.non_trainable_variables}
     model.compile(
-        LearningRateGroups(keras.optimizers.SGD(1e-6), {r"cross_stitch.*/alpha": 100}),
+        LearningRateGroups(keras.optimizers.SGD(1e-6), alpha=100),
         loss="mse",
         jit_compile=False,
     )

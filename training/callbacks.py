@@ -168,10 +168,15 @@ class StopAtNaN(keras.callbacks.Callback):
 
     def _named(self, variable):
         """A variable's path, and the group that its learning rate is of."""
-        for pattern, factor in getattr(self.model.optimizer, "multipliers", {}).items():
-            if re.search(pattern, variable.path):
-                return f"{variable.path} (of the group '{pattern}', rate x{factor})"
-        return f"{variable.path} (of no group, rate x1)"
+        optimizer = self.model.optimizer
+        groups = getattr(optimizer, "multipliers", {})
+        if getattr(variable, "is_cross_stitch_alpha", False):
+            groups = {"alpha": getattr(optimizer, "alpha", 1)}
+        for group, factor in groups.items():
+            if re.search(group, variable.path):
+                rate = f"learning rate x{factor}"
+                return f"{variable.path} (of the group '{group}', {rate})"
+        return f"{variable.path} (of no group, learning rate x1)"
 
 
 class ShowProgress(keras.callbacks.Callback):

@@ -94,8 +94,7 @@ def compiled(model, tasks, recipe, schedule):
     """The model, which may get weights of its losses, with losses and optimizer."""
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     if any(isinstance(layer, CrossStitch) for layer in model.layers):
-        multipliers = {"cross_stitch.*/alpha": recipe.units.alpha_multiplier}
-        optimizer = LearningRateGroups(optimizer, multipliers)
+        optimizer = LearningRateGroups(optimizer, alpha=recipe.units.alpha_multiplier)
     loss = {name: task.loss() for name, task in tasks.items()}
     if recipe.training.loss_weighting:
         model, loss = weigh_losses(model, loss, by=recipe.training.loss_weighting)

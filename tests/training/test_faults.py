@@ -41,7 +41,7 @@ def test_divergence_names_the_first_variable_and_its_group(tmp_path):
     text = str(stopped.value)
 
     assert "at step 1 of the epoch" in text or "at step 2 of the epoch" in text
-    assert "line/kernel (of the group 'kernel', rate x10)" in text
+    assert "line/kernel (of the group 'kernel', learning rate x10)" in text
     kept = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="line")])
     kept.load_weights(tmp_path / "latest.weights.h5")
     assert np.isfinite(kept.get_weights()[0]).all()

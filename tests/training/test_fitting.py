@@ -125,7 +125,7 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
 
     assert float(model.optimizer.learning_rate) == 0.125
     assert model.optimizer.inner_optimizer.momentum == 0.75
-    assert list(model.optimizer.multipliers.values()) == [7]
+    assert model.optimizer.alpha == 7
     # The gradient of this is the decay times the kernel.
     penalty = 0.02 / 2 * sum(np.sum(np.square(kernel)) for kernel in kernels)
     np.testing.assert_allclose(sum(model.losses), penalty, rtol=1e-5)
