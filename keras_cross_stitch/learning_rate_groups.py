@@ -63,6 +63,8 @@ class LearningRateGroups(keras.optimizers.Optimizer):
       printed. With SGD, begin where alpha's own learning rate is about 0.1.
     """
 
+    built: bool
+
     def __init__(
         self,
         inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
