@@ -441,7 +441,9 @@ def test_data_whose_preparation_was_stopped_are_prepared_anew(folder, tmp_path):
 def test_data_of_another_version_are_named(folder, tmp_path):
     path = Path(prepare_recipe(folder, tmp_path).data_path)
     path.rename(path.with_name("0.9.0"))
-    with pytest.raises(ValueError, match=r"is version 0\.9\.0, and 1\.0\.0 is needed"):
+    with pytest.raises(
+        ValueError, match=r"is version 0\.9\.0, and \d\.\d\.\d is needed"
+    ):
         prepare_recipe(None, tmp_path)
     assert path.with_name("0.9.0").exists()
 
