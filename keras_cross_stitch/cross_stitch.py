@@ -1,5 +1,6 @@
 """The cross-stitch unit as a Keras layer; knows nothing of towers or training."""
 
+import functools
 from typing import Any, Literal
 
 import keras
@@ -38,7 +39,8 @@ class CrossStitch(keras.layers.Layer):
     Input shape:
         T tensors of shape `(N, C)`, `(N, L, C)`, `(N, H, W, C)` or
         `(N, D, H, W, C)`; with `"channels_first"`, C stands second. All axes
-        but C may be unknown.
+        but C may be unknown, if they are so in all tensors; that sizes are equal
+        is then checked when they are known.
 
     Output shape:
         The same as the input, in the same structure.
@@ -46,8 +48,10 @@ class CrossStitch(keras.layers.Layer):
     Weights:
         alpha: `(T, T, C)` per channel, `(T, T)` per layer, indexed by (task
         that takes, task that gives, channel). Tasks are in the order of the
-        list, or of the *sorted* keys of the dict. It stays float32 under mixed
-        precision, and its gradient is summed in float32.
+        list, or of the *sorted* keys of the dict. It is float32, or float64 where
+        the layer is, under every dtype policy, and its gradient is summed so. The
+        variable has an attribute `is_cross_stitch_alpha`, `True`, by which
+        optimizers tell it from others, after loading and cloning too.
 
     Example:
 
@@ -101,7 +105,8 @@ class CrossStitch(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         shapes = _by_task(input_shape)
-        shape = _common_shape(shapes)
+        shape = self._common_shape(shapes)
+        _check_sizes_are_known_alike(self.name, shapes)
         axis = 1 if self.data_format == "channels_first" else -1
         channels = shape[axis]
         if self.per == "channel" and channels is None:
@@ -121,6 +126,8 @@ class CrossStitch(keras.layers.Layer):
             initializer=self._initial_alpha,
             regularizer=self.alpha_regularizer,
             constraint=self.alpha_constraint,
+            # Not in half precision: steps of a thousandth would be lost in it.
+            dtype=keras.backend.result_type(self.variable_dtype, "float32"),
             autocast=False,
         )
         # LearningRateGroups spares it from weight decay, whatever its layer's name.
@@ -144,7 +151,8 @@ class CrossStitch(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         maps = _by_task(inputs)
         # Again, since later calls may come with shapes that would broadcast.
-        rank = len(_common_shape({task: x.shape for task, x in maps.items()}))
+        rank = len(self._common_shape({task: x.shape for task, x in maps.items()}))
+        given = _checked_when_run(list(maps.values()))
         # alpha[i, j] against a map: (C,), or (C, 1, 1) where channels stand first.
         trailing: tuple[int, ...] = (1,)
         if self.per == "channel":
@@ -153,7 +161,7 @@ class CrossStitch(keras.layers.Layer):
         # A copy, not the variable: a custom gradient may capture no variable.
         alpha = ops.copy(self.alpha)
         weights = ops.reshape(alpha, (len(maps), len(maps), *trailing))
-        mixed = [_mix(weights[i], *maps.values()) for i in range(len(maps))]
+        mixed = [_mix(weights[i], *given) for i in range(len(maps))]
         if isinstance(inputs, dict):
             return dict(zip(maps, mixed, strict=True))
         return type(inputs)(mixed)
@@ -176,6 +184,27 @@ class CrossStitch(keras.layers.Layer):
             "alpha_constraint": keras.constraints.serialize(self.alpha_constraint),
             "data_format": self.data_format,
         }
+
+    def _common_shape(self, shapes: dict[Any, Any]) -> tuple[int | None, ...]:
+        """The one shape that all inputs have; unknown axes agree with any."""
+        if len(shapes) < 2:
+            raise ValueError(
+                "CrossStitch takes at least two tensors, one a task. Received one, of "
+                f"shape: {shapes}"
+            )
+        ranks = {len(shape) for shape in shapes.values()}
+        axes = list(zip(*shapes.values(), strict=False))
+        if len(ranks) > 1 or any(len({*sizes} - {None}) > 1 for sizes in axes):
+            raise ValueError(
+                f"CrossStitch '{self.name}' mixes tensors of one shape; resize or "
+                f"project them first. Received shapes by task: {shapes}"
+            )
+        if not 2 <= len(axes) <= 5:
+            raise ValueError(
+                "CrossStitch takes tensors of rank 2, (N, C), to 5, (N, D, H, W, C). "
+                f"Received shapes by task: {shapes}"
+            )
+        return tuple(next((n for n in sizes if n is not None), None) for sizes in axes)
 
 
 @ops.custom_gradient
@@ -221,23 +250,32 @@ def _by_task(inputs: Any) -> dict[Any, Any]:
     )
 
 
-def _common_shape(shapes: dict[Any, Any]) -> tuple[int | None, ...]:
-    """The one shape that all inputs have; unknown axes agree with any."""
-    if len(shapes) < 2:
-        raise ValueError(
-            "CrossStitch takes at least two tensors, one a task. Received one, of "
-            f"shape: {shapes}"
-        )
-    ranks = {len(shape) for shape in shapes.values()}
-    axes = list(zip(*shapes.values(), strict=False))
-    if len(ranks) > 1 or any(len({*sizes} - {None}) > 1 for sizes in axes):
-        raise ValueError(
-            "CrossStitch mixes tensors of one shape; resize or project them "
-            f"first. Received shapes by task: {shapes}"
-        )
-    if not 2 <= len(axes) <= 5:
-        raise ValueError(
-            "CrossStitch takes tensors of rank 2, (N, C), to 5, (N, D, H, W, C). "
-            f"Received shapes by task: {shapes}"
-        )
-    return tuple(next((n for n in sizes if n is not None), None) for sizes in axes)
+def _check_sizes_are_known_alike(name: str, shapes: dict[Any, Any]) -> None:
+    """Raises where a size is known of one tensor alone: they may differ when run."""
+    for axis, sizes in enumerate(zip(*shapes.values(), strict=True)):
+        if axis and len(set(sizes)) > 1:
+            raise ValueError(
+                f"CrossStitch '{name}' mixes tensors of one shape, and one that is "
+                "unknown may differ from one that is known: give the inputs of all "
+                "the size, or of none, or resize what is mixed. Received shapes by "
+                f"task, which differ on axis {axis}: {shapes}"
+            )
+
+
+def _checked_when_run(maps: list[Any]) -> list[Any]:
+    """The maps; unequal sizes that are known only in the running graph raise there.
+
+    A reshape to the smallest size of all, which is each map's own or fails, copies
+    nothing, and the error names it, within the layer.
+    """
+    sizes = list(zip(*map(ops.shape, maps), strict=True))  # by axis
+    if all(isinstance(size, int) for axis in sizes for size in axis):
+        return maps
+    with keras.name_scope("all_tasks_must_give_maps_of_one_size"):
+        shape = [
+            axis[0]
+            if all(isinstance(size, int) for size in axis)
+            else functools.reduce(ops.minimum, axis)
+            for axis in sizes
+        ]
+        return [ops.reshape(x, shape) for x in maps]

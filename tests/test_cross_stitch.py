@@ -240,13 +240,90 @@ def test_channels_may_be_unknown_per_layer():
     assert [x.shape for x in model([np.ones((2, 7, 3), "f")] * 2)] == [(2, 7, 3)] * 2
 
 
-def test_one_input_may_know_what_another_does_not():
-    inputs = [keras.Input((None, None, 3)), keras.Input((8, 8, None))]
-    unit = CrossStitch()
+@pytest.mark.parametrize(
+    ("shapes", "axis"),
+    [
+        ([(None, None, 8), (None, 1, 8)], 1),
+        ([(None, 7, None, 8), (None, 7, 7, 8)], 2),
+        ([(None, 4), (None, None)], 1),
+        ([(None, None, 5, 8), (None, None, 5, 8), (None, 6, 5, 8)], 1),
+    ],
+)
+def test_a_size_that_is_known_of_one_input_alone_is_an_error(shapes, axis):
+    inputs = [keras.Input(batch_shape=shape) for shape in shapes]
 
-    unit(inputs)
+    with pytest.raises(ValueError, match=rf"'mid'.*may differ.*axis {axis}"):
+        CrossStitch(per="layer", name="mid")(inputs)
 
-    assert unit.alpha.shape == (2, 2, 3)
+
+def test_the_batch_may_be_known_of_one_input_alone():
+    CrossStitch()([keras.Input((3,)), keras.Input(batch_shape=(2, 3))])
+
+
+def _of_any_size():
+    """Two convolutions, a unit, and the mean over the map of each."""
+    inputs = {task: keras.Input((None, None, 3), name=task) for task in "ab"}
+    maps = {task: keras.layers.Conv2D(4, 3)(x) for task, x in inputs.items()}
+    mixed = CrossStitch(name="cross_stitch_mid")(maps)
+    pool = keras.layers.GlobalAveragePooling2D
+    return keras.Model(inputs, {task: pool()(x) for task, x in mixed.items()})
+
+
+# The maps of the last hold as many values as those of the other task.
+@pytest.mark.parametrize("size", [(3, 3), (10, 3), (18, 4)])
+@pytest.mark.parametrize("eager", [False, True])
+def test_unequal_sizes_while_it_trains_are_an_error_that_names_the_unit(size, eager):
+    model = _of_any_size()
+    model.compile("sgd", "mse", run_eagerly=eager)
+    images = {"a": np.ones((2, 10, 6, 3), "f"), "b": np.ones((2, 10, 6, 3), "f")}
+    labels = {task: np.ones((2, 4), "f") for task in "ab"}
+    model.fit(images, labels, verbose=0)
+
+    images["b"] = np.ones((2, *size, 3), "f")
+    with pytest.raises(
+        (ValueError, tf.errors.InvalidArgumentError),
+        match=r"(?s)cross_stitch_mid.*(one_size|one shape)",
+    ):
+        model.fit(images, labels, verbose=0)
+
+
+def test_sizes_that_are_known_when_run_change_no_values():
+    model = _of_any_size()
+    alpha = _random_alpha(model.get_layer("cross_stitch_mid"))
+    images = {task: np.random.default_rng(0).normal(size=(2, 9, 7, 3)) for task in "ab"}
+
+    mixed = model.predict(images, verbose=0)
+
+    convolutions = [x for x in model.layers if isinstance(x, keras.layers.Conv2D)]
+    maps = [x(images[x.input.name]) for x in convolutions]
+    expected = _reference(alpha, maps, maps)[0].mean(axis=(2, 3))
+    np.testing.assert_allclose(mixed["a"], expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mixed["b"], expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_alpha_is_float32_in_a_layer_of_half_precision(policy):
+    unit = CrossStitch(dtype=policy)
+
+    mixed = unit([np.ones((2, 4), "f")] * 2)
+
+    assert unit.alpha.dtype == "float32"
+    assert mixed[0].dtype == policy
+
+
+def test_alpha_is_told_from_other_variables_after_loading_and_cloning(tmp_path):
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    prelu = keras.layers.PReLU(name="prelu")
+    model = keras.Model(inputs, prelu(CrossStitch(name="unit")(inputs)[0]))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    rebuilt = keras.Model.from_config(model.get_config())
+
+    for one in (model, loaded, rebuilt, keras.models.clone_model(model)):
+        marked = [
+            v.path for v in one.variables if getattr(v, "is_cross_stitch_alpha", False)
+        ]
+        assert marked == ["unit/alpha"]
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
@@ -532,14 +609,14 @@ def test_inputs_that_cannot_be_mixed_are_an_error(inputs, words):
 @pytest.mark.parametrize(
     ("later", "words"),
     [
-        (_shapes((2, 8, 8, 5), (2, 1, 1, 5)), "one shape"),
+        (_shapes((2, 8, 8, 5), (2, 1, 1, 5)), "'unit'.*one shape"),
         (_shapes((5, 5), (5, 5, 5, 5)), "one shape"),
         (_shapes((2, 8, 8, 1), (2, 8, 8, 1)), r"(?s)axis -1.*5.*\(2, 8, 8, 1\)"),
         (_shapes(*[(2, 8, 8, 5)] * 3), r"expects 2 input\(s\).*3 input tensors"),
     ],
 )
 def test_a_later_call_with_other_shapes_is_an_error(later, words):
-    unit = CrossStitch()
+    unit = CrossStitch(name="unit")
     unit(_shapes((2, 8, 8, 5), (2, 8, 8, 5)))
 
     with pytest.raises(ValueError, match=words):
