@@ -63,8 +63,8 @@ Replicas = Annotated[
 
 Results = Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")]
 
-DEMO = ("one_task_whole", "shared", "cross_stitch_from_start")
-METHODS = ("one_task", "one_task_longer", "cross_stitch")
+DEMO = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")
+METHODS = ("single_task", "single_task_longer", "cross_stitch")
 
 
 @app.callback(invoke_without_command=True)
@@ -74,7 +74,7 @@ def demo(
     runs: Runs = Path("runs"),
     toy: Toy = False,
 ):
-    """Train cross-stitch networks, and compare them with one-task networks.
+    """Train cross-stitch networks, and compare them with single-task networks.
 
     Without a command, this runs the **scenes** demo whole, in a few minutes on two
     cores: it renders rooms, of which a tenth get segmentation labels and all get
@@ -96,10 +96,10 @@ def fit(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="one_task, one_task_longer (its control), one_task_whole, ensemble, "
-            "shared, split@LAYER, cross_stitch, cross_stitch_from_start, or one of the "
-            "last two with options, as in cross_stitch@same_task=0.5; repeat for "
-            f"several. Without it: {', '.join(METHODS)}."
+            help="single_task, single_task_longer, single_task_as_long, ensemble, "
+            "hard_sharing, split@LAYER, cross_stitch, cross_stitch_from_start, or one "
+            "of the last two with options, as in cross_stitch@same_task=0.5; repeat "
+            f"for several. Without it: {', '.join(METHODS)}."
         ),
     ] = None,
     seed: Seed = 0,
@@ -144,7 +144,6 @@ def fit(
     if not chief:
         return
     _print_table(*comparison.rows(experiment, methods, seed))
-    console.print("Angles: degrees, lower is better; all others: %, higher is")
     console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
 
@@ -156,7 +155,7 @@ def study(
         str,
         typer.Argument(
             help="methods, init, alpha-rate, tower-init, alpha, splits, per-class, "
-            "label-budget or all."
+            "label-fraction or all."
         ),
     ],
     data: Data = None,
@@ -333,8 +332,7 @@ def prepare_voc2008(
 
 def _recipe(name, toy, spelled=(), *, backbone=None, weights=None, dtype=None):
     """The recipe, checked with its methods before any data are prepared, and shown."""
-    from training import methods, towers
-    from training import recipe as recipes
+    from training import methods, recipes, towers
 
     recipe = recipes.find(name, toy)
     if backbone is not None:

@@ -3,8 +3,7 @@
 import statistics
 import time
 
-from training import batches, fitting, methods, towers
-from training import recipe as recipes
+from training import batches, fitting, methods, recipes, towers
 
 DTYPES = ("float32", "mixed_bfloat16")
 
@@ -21,7 +20,7 @@ def measure(experiment, steps):
     """
     own = experiment.recipe.training.dtype
     recipe, tasks = experiment.recipe, experiment.tasks
-    stream_of = batches.of(recipe).train_batches(
+    stream_of = batches.pipeline(recipe).train_batches(
         experiment.train_examples, recipe, tasks, seed=0, steps=range(10**4)
     )
     stream, alone = iter(stream_of), iter(stream_of)
@@ -29,7 +28,7 @@ def measure(experiment, steps):
     models = {
         (dtype, method): _model(experiment, method, dtype)
         for dtype in DTYPES
-        for method in ("one_task", "cross_stitch")
+        for method in ("single_task", "cross_stitch")
     }
     measured = {
         key: lambda model=model: model.train_on_batch(*fixed)
@@ -57,10 +56,10 @@ def _model(experiment, method, dtype):
 
 
 def _rows(ms, own):
-    base = ms["float32", "one_task"]
+    base = ms["float32", "single_task"]
     rows = []
     for dtype in DTYPES:
-        apart, stitched = ms[dtype, "one_task"], ms[dtype, "cross_stitch"]
+        apart, stitched = ms[dtype, "single_task"], ms[dtype, "cross_stitch"]
         rows += [
             (f"{dtype}, unstitched", f"{apart:.1f}", f"{apart / base:.3f} of float32"),
             (

@@ -9,7 +9,7 @@ import numpy as np
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
 from training.study import figures
-from training.study.results import label
+from training.study.results import label, metric
 
 PICTURES = 5
 
@@ -59,10 +59,10 @@ def rows(experiment, methods, seed):
     of_methods = [runs.metrics(experiment.folder(method, seed)) for method in methods]
     header = ["", *map(label, methods)]
     body = [
-        [f"{task} {metric}".replace("_", " ")]
-        + [f"{of_method[task][metric]:.1f}" for of_method in of_methods]
+        [f"{task}: {metric(name).title}"]
+        + [f"{of_method[task][name]:.1f}" for of_method in of_methods]
         for task, of_task in of_methods[0].items()
-        for metric in of_task
+        for name in of_task
     ]
     return header, body
 

@@ -124,7 +124,7 @@ def traffic(model, replicas):
     return round(2 * (replicas - 1) / replicas * gradients)
 
 
-def fits_here(model):
+def for_current_strategy(model):
     """The model, not yet compiled, as it can be fitted under the strategy in scope."""
     if workers(tf.distribute.get_strategy()) == 1:
         return model

@@ -98,7 +98,7 @@ def compiled(model, tasks, recipe, schedule):
     loss = {name: task.loss() for name, task in tasks.items()}
     if recipe.training.loss_weighting:
         model, loss = weigh_losses(model, loss, by=recipe.training.loss_weighting)
-    model = distribution.fits_here(model)
+    model = distribution.for_current_strategy(model)
     model.compile(
         optimizer,
         loss=loss,
@@ -128,7 +128,7 @@ def _train(experiment, plan, seed, starts, strategy, progress):
 
     def batches_from(done, rows=None):
         left = range(done, epochs * steps)
-        make = batches.of(recipe).train_batches
+        make = batches.pipeline(recipe).train_batches
         return make(examples, recipe, tasks, seed, left, rows)
 
     run, writes = experiment.folder(plan.spelled, seed), distribution.is_chief(strategy)

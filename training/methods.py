@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_cross_stitch import split, stitch
-from training import recipe as recipes
+from training import recipes
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One way to train the towers of all tasks."""
 
+    label: str  # how tables and figures name it
     says: str  # what it is, in a sentence
     # (towers, recipe, layer after the @) -> model; `None` for answers averaged
     join: Callable | None
@@ -24,7 +25,8 @@ class Method:
     start: str | None = None  # the method whose trained towers it starts from
     seeds: tuple[int, ...] = (0,)  # of the runs that it starts from, added to its own
     parts: tuple[str, ...] = ()  # of the recipe that only this method depends on
-    control: str | None = None  # as long, and nothing shared: what it is compared with
+    # What it is compared with: nothing shared, and where it trains trained as long.
+    baseline: str | None = None
 
 
 def side_by_side(towers, recipe, layer):
@@ -41,62 +43,72 @@ def split_at(towers, recipe, layer):
     return split(towers, at=layer)
 
 
-def shared(towers, recipe, layer):
+def hard_sharing(towers, recipe, layer):
     """All but the last layer."""
     return split(towers, at="score")
 
 
 METHODS = {
-    "one_task": Method(
-        "A network for each task, trained alone.", side_by_side, "one_task"
-    ),
-    "one_task_longer": Method(
-        "The one-task networks, trained on alone for as long as cross stitch is: its "
-        "control.",
+    "single_task": Method(
+        "single-task",
+        "A network for each task, trained alone.",
         side_by_side,
-        "extra",
-        "one_task",
+        "single_task",
+    ),
+    "single_task_longer": Method(
+        "single-task, trained on",
+        "The single-task networks, trained on alone for as long as cross-stitch is: "
+        "its compute-matched baseline.",
+        side_by_side,
+        "finetuning",
+        "single_task",
     ),
     "ensemble": Method(
-        "Two one-task networks for each task, their answers averaged.",
+        "ensemble",
+        "Two single-task networks for each task, their answers averaged.",
         None,
         None,
-        "one_task",
+        "single_task",
         seeds=(0, 1000),  # nobody asks for a thousand seeds
-        control="one_task",
+        baseline="single_task",
     ),
     "cross_stitch": Method(
-        "The one-task networks, joined by cross-stitch units and trained on.",
+        "cross-stitch",
+        "The single-task networks, joined by cross-stitch units and trained on.",
         stitched,
-        "extra",
-        "one_task",
+        "finetuning",
+        "single_task",
         parts=("units",),
-        control="one_task_longer",
+        baseline="single_task_longer",
     ),
-    "one_task_whole": Method(
+    "single_task_as_long": Method(
+        "single-task, as long",
         "A network for each task, trained alone for all epochs in one schedule: the "
-        "control of all that is joined from the start.",
+        "compute-matched baseline of all that is joined from the start.",
         side_by_side,
-        "whole",
+        "from_start",
     ),
-    "shared": Method(
+    "hard_sharing": Method(
+        "hard sharing",
         "One network, of which each task has but its last layer to itself.",
-        shared,
-        "whole",
-        control="one_task_whole",
+        hard_sharing,
+        "from_start",
+        baseline="single_task_as_long",
     ),
     "split": Method(
+        "split",
         "One network up to a layer; that layer and all above are each task's own.",
         split_at,
-        "whole",
-        control="one_task_whole",
+        "from_start",
+        baseline="single_task_as_long",
     ),
     "cross_stitch_from_start": Method(
+        "cross-stitch from the start",
         "Untrained networks, joined by cross-stitch units from the first step.",
         stitched,
-        "whole",
+        "from_start",
         parts=("units",),
-        control="one_task_whole",
+        baseline="single_task_as_long",
     ),
 }
 

@@ -9,9 +9,9 @@ class Metric:
 
     label: str
     unit: str
-    higher: bool | None  # `None` for neither
+    higher_is_better: bool | None  # `None` for neither
 
     @property
     def title(self):
-        arrow = {True: "↑", False: "↓", None: ""}[self.higher]
+        arrow = {True: "↑", False: "↓", None: ""}[self.higher_is_better]
         return ", ".join(filter(None, (self.label, f"{self.unit} {arrow}".strip())))

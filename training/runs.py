@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 
 from training import batches, methods, towers
 from training.datasets import prepared, proposals
-from training.recipe import Recipe, RegionData
+from training.recipes import Recipe, RegionData
 from training.tasks import TASKS
 
 
@@ -50,12 +50,15 @@ class Experiment:
 
     @functools.cached_property
     def tasks(self):
-        return {name: TASKS[name].of(self.builder) for name in self.recipe.data.tasks}
+        return {
+            name: TASKS[name].for_dataset(self.builder)
+            for name in self.recipe.data.tasks
+        }
 
     @functools.cached_property
     def train_examples(self):
         data = self.recipe.data
-        kind = batches.of(self.recipe)
+        kind = batches.pipeline(self.recipe)
         return kind.load(self.builder, data.train_split, data, self.tasks)
 
     @functools.cached_property

@@ -12,7 +12,7 @@ import keras
 from keras_cross_stitch import RoIAlign, fcn_alexnet
 from keras_cross_stitch.towers import BilinearUpsampling
 from training import alexnet_weights
-from training.recipe import (
+from training.recipes import (
     FastRcnnAlexNet,
     FastRcnnBackbone,
     FcnAlexNet,

@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from rich.progress import Progress
 
-from training import distribution, fitting, recipe
+from training import distribution, fitting, recipes
 from training.runs import open_experiment
 
 tfds.disable_progress_bar()
@@ -48,19 +48,19 @@ def backbone(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(backbone):
     """The scenes recipe on that backbone, with dropout."""
-    small = recipe.find("scenes", toy=True)
-    small = recipe.change(small, "training", dtype="float32", batch_size=8)
-    small = recipe.change(small, "one_task", epochs=3)
-    small = recipe.change(small, "units", at=("relu4", "relu7"))
-    tower = recipe.SavedBackbone(backbone, frozen_to="rescaling", dropout=0.5)
+    small = recipes.find("scenes", toy=True)
+    small = recipes.change(small, "training", dtype="float32", batch_size=8)
+    small = recipes.change(small, "single_task", epochs=3)
+    small = recipes.change(small, "units", at=("relu4", "relu7"))
+    tower = recipes.SavedBackbone(backbone, frozen_to="rescaling", dropout=0.5)
     return dataclasses.replace(small, name="tiny", tower=tower)
 
 
 @pytest.fixture(scope="session")
 def alexnet(tiny):
     """The same recipe with the towers of `scenes`, narrow."""
-    tower = recipe.find("scenes", toy=True).tower
-    small = recipe.change(tiny, "units", at=("pool1", "fc7"))
+    tower = recipes.find("scenes", toy=True).tower
+    small = recipes.change(tiny, "units", at=("pool1", "fc7"))
     return dataclasses.replace(small, name="alexnet", tower=tower)
 
 
@@ -71,14 +71,14 @@ def finished(tmp_path_factory, tiny):
 
 
 @pytest.fixture(scope="session")
-def one_task(finished):
-    """The folder of a finished run of `one_task`."""
-    train(finished, "one_task")
-    return finished.folder("one_task", 0)
+def single_task(finished):
+    """The folder of a finished run of `single_task`."""
+    train(finished, "single_task")
+    return finished.folder("single_task", 0)
 
 
 @pytest.fixture(scope="session")
-def cross_stitch(finished, one_task):
+def cross_stitch(finished, single_task):
     """The folder of a finished run of `cross_stitch`."""
     train(finished, "cross_stitch")
     return finished.folder("cross_stitch", 0)

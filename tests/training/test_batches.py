@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from training import recipe as recipes
+from training import recipes
 from training.batches import dense
 
 
@@ -169,7 +169,7 @@ def test_each_pass_has_other_order_and_flips_and_a_seed_repeats_them(builder, pa
 
 
 def test_a_batch_is_that_of_its_step_wherever_the_steps_begin(pass_):
-    varied = {"smallest_crop": 0.8, "colour": 0.2, "label_budget": ("normals", 0.5)}
+    varied = {"smallest_crop": 0.8, "colour": 0.2, "label_fraction": ("normals", 0.5)}
     images, targets = pass_(steps=range(5), **varied)
     later_images, later_targets = pass_(steps=range(3, 5), **varied)
 
@@ -180,9 +180,9 @@ def test_a_batch_is_that_of_its_step_wherever_the_steps_begin(pass_):
 
 def test_half_of_each_batch_are_images_with_labels(builder, pass_, tiny):
     examples = stored(builder, "train")
-    data = recipes.change(tiny, "data", label_budget=("segmentation", 0.25)).data
-    labelled = set(dense.budget(data, 16, seed=1).nonzero()[0].tolist())
-    images, targets = pass_(label_budget=("segmentation", 0.25), steps=range(3))
+    data = recipes.change(tiny, "data", label_fraction=("segmentation", 0.25)).data
+    labelled = set(dense.labelled_images(data, 16, seed=1).nonzero()[0].tolist())
+    images, targets = pass_(label_fraction=("segmentation", 0.25), steps=range(3))
     indices = [index for index, _ in found(images, examples)]
 
     assert len(labelled) == 4
@@ -196,16 +196,16 @@ def test_half_of_each_batch_are_images_with_labels(builder, pass_, tiny):
 
 @pytest.mark.parametrize(("task", "void"), [("segmentation", 255), ("normals", 0)])
 def test_images_without_labels_are_void(pass_, task, void):
-    _, targets = pass_(label_budget=(task, 0.25))
+    _, targets = pass_(label_fraction=(task, 0.25))
 
     share = np.mean([(target == void).all() for target in targets[task]])
     assert share == 0.5
 
 
-def test_a_small_label_budget_is_part_of_a_larger_one(tiny):
+def test_a_small_label_fraction_is_part_of_a_larger_one(tiny):
     def chosen(share, seed):
-        data = recipes.change(tiny, "data", label_budget=("normals", share)).data
-        return dense.budget(data, 795, seed)
+        data = recipes.change(tiny, "data", label_fraction=("normals", share)).data
+        return dense.labelled_images(data, 795, seed)
 
     for small, large in ((0.05, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 1.0)):
         assert chosen(small, 0).sum() == round(small * 795)

@@ -34,10 +34,10 @@ def test_the_demo_trains_every_method_and_shows_a_table(demo):
     result, folder = demo
 
     assert result.exit_code == 0, result.output
-    for method in ("one_task_whole", "shared", "cross_stitch_from_start"):
+    for method in ("single_task_as_long", "hard_sharing", "cross_stitch_from_start"):
         assert (folder / method / "seed0" / "metrics.json").exists()
-    assert "segmentation mean iu" in result.stdout
-    assert "cross stitch from start" in result.stdout
+    assert "segmentation: mIoU" in result.stdout
+    assert "cross-stitch from the" in result.stdout
     assert "data:image/png" in (folder.parent / "report.html").read_text()
 
 
@@ -46,7 +46,7 @@ def test_traffic_is_that_of_the_recipes_method(demo):
     _, folder = demo
     arguments = ("traffic", "scenes", "--toy", "--runs", folder.parent)
     result = training(*arguments, "--devices", 2, "--devices", 4)
-    alone = training(*arguments, "--devices", 2, "--method", "one_task")
+    alone = training(*arguments, "--devices", 2, "--method", "single_task")
     model = keras.models.load_model(
         folder / "cross_stitch_from_start/seed0/model.keras", compile=False
     )
@@ -87,25 +87,25 @@ def test_a_study_uses_the_runs_that_there_are(demo, tmp_path, monkeypatch):
 
     assert listed.exit_code == 0, listed.output
     assert "Missing: 4 runs, time: about 0 minutes" in listed.stdout
-    assert "one_task_whole" not in listed.stdout
+    assert "single_task_as_long" not in listed.stdout
     assert result.exit_code == 0, result.output
-    assert trained[0] == "one_task_longer"
+    assert trained[0] == "single_task_longer"
     table = (tmp_path / "scenes-toy-labels10/tower-init.csv").read_text()
-    assert table.count("\none_task_whole,0,") == 8
+    assert table.count("\nsingle_task_as_long,0,") == 8
 
 
 @shares_the_demo
 def test_what_is_claimed_otherwise_ends_in_one_line(demo, tmp_path):
     _, folder = demo
     run = shutil.copytree(
-        folder / "shared/seed0", tmp_path / folder.name / "shared/seed0"
+        folder / "hard_sharing/seed0", tmp_path / folder.name / "hard_sharing/seed0"
     )
     (tmp_path / "datasets").symlink_to(folder.parent / "datasets")
     depends = json.loads((run / "recipe.json").read_text())
     depends["schedule"]["epochs"] = 99
     (run / "recipe.json").write_text(json.dumps(depends))
     result = training(
-        "fit", "scenes-labels10", "--method=shared", "--toy", "--runs", tmp_path
+        "fit", "scenes-labels10", "--method=hard_sharing", "--toy", "--runs", tmp_path
     )
 
     assert result.exit_code == 2
@@ -150,7 +150,12 @@ def test_errors_of_long_work_end_in_one_line_too(demo, monkeypatch, command, err
 def test_nyuv2_runs_whole_on_the_real_data(tmp_path, nyuv2_folder, backbone):
     options = ("--data", nyuv2_folder, "--toy", "--runs", tmp_path)
     result = training(
-        "fit", "nyuv2_pretrained", "--backbone", backbone, "--method=shared", *options
+        "fit",
+        "nyuv2_pretrained",
+        "--backbone",
+        backbone,
+        "--method=hard_sharing",
+        *options,
     )
 
     assert result.exit_code == 0, result.output

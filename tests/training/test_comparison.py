@@ -20,7 +20,7 @@ def test_a_comparison_is_pictures_and_a_model_that_is_exported_once(
     )
 
     def compare():
-        return comparison.compare(finished, ["one_task", "cross_stitch"], 0)
+        return comparison.compare(finished, ["single_task", "cross_stitch"], 0)
 
     target = compare()
     pictures = [finished.runs / f"tiny/gallery/{task}_seed0.png" for task in TASKS]
@@ -62,8 +62,8 @@ def test_an_export_that_is_stopped_leaves_no_part_of_a_model(tmp_path, monkeypat
 
 
 def test_the_table_has_a_row_a_metric_and_a_column_a_method(finished, cross_stitch):
-    header, body = comparison.rows(finished, ["one_task", "cross_stitch"], 0)
+    header, body = comparison.rows(finished, ["single_task", "cross_stitch"], 0)
 
-    assert header == ["", "one task", "cross stitch"]
+    assert header == ["", "single-task", "cross-stitch"]
     assert len(body) == 8
     assert {len(row) for row in body} == {3}

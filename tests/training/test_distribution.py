@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 
 from keras_cross_stitch import weigh_losses
-from training import distribution, recipe, runs
+from training import distribution, recipes, runs
 from training.batches import dense
 from training.runs import open_experiment
 
@@ -85,17 +85,17 @@ def plain(finished, tmp_path_factory):
     keras.utils.set_random_seed(0)
     path = tmp_path_factory.mktemp("plain") / "backbone.keras"
     keras.Model(image, x).save(path)
-    tower = recipe.SavedBackbone(path, frozen_to="rescaling", dropout=0.0)
+    tower = recipes.SavedBackbone(path, frozen_to="rescaling", dropout=0.0)
     small = dataclasses.replace(finished.recipe, name="plain", tower=tower)
-    small = recipe.change(small, "one_task", epochs=9)
+    small = recipes.change(small, "single_task", epochs=9)
     return dataclasses.replace(finished, recipe=small, runs=path.parent)
 
 
 @pytest.fixture(scope="module")
 def plain_regions(plain, alone):
     """The same for boxes: detection and attributes of the rooms."""
-    small = recipe.find("scenes_detection", toy=True)
-    tower = recipe.FastRcnnBackbone(
+    small = recipes.find("scenes_detection", toy=True)
+    tower = recipes.FastRcnnBackbone(
         plain.recipe.tower.backbone,
         frozen_to="rescaling",
         dropout=0.0,
@@ -105,8 +105,8 @@ def plain_regions(plain, alone):
     )
     units = dataclasses.replace(small.units, at=("relu7", "fc6"))
     small = dataclasses.replace(small, name="plain_regions", tower=tower, units=units)
-    small = recipe.change(small, "training", dtype="float32")
-    return open_experiment(recipe.change(small, "data", sampled=8), None, plain.runs)
+    small = recipes.change(small, "training", dtype="float32")
+    return open_experiment(recipes.change(small, "data", sampled=8), None, plain.runs)
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_a_batch_that_the_replicas_cannot_share_is_refused():
 
 
 def test_the_rows_of_a_worker_are_those_of_the_whole_batch(finished):
-    recipe_ = recipe.change(finished.recipe, "data", smallest_crop=0.5, colour=0.2)
+    recipe_ = recipes.change(finished.recipe, "data", smallest_crop=0.5, colour=0.2)
 
     def batch(rows):
         (only,) = dense.train_batches(

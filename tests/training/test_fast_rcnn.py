@@ -14,8 +14,15 @@ import pytest
 import tensorflow as tf
 
 from keras_cross_stitch import alexnet, fcn_alexnet, split, stitch
-from training import alexnet_weights, callbacks, comparison, fitting, runs, towers
-from training import recipe as recipes
+from training import (
+    alexnet_weights,
+    callbacks,
+    comparison,
+    fitting,
+    recipes,
+    runs,
+    towers,
+)
 from training.runs import open_experiment
 from training.study.report import write_report
 from training.tasks import Attributes, Detection
@@ -326,7 +333,7 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, name):
 
 @pytest.fixture(scope="module")
 def experiment(on_backbone, finished):
-    recipe = recipes.change(on_backbone, "one_task", epochs=1)
+    recipe = recipes.change(on_backbone, "single_task", epochs=1)
     recipe = recipes.change(recipe, "data", sampled=8)
     return open_experiment(recipe, None, finished.runs)
 
@@ -377,7 +384,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(
     experiment, train, monkeypatch, tmp_path
 ):
     """By SIGTERM in its second step, which is not lost."""
-    train(experiment, "one_task")
+    train(experiment, "single_task")
     (tmp_path / "datasets").symlink_to(experiment.runs / "datasets")
     again = dataclasses.replace(experiment, runs=tmp_path)
     begun = []
@@ -392,13 +399,13 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(
             callbacks.ShowProgress, "on_train_batch_begin", on_train_batch_begin
         )
         with pytest.raises(callbacks.Preempted):
-            train(again, "one_task")
-    assert not (again.folder("one_task", 0) / "model.keras").exists()
-    train(again, "one_task")
+            train(again, "single_task")
+    assert not (again.folder("single_task", 0) / "model.keras").exists()
+    train(again, "single_task")
 
     expected, resumed = (
         keras.models.load_model(
-            x.folder("one_task", 0) / "model.keras", compile=False
+            x.folder("single_task", 0) / "model.keras", compile=False
         ).get_weights()
         for x in (experiment, again)
     )
@@ -407,7 +414,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(
 
 
 def test_a_run_depends_on_its_proposals(experiment, tmp_path):
-    before = experiment.depends_on("one_task", 0)
+    before = experiment.depends_on("single_task", 0)
     name = experiment.recipe.data.dataset
     shutil.copytree(experiment.runs / "datasets" / name, tmp_path / "datasets" / name)
     for name in ("train", "test"):
@@ -415,15 +422,15 @@ def test_a_run_depends_on_its_proposals(experiment, tmp_path):
         boxes = np.load(path)
         np.save(path, boxes / 2)
         changed = open_experiment(experiment.recipe, None, tmp_path)
-        assert changed.depends_on("one_task", 0) != before
+        assert changed.depends_on("single_task", 0) != before
         np.save(path, boxes)
     same = open_experiment(experiment.recipe, None, tmp_path)
-    assert same.depends_on("one_task", 0) == before
+    assert same.depends_on("single_task", 0) == before
 
 
 def test_an_ensemble_of_one_net_twice_answers_as_it_does(experiment, train, rng):
-    train(experiment, "one_task")
-    path = experiment.folder("one_task", 0) / "model.keras"
+    train(experiment, "single_task")
+    path = experiment.folder("single_task", 0) / "model.keras"
     both = fitting._averaged([path, path], experiment.tasks)
     one = keras.models.load_model(path, compile=False)
     given = inputs(experiment.recipe, rng)

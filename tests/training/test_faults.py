@@ -75,9 +75,9 @@ def test_one_process_alone_holds_a_lock_and_a_killed_one_does_not(tmp_path):
 
 
 def test_a_run_that_another_process_trains_is_refused(experiment, train):
-    run = experiment.folder("one_task", 0)
+    run = experiment.folder("single_task", 0)
     with lock(run / ".lock", wait=False), pytest.raises(ValueError, match="by process"):
-        train(experiment, "one_task")
+        train(experiment, "single_task")
     assert not (run / "recipe.json").exists()
 
 

@@ -12,8 +12,7 @@ import keras
 import numpy as np
 import pytest
 
-from training import callbacks, fitting, methods, runs, towers
-from training import recipe as recipes
+from training import callbacks, fitting, methods, recipes, runs, towers
 
 
 def rows(path):
@@ -47,12 +46,12 @@ def test_a_run_leaves_what_its_folder_promises(cross_stitch):
         "metrics.json",
     }
     metrics = json.loads((cross_stitch / "metrics.json").read_text())
-    assert list(metrics["segmentation"]) == ["pixel_accuracy", "mean_iu", "fw_iu"]
+    assert list(metrics["segmentation"]) == ["pixel_accuracy", "miou", "fwiou"]
     assert list(metrics["normals"]) == [
         "mean_angle",
         "median_angle",
-        "within_11.25",
-        "within_22.5",
+        "within_11_25",
+        "within_22_5",
         "within_30",
     ]
     history = rows(cross_stitch / "history.csv")
@@ -67,17 +66,17 @@ def test_a_run_leaves_what_its_folder_promises(cross_stitch):
     assert answers["normals"]["kind"] == "normals"
 
 
-def test_the_scores_by_class_are_those_of_the_mean(one_task):
-    by_class = rows(one_task / "per_class.csv")
-    metrics = json.loads((one_task / "metrics.json").read_text())
-    iu = [float(row["value"]) for row in by_class if row["metric"] == "iu"]
+def test_the_scores_by_class_are_those_of_the_mean(single_task):
+    by_class = rows(single_task / "per_class.csv")
+    metrics = json.loads((single_task / "metrics.json").read_text())
+    iou = [float(row["value"]) for row in by_class if row["metric"] == "iou"]
 
     assert list(by_class[0]) == ["task", "class", "metric", "value"]
-    assert np.mean(iu) == pytest.approx(metrics["segmentation"]["mean_iu"], abs=2e-3)
+    assert np.mean(iou) == pytest.approx(metrics["segmentation"]["miou"], abs=2e-3)
 
 
-def test_the_saved_model_answers_with_probabilities_and_unit_normals(one_task):
-    answer = load(one_task).predict(np.full((2, 96, 128, 3), 100.0), verbose=0)
+def test_the_saved_model_answers_with_probabilities_and_unit_normals(single_task):
+    answer = load(single_task).predict(np.full((2, 96, 128, 3), 100.0), verbose=0)
 
     assert {task: x.shape for task, x in answer.items()} == {
         "segmentation": (2, 48, 64, 19),
@@ -87,11 +86,13 @@ def test_the_saved_model_answers_with_probabilities_and_unit_normals(one_task):
     np.testing.assert_allclose(np.linalg.norm(answer["normals"], axis=-1), 1, rtol=1e-5)
 
 
-def test_what_follows_starts_from_the_one_task_nets(experiment, one_task, train):
-    shutil.copytree(one_task, experiment.folder("one_task", 0))
-    still = with_(experiment, "extra", learning_rate=0.0)
+def test_what_follows_starts_from_the_single_task_networks(
+    experiment, single_task, train
+):
+    shutil.copytree(single_task, experiment.folder("single_task", 0))
+    still = with_(experiment, "finetuning", learning_rate=0.0)
     train(still, "cross_stitch")
-    start, end = load(one_task), load(experiment.folder("cross_stitch", 0))
+    start, end = load(single_task), load(experiment.folder("cross_stitch", 0))
 
     for name in ("normals_conv7", "segmentation_conv4", "segmentation_score"):
         kernel = start.get_layer(name).get_weights()[0]
@@ -101,8 +102,8 @@ def test_what_follows_starts_from_the_one_task_nets(experiment, one_task, train)
     np.testing.assert_allclose(alpha[0, 1], 0.1, rtol=1e-5)
 
 
-def test_training_lowers_the_loss_and_moves_alpha(one_task, cross_stitch):
-    losses = [float(row["loss"]) for row in rows(one_task / "history.csv")]
+def test_training_lowers_the_loss_and_moves_alpha(single_task, cross_stitch):
+    losses = [float(row["loss"]) for row in rows(single_task / "history.csv")]
     alpha = np.load(cross_stitch / "alpha.npz")["cross_stitch_relu7"]
 
     assert losses[-1] < losses[0]
@@ -129,7 +130,7 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
     # The gradient of this is the decay times the kernel.
     penalty = 0.02 / 2 * sum(np.sum(np.square(kernel)) for kernel in kernels)
     np.testing.assert_allclose(sum(model.losses), penalty, rtol=1e-5)
-    assert isinstance(compiled("one_task_longer").optimizer, keras.optimizers.SGD)
+    assert isinstance(compiled("single_task_longer").optimizer, keras.optimizers.SGD)
 
 
 def test_a_finished_run_is_not_run_again(finished, cross_stitch, train):
@@ -207,44 +208,44 @@ def stop_by_a_full_disk(monkeypatch):
     ],
 )
 def test_a_stopped_run_ends_as_one_that_never_stopped(
-    experiment, one_task, train, monkeypatch, stop, error, kept
+    experiment, single_task, train, monkeypatch, stop, error, kept
 ):
-    run = experiment.folder("one_task", 0)
+    run = experiment.folder("single_task", 0)
     with monkeypatch.context() as patch:
         stop(patch)
         with pytest.raises(error):
-            train(experiment, "one_task")
+            train(experiment, "single_task")
     with h5py.File(run / "backup/latest.weights.h5") as file:
         assert file["optimizer/vars/0"][()] == kept  # steps
     assert not (run / "model.keras").exists()
-    train(experiment, "one_task")
+    train(experiment, "single_task")
 
-    expected, resumed = load(one_task).get_weights(), load(run).get_weights()
+    expected, resumed = load(single_task).get_weights(), load(run).get_weights()
     for one, other in zip(expected, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert runs.metrics(run) == runs.metrics(one_task)
-    histories = rows(one_task / "history.csv"), rows(run / "history.csv")
+    assert runs.metrics(run) == runs.metrics(single_task)
+    histories = rows(single_task / "history.csv"), rows(run / "history.csv")
     assert [r["loss"] for r in histories[0]] == [r["loss"] for r in histories[1]]
     assert not (run / "backup").exists()
 
 
 def test_a_run_stopped_in_evaluation_does_not_train_again(
-    experiment, one_task, train, monkeypatch
+    experiment, single_task, train, monkeypatch
 ):
-    run = experiment.folder("one_task", 0)
-    shutil.copytree(one_task, run)
+    run = experiment.folder("single_task", 0)
+    shutil.copytree(single_task, run)
     (run / "metrics.json").unlink()
     monkeypatch.setattr(fitting, "_train", None)
 
-    assert train(experiment, "one_task") == runs.metrics(one_task)
+    assert train(experiment, "single_task") == runs.metrics(single_task)
 
 
 @pytest.mark.parametrize("written", ["per_class.csv", "metrics.json"])
 def test_an_evaluation_that_is_stopped_is_done_again(
-    experiment, one_task, train, monkeypatch, written
+    experiment, single_task, train, monkeypatch, written
 ):
-    run = experiment.folder("one_task", 0)
-    shutil.copytree(one_task, run)
+    run = experiment.folder("single_task", 0)
+    shutil.copytree(single_task, run)
     for name in ("metrics.json", "per_class.csv"):
         (run / name).unlink()
     replace = os.replace
@@ -258,17 +259,17 @@ def test_an_evaluation_that_is_stopped_is_done_again(
     with monkeypatch.context() as patch:
         patch.setattr(runs.os, "replace", stop)
         with pytest.raises(Stopped):
-            train(experiment, "one_task")
+            train(experiment, "single_task")
     assert runs.metrics(run) is None
-    assert train(experiment, "one_task") == runs.metrics(one_task)
-    assert rows(run / "per_class.csv") == rows(one_task / "per_class.csv")
+    assert train(experiment, "single_task") == runs.metrics(single_task)
+    assert rows(run / "per_class.csv") == rows(single_task / "per_class.csv")
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_the_same(
-    experiment, one_task, train, monkeypatch
+    experiment, single_task, train, monkeypatch
 ):
     """Before a step, before or after a file gets its name: three times, by chance."""
-    run = experiment.folder("one_task", 0)
+    run = experiment.folder("single_task", 0)
     rng = np.random.default_rng()
     replace, left = os.replace, []
 
@@ -291,19 +292,19 @@ def test_a_run_that_is_stopped_again_and_again_ends_the_same(
             left[:] = [rng.integers(1, 14)]
             print(f"stops after {left[0]} moments")
             with contextlib.suppress(Stopped):
-                train(experiment, "one_task")
-    train(experiment, "one_task")
+                train(experiment, "single_task")
+    train(experiment, "single_task")
 
-    expected, resumed = load(one_task).get_weights(), load(run).get_weights()
+    expected, resumed = load(single_task).get_weights(), load(run).get_weights()
     for one, other in zip(expected, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert runs.metrics(run) == runs.metrics(one_task)
+    assert runs.metrics(run) == runs.metrics(single_task)
 
 
 def test_a_recipe_weighs_its_losses(experiment, train):
     weighed = with_(experiment, "training", loss_weighting="dynamic_average")
-    train(weighed, "one_task")
-    folder = weighed.folder("one_task", 0)
+    train(weighed, "single_task")
+    folder = weighed.folder("single_task", 0)
     history = rows(folder / "history.csv")
 
     # The third epoch is the first whose weights are not 1: they sum to 2.
@@ -318,7 +319,7 @@ def test_a_recipe_weighs_its_losses(experiment, train):
 @pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])
 def test_a_weighed_loss_is_over_the_labels_alone(tiny, tasks, by):
     recipe = recipes.change(tiny, "training", loss_weighting=by)
-    joined = methods.plan("one_task", recipe).join(towers.build(recipe, tasks, 0))
+    joined = methods.plan("single_task", recipe).join(towers.build(recipe, tasks, 0))
     model = fitting.compiled(joined, tasks, recipe, 0.1)
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 19, (2, 48, 64))
@@ -337,29 +338,39 @@ def test_a_weighed_loss_is_over_the_labels_alone(tiny, tasks, by):
     np.testing.assert_allclose(total, factor * plain, rtol=1e-5)
 
 
-def test_another_recipe_in_the_folder_of_a_run_is_refused(finished, one_task, train):
+def test_another_recipe_in_the_folder_of_a_run_is_refused(finished, single_task, train):
     other = with_(finished, "training", momentum=0.5)
 
     with pytest.raises(ValueError, match=r"another recipe: training\.momentum changed"):
-        train(other, "one_task")
+        train(other, "single_task")
     # Through the run that it starts from, too, before anything is claimed.
-    with pytest.raises(ValueError, match="one_task/seed0 was begun with another"):
-        train(other, "one_task_longer")
-    assert not other.folder("one_task_longer", 0).exists()
+    with pytest.raises(ValueError, match="single_task/seed0 was begun with another"):
+        train(other, "single_task_longer")
+    assert not other.folder("single_task_longer", 0).exists()
 
 
 @pytest.mark.parametrize(
     ("part", "values", "voided"),
     [
-        ("extra", {"epochs": 9}, {"one_task_longer", "cross_stitch", "shared"}),
+        (
+            "finetuning",
+            {"epochs": 9},
+            {"single_task_longer", "cross_stitch", "hard_sharing"},
+        ),
         ("units", {"same_task": 0.8}, {"cross_stitch"}),
         ("tower", {"dropout": 0.4}, {"all"}),
         ("data", {"colour": 0.5}, {"all"}),
-        ("one_task", {"epochs": 9}, {"all"}),
+        ("single_task", {"epochs": 9}, {"all"}),
     ],
 )
 def test_a_run_is_claimed_with_what_it_depends_on(finished, part, values, voided):
-    spelled = {"one_task", "one_task_longer", "cross_stitch", "shared", "ensemble"}
+    spelled = {
+        "single_task",
+        "single_task_longer",
+        "cross_stitch",
+        "hard_sharing",
+        "ensemble",
+    }
     other = with_(finished, part, **values)
     changed = {
         method
@@ -372,7 +383,7 @@ def test_a_run_is_claimed_with_what_it_depends_on(finished, part, values, voided
 
 def test_a_part_that_came_later_voids_no_run_unless_it_is_used(finished, tmp_path):
     """Of what the run starts from, too."""
-    now = finished.depends_on("one_task_longer", 0)
+    now = finished.depends_on("single_task_longer", 0)
     before = json.loads(json.dumps(now))
     for begun in (before, *before["starts_from"]):
         del begun["training"]["loss_weighting"]
@@ -386,43 +397,47 @@ def test_a_part_that_came_later_voids_no_run_unless_it_is_used(finished, tmp_pat
 
 
 def test_a_diverging_run_stops_with_a_message(experiment, train):
-    diverging = with_(experiment, "one_task", learning_rate=1e30)
+    diverging = with_(experiment, "single_task", learning_rate=1e30)
 
     with pytest.raises(FloatingPointError, match=r"rate is too high.*first variable"):
-        train(diverging, "one_task")
-    assert not (experiment.folder("one_task", 0) / "model.keras").exists()
+        train(diverging, "single_task")
+    assert not (experiment.folder("single_task", 0) / "model.keras").exists()
 
 
 def test_what_would_fail_late_is_found_before_training(finished):
     with pytest.raises(ValueError, match="There is no method 'stich'"):
-        fitting.check(finished, ["one_task", "stich"])
+        fitting.check(finished, ["single_task", "stich"])
     with pytest.raises(ValueError, match="no layer 'pool9'"):
         fitting.check(with_(finished, "units", at=("pool9",)), ["cross_stitch"])
     with pytest.raises(ValueError, match="no layer 'conv9'"):
         fitting.check(finished, ["split@conv9"])
 
 
-def test_an_ensemble_answers_with_the_average_of_two_nets(experiment, one_task, train):
+def test_an_ensemble_answers_with_the_average_of_two_nets(
+    experiment, single_task, train
+):
     # Another net, without its training: the same, mirrored in one layer.
-    other = load(one_task)
+    other = load(single_task)
     score = other.get_layer("segmentation_score")
     score.set_weights([-weights for weights in score.get_weights()])
-    for seed, model in ((0, load(one_task)), (1000, other)):
-        folder = experiment.folder("one_task", seed)
-        shutil.copytree(one_task, folder)
-        depends = experiment.depends_on("one_task", seed)
+    for seed, model in ((0, load(single_task)), (1000, other)):
+        folder = experiment.folder("single_task", seed)
+        shutil.copytree(single_task, folder)
+        depends = experiment.depends_on("single_task", seed)
         (folder / "recipe.json").write_text(json.dumps(depends))
         model.save(folder / "model.keras")
     metrics = train(experiment, "ensemble")
     ensemble = load(experiment.folder("ensemble", 0))
     image = np.random.default_rng(0).uniform(0, 255, (2, 96, 128, 3))
-    answers = [x.predict(image, verbose=0) for x in (load(one_task), other, ensemble)]
+    answers = [
+        x.predict(image, verbose=0) for x in (load(single_task), other, ensemble)
+    ]
     first, second, both = (answer["segmentation"] for answer in answers)
 
     assert np.abs(first - second).max() > 0.01
     np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
     np.testing.assert_allclose(answers[2]["normals"], answers[0]["normals"], atol=1e-6)
-    assert metrics["normals"] == runs.metrics(one_task)["normals"]
+    assert metrics["normals"] == runs.metrics(single_task)["normals"]
 
 
 def test_any_score_of_any_model_can_be_evaluated(finished):

@@ -2,8 +2,7 @@ import dataclasses
 
 import pytest
 
-from training import methods
-from training import recipe as recipes
+from training import methods, recipes
 
 
 @pytest.fixture
@@ -18,7 +17,7 @@ def test_options_change_the_units_of_the_recipe(scenes):
         scenes.units, same_task=0.5, per="layer"
     )
     assert planned.recipe.tower == scenes.tower
-    assert planned.schedule == scenes.extra
+    assert planned.schedule == scenes.finetuning
 
 
 def test_a_method_from_the_start_can_have_other_towers(scenes):
@@ -44,12 +43,12 @@ def test_what_is_spelled_is_what_is_planned(scenes):
 @pytest.mark.parametrize(
     ("spelled", "message"),
     [
-        ("stich", "There is no method 'stich'. There are: one_task, "),
+        ("stich", "There is no method 'stich'. There are: single_task, "),
         ("split", "as in 'split@conv4'. Received: 'split'"),
         ("split@", "as in 'split@conv4'"),
         ("cross_stitch@rate=3", "no option 'rate' in .* There are: at, per, same_task"),
         ("cross_stitch@width=0.5", "no option 'width'"),  # has its towers already
-        ("one_task_longer@same_task=0.5", "no option 'same_task'"),
+        ("single_task_longer@same_task=0.5", "no option 'same_task'"),
         ("cross_stitch@same_task=much", "like 0.9 in .* Received: 'much'"),
         ("cross_stitch@same_task=", "like 0.9 in .* Received: ''"),
         ("cross_stitch@", "no option ''"),
@@ -61,34 +60,34 @@ def test_a_method_that_there_is_not_is_refused(scenes, spelled, message):
 
 
 @pytest.mark.parametrize("name", ["nyuv2", "nyuv2_pretrained", "scenes"])
-def test_every_recipe_has_a_toy_size_and_label_budgets(name):
+def test_every_recipe_has_a_toy_size_and_label_fractions(name):
     recipe = recipes.find(name)
     toy = recipes.find(f"{name}-labels25", toy=True)
 
     assert recipe.name == name
     assert recipe.training.dtype == "float32"
     assert toy.name == f"{name}-toy-labels25"
-    assert toy.data.label_budget == ("segmentation", 0.25)
+    assert toy.data.label_fraction == ("segmentation", 0.25)
     assert toy.data.config == "toy"
     assert recipe.best_split in recipe.splits
 
 
 @pytest.mark.parametrize("name", ["scenes_detection", "voc2008", "voc2008_alexnet"])
-def test_every_recipe_of_regions_has_a_toy_size_and_no_label_budget(name):
+def test_every_recipe_of_regions_has_a_toy_size_and_no_label_fraction(name):
     recipe, toy = recipes.find(name), recipes.find(name, toy=True)
 
     assert toy.data.config == "toy"
     assert toy.data.image_size[0] == recipe.data.image_size[0] // 2
-    assert toy.one_task.epochs == 2
+    assert toy.single_task.epochs == 2
     assert recipe.best_split in recipe.splits
-    with pytest.raises(ValueError, match=f"'{name}' has no label budget"):
+    with pytest.raises(ValueError, match=f"'{name}' has no label fraction"):
         recipes.find(f"{name}-labels10")
 
 
 @pytest.mark.parametrize(
     "name", ["scenes-labels", "scenes-labels0", "scenes-labels1e1"]
 )
-def test_a_label_budget_that_is_none_is_refused(name):
+def test_a_label_fraction_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match="a whole number of per cent, from 1 to 99"):
         recipes.find(name)
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.io
 import tensorflow_datasets as tfds
 
-from training import recipe
+from training import recipes
 from training.datasets import prepared
 from training.datasets.nyuv2 import (
     CAMERA,
@@ -404,7 +404,7 @@ def test_a_truncated_image_names_its_file(folder, name, share):
 
 
 def prepare_recipe(source, directory):
-    return prepared.prepare(recipe.find("nyuv2"), source, directory / "datasets")
+    return prepared.prepare(recipes.find("nyuv2"), source, directory / "datasets")
 
 
 def test_prepared_data_are_used_again_for_the_same_folder_or_none(folder, tmp_path):

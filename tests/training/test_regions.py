@@ -8,8 +8,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from training import batches
-from training import recipe as recipes
+from training import batches, recipes
 from training.batches import regions
 from training.runs import open_experiment
 from training.tasks import Attributes, Detection

@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from training import recipe as recipes
-from training import runs
+from training import recipes, runs
 from training.study import studies
 
 
@@ -21,7 +20,7 @@ def finish(run, value=50.0):
     """Makes the run's folder what a finished one has."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "metrics.json").write_text(
-        json.dumps({"segmentation": {"mean_iu": value}, "normals": {"mean_angle": 20}})
+        json.dumps({"segmentation": {"miou": value}, "normals": {"mean_angle": 20}})
     )
 
 
@@ -38,7 +37,7 @@ def test_the_studies_are_the_papers_tables(scenes):
     def study(name):
         return methods_of(studies.plan(scenes, name, [0]))
 
-    assert study("methods")[:3] == ["one_task", "ensemble", "one_task_longer"]
+    assert study("methods")[:3] == ["single_task", "ensemble", "single_task_longer"]
     assert study("methods")[-2:] == ["split@conv4", "cross_stitch_from_start"]
     assert study("init")[1:] == [
         "cross_stitch@same_task=0.1",
@@ -60,8 +59,8 @@ def test_the_studies_are_the_papers_tables(scenes):
 @pytest.mark.parametrize("name", ["scenes", "nyuv2_pretrained", "voc2008"])
 def test_every_method_of_a_study_can_be_planned(scenes, study, name):
     experiment = dataclasses.replace(scenes, recipe=recipes.find(name))
-    if (name, study) == ("voc2008", "label-budget"):
-        with pytest.raises(ValueError, match="'voc2008' has no label budget"):
+    if (name, study) == ("voc2008", "label-fraction"):
+        with pytest.raises(ValueError, match="'voc2008' has no label fraction"):
             studies.plan(experiment, study, [0])
         return
 
@@ -69,17 +68,17 @@ def test_every_method_of_a_study_can_be_planned(scenes, study, name):
         assert studies.methods.plan(run.method, run.experiment.recipe)
 
 
-def test_label_budgets_are_recipes_of_their_own(scenes):
-    planned = studies.plan(scenes, "label-budget", [0, 1])
+def test_label_fractions_are_recipes_of_their_own(scenes):
+    planned = studies.plan(scenes, "label-fraction", [0, 1])
     names = dict.fromkeys(run.experiment.recipe.name for run in planned)
-    run = next(run for run in planned if run.method == "shared" and run.seed == 1)
+    run = next(run for run in planned if run.method == "hard_sharing" and run.seed == 1)
 
     assert list(names) == [f"scenes-labels{x}" for x in (5, 10, 25, 50)] + ["scenes"]
-    assert run.folder == scenes.runs / "scenes-labels5/shared/seed1"
+    assert run.folder == scenes.runs / "scenes-labels5/hard_sharing/seed1"
 
 
 def test_shards_are_a_partition_that_keeps_a_seeds_runs_together(scenes):
-    planned = studies.plan(scenes, "label-budget", range(3))
+    planned = studies.plan(scenes, "label-fraction", range(3))
     shards = [studies.shard(planned, f"{k}/4") for k in (1, 2, 3, 4)]
 
     assert sorted(x.folder for shard in shards for x in shard) == sorted(
@@ -109,10 +108,10 @@ def test_what_is_missing_includes_what_the_runs_start_from(scenes):
     ensemble = [run for run in planned if run.method == "ensemble"]
     missing = [(run.method, run.seed) for run in studies.missing(ensemble)]
 
-    assert missing == [("one_task", 0), ("one_task", 1000), ("ensemble", 0)]
-    finish(next(run for run in planned if run.method == "one_task"))
+    assert missing == [("single_task", 0), ("single_task", 1000), ("ensemble", 0)]
+    finish(next(run for run in planned if run.method == "single_task"))
     missing = [(run.method, run.seed) for run in studies.missing(ensemble)]
-    assert missing == [("one_task", 1000), ("ensemble", 0)]
+    assert missing == [("single_task", 1000), ("ensemble", 0)]
 
 
 def test_the_time_of_a_run_is_estimated_from_those_before(scenes):
@@ -120,14 +119,14 @@ def test_the_time_of_a_run_is_estimated_from_those_before(scenes):
     by_method = {run.method: run for run in planned}
 
     assert studies.duration(by_method["cross_stitch"]) is None
-    finish(by_method["one_task"])
-    other = scenes.runs / "scenes_detection/one_task/seed0"
+    finish(by_method["single_task"])
+    other = scenes.runs / "scenes_detection/single_task/seed0"
     other.mkdir(parents=True)
     (other / "history.csv").write_text("epoch,loss,seconds\n0,2,99\n1,1,99\n")
-    history = by_method["one_task"].folder / "history.csv"
+    history = by_method["single_task"].folder / "history.csv"
     history.write_text("epoch,loss,seconds\n0,2,9\n1,1,7\n2,1,8\n")
     assert studies.duration(by_method["cross_stitch"]) == 6 * 8
-    assert studies.duration(by_method["shared"]) == 20 * 8
+    assert studies.duration(by_method["hard_sharing"]) == 20 * 8
     assert studies.duration(by_method["ensemble"]) == 0
 
 
@@ -141,8 +140,8 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
     assert studies.write(first, results) == [path]
     assert path.read_text().splitlines()[:3] == [
         "method,seed,task,metric,value",
-        "one_task_whole,0,segmentation,mean_iu,50.0",
-        "one_task_whole,0,normals,mean_angle,20",
+        "single_task_as_long,0,segmentation,miou,50.0",
+        "single_task_as_long,0,normals,mean_angle,20",
     ]
     assert len(rows(path)) == 3 * 2
     # Another machine, which has none of those runs, adds one and repeats one.
@@ -153,7 +152,7 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
     studies.write(second, results)
     found = {(row["method"], row["seed"]): row["value"] for row in rows(path)[::2]}
     assert found == {
-        ("one_task_whole", "0"): "60.0",
+        ("single_task_as_long", "0"): "60.0",
         ("split@conv2", "0"): "50.0",
         ("split@conv3", "0"): "50.0",
         ("split@score", "7"): "50.0",
@@ -171,7 +170,7 @@ def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
     values = np.array([[[0.75, 0.25], [0.5, 0.0]], [[0.25, 0.125], [1.0, 1.0]]])
     np.savez(alpha.folder / "alpha.npz", cross_stitch_fc7=values)
     (alpha.folder / "per_class.csv").write_text(
-        "task,class,metric,value\nsegmentation,lamp,iu,12.5\n"
+        "task,class,metric,value\nsegmentation,lamp,iou,12.5\n"
         "segmentation,lamp,pixels,800\n"
     )
     by_class = dataclasses.replace(alpha, study="per-class")
@@ -182,4 +181,4 @@ def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
     assert found["segmentation", "alpha/fc7/from_normals/max"] == "0.25"
     assert found["segmentation", "alpha/fc7/from_segmentation/min"] == "1.0"
     found = {row["metric"]: row["value"] for row in rows(class_path)}
-    assert found == {"iu/lamp": "12.5", "pixels/lamp": "800"}
+    assert found == {"iou/lamp": "12.5", "pixels/lamp": "800"}

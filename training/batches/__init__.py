@@ -1,12 +1,12 @@
 """From a TFDS builder to batches: one file for each kind of example."""
 
 from training.batches import dense, regions
-from training.recipe import Data, RegionData
+from training.recipes import Data, RegionData
 
 _KINDS = {Data: dense, RegionData: regions}
 
 
-def of(recipe):
+def pipeline(recipe):
     """The module that loads the recipe's examples and makes its batches."""
     return _KINDS[type(recipe.data)]
 
@@ -21,6 +21,6 @@ def test_passes(builder, recipe, tasks):
     for name, task in tasks.items():
         by_inputs.setdefault(task.inputs, {})[name] = task
     return [
-        (together, of(recipe).test_batches(builder, recipe, together))
+        (together, pipeline(recipe).test_batches(builder, recipe, together))
         for together in by_inputs.values()
     ]

@@ -35,8 +35,8 @@ def train_batches(examples, recipe, tasks, seed, steps, rows=None):
         A `tf.data.Dataset` of as many batches.
     """
     images, targets = examples
-    starved, share = recipe.data.label_budget
-    labelled = budget(recipe.data, len(images), seed)
+    starved, share = recipe.data.label_fraction
+    labelled = labelled_images(recipe.data, len(images), seed)
     size = recipe.training.batch_size
     rows = np.arange(size) if rows is None else rows
     order = _order(labelled, size, steps.stop, seed)[:, rows]
@@ -76,12 +76,12 @@ def test_batches(builder, recipe, tasks):
     )
 
 
-def budget(data, count, seed):
-    """Which train images have the labels of the `label_budget` task, (N,) bool.
+def labelled_images(data, count, seed):
+    """Which train images have the labels of the `label_fraction` task, (N,) bool.
 
-    Those of a small budget are among those of any larger one.
+    Those of a small fraction are among those of any larger one.
     """
-    _, share = data.label_budget
+    _, share = data.label_fraction
     rank = np.random.default_rng([seed, 1]).permutation(count)
     return rank < round(share * count)
 

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from training.datasets import proposals
 from training.datasets.files import files_in
 from training.locks import lock
-from training.recipe import RegionData
+from training.recipes import RegionData
 
 
 def prepare(recipe, source, directory):

@@ -1,1 +1,186 @@
-"""The recipes: one small file each, with a `RECIPE`."""
+"""What one experiment is, as data, and which experiments there are."""
+
+import dataclasses
+import importlib
+import pkgutil
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Which examples, at what size, and how they are varied."""
+
+    dataset: str  # a module of training.datasets
+    config: str  # of the data set's builder: "full" or "toy"
+    train_split: str
+    test_split: str
+    tasks: tuple[str, ...]
+    image_size: tuple[int, int]  # (H, W), resized to
+    target_size: tuple[int, int]  # every so many-th pixel of the stored targets
+    smallest_crop: float  # of a train image, by its side; 1.0 is the whole image
+    colour: float  # how far brightness and tint of a train image vary, e.g. 0.2
+    # The task that may lack labels, and the share of the train images that have them.
+    # Below 1, half of each batch are images that have them.
+    label_fraction: tuple[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionData:
+    """Which examples, at what size, and which of their boxes."""
+
+    dataset: str  # a module of training.datasets
+    config: str  # of the data set's builder: "full" or "toy"
+    train_split: str
+    test_split: str
+    tasks: tuple[str, ...]
+    image_size: tuple[int, int]  # (H, W), resized to, and filled up below and right
+    proposals: int  # of an image, at most
+    sampled: int  # boxes of a train image in a step, a quarter of them on objects
+
+
+@dataclasses.dataclass(frozen=True)
+class FcnAlexNet:
+    """FCN-32s on AlexNet, from scratch."""
+
+    width: float
+    normalization: str | None
+    dropout: float
+    weight_decay: float
+    common_start: bool  # all towers from one initialisation
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedBackbone:
+    """An FCN head on a saved Keras model; all towers start from its weights."""
+
+    backbone: Path  # of the .keras file
+    frozen_to: str  # the layer up to which nothing is trained
+    dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FastRcnnAlexNet:
+    """Fast R-CNN on AlexNet, its boxes pooled to 6x6, from scratch or from weights."""
+
+    width: float
+    normalization: str | None
+    dropout: float
+    weight_decay: float
+    common_start: bool  # all towers from one initialisation
+    weights: Path | None  # of conv1 to fc7: .npy, or torchvision's
+
+
+@dataclasses.dataclass(frozen=True)
+class FastRcnnBackbone(SavedBackbone):
+    """Fast R-CNN on a saved Keras model; all towers start from its weights."""
+
+    pooled: tuple[str, ...]  # layers whose maps are pooled in each box
+    pooled_size: int  # cells of a side of a box
+    fully_connected: int  # units of fc6 and fc7
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Where the cross-stitch units stand, and how they start and learn."""
+
+    at: tuple[str, ...]  # the taps
+    per: str
+    same_task: float
+    alpha_multiplier: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """SGD with momentum."""
+
+    batch_size: int
+    momentum: float
+    # `None` for the sum of the tasks' losses, or how `weigh_losses` weighs them:
+    # "uncertainty" or "dynamic_average"
+    loss_weighting: str | None
+    dtype: str  # a Keras dtype policy; what is published is float32, on every machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long, and the rate that a cosine takes to zero in that time."""
+
+    epochs: int
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One experiment. Every number that a result depends on stands here."""
+
+    name: str
+    data: Data | RegionData
+    tower: FcnAlexNet | SavedBackbone | FastRcnnAlexNet | FastRcnnBackbone
+    units: Units
+    splits: tuple[str, ...]  # first own layers that `study splits` tries
+    best_split: str  # the one of them that `study methods` compares
+    training: Training
+    single_task: Schedule
+    finetuning: Schedule  # from the single-task networks on
+
+    @property
+    def from_start(self):
+        """As long as single-task and extra epochs, in one schedule from the start."""
+        epochs = self.single_task.epochs + self.finetuning.epochs
+        return Schedule(epochs, self.single_task.learning_rate)
+
+
+def names():
+    """The names of all recipes."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name, toy=False):
+    """The recipe of that name, or its toy size, which runs whole in seconds.
+
+    `<recipe>-labels10` is the recipe with a label fraction of 10 %.
+    """
+    base, _, percent = name.partition("-labels")
+    if base not in names():
+        raise ValueError(f"There is no recipe '{base}'. There are: {names()}")
+    recipe = importlib.import_module(f"training.recipes.{base}").RECIPE
+    if toy:
+        recipe = _toy(recipe)
+    return recipe if name == base else with_labels(recipe, percent)
+
+
+def with_labels(recipe, percent):
+    """The recipe with labels of its `label_fraction` task on so many per cent."""
+    if not str(percent).isdigit() or not 1 <= int(percent) <= 99:
+        raise ValueError(
+            "The label fraction must be a whole number of per cent, from 1 to 99, as "
+            f"in '{recipe.name}-labels10'. Received: {percent!r}"
+        )
+    if not isinstance(recipe.data, Data):
+        raise ValueError(f"The recipe '{recipe.name}' has no label fraction")
+    task, share = recipe.data.label_fraction
+    if share < 1:
+        raise ValueError(f"The recipe '{recipe.name}' has a label fraction already")
+    changed = change(recipe, "data", label_fraction=(task, int(percent) / 100))
+    return dataclasses.replace(changed, name=f"{recipe.name}-labels{percent}")
+
+
+def change(recipe, part, **values):
+    """The recipe with other values in one of its parts."""
+    changed = dataclasses.replace(getattr(recipe, part), **values)
+    return dataclasses.replace(recipe, **{part: changed})
+
+
+def _toy(recipe):
+    height, width = recipe.data.image_size
+    half = (height // 2, width // 2)
+    recipe = change(recipe, "data", config="toy", image_size=half)
+    if isinstance(recipe.data, Data):
+        rows, columns = recipe.data.target_size
+        recipe = change(recipe, "data", target_size=(rows // 2, columns // 2))
+    recipe = change(recipe, "training", batch_size=4)
+    recipe = change(recipe, "single_task", epochs=2)
+    recipe = change(recipe, "finetuning", epochs=1)
+    if hasattr(recipe.tower, "width"):
+        recipe = change(recipe, "tower", width=1 / 32)
+    return dataclasses.replace(recipe, name=f"{recipe.name}-toy")

@@ -5,13 +5,13 @@ classes, normals derived from depth. The tower is FCN-32s on an AlexNet of a
 quarter of the width, from scratch.
 
 On two CPU cores in 80 minutes in float32, seed 0, before all towers had one start,
-one_task / one_task_longer / cross_stitch: mean IU 14.2 / 14.2 / 14.4 %, mean angle
+single_task / single_task_longer / cross_stitch: mIoU 14.2 / 14.2 / 14.4 %, mean angle
 31.7 / 31.4 / 31.4 degrees.
 
     python -m training fit nyuv2 --data DIR
 """
 
-from training.recipe import Data, FcnAlexNet, Recipe, Schedule, Training, Units
+from training.recipes import Data, FcnAlexNet, Recipe, Schedule, Training, Units
 
 RECIPE = Recipe(
     name="nyuv2",
@@ -25,7 +25,7 @@ RECIPE = Recipe(
         target_size=(120, 160),
         smallest_crop=0.8,
         colour=0.2,
-        label_budget=("segmentation", 1.0),
+        label_fraction=("segmentation", 1.0),
     ),
     tower=FcnAlexNet(
         width=0.25,
@@ -45,6 +45,6 @@ RECIPE = Recipe(
     training=Training(
         batch_size=16, momentum=0.9, loss_weighting=None, dtype="float32"
     ),
-    one_task=Schedule(epochs=40, learning_rate=0.05),
-    extra=Schedule(epochs=15, learning_rate=0.01),
+    single_task=Schedule(epochs=40, learning_rate=0.05),
+    finetuning=Schedule(epochs=15, learning_rate=0.01),
 )

@@ -4,7 +4,7 @@ Data as in `nyuv2`, flips only. All up to stride 8 is frozen, its batch normalis
 too: it stays the same in all towers, so that it is computed once, and its gradients,
 of depthwise convolutions over large maps, would be what costs on a CPU.
 
-In a trial on two CPU cores, one_task / one_task_longer / cross_stitch: mean IU
+In a trial on two CPU cores, single_task / single_task_longer / cross_stitch: mIoU
 26.4 / 26.5 / 26.5 %, mean angle 29.1 / 28.4 / 28.3 degrees.
 
     python -m training fit nyuv2_pretrained --data DIR --backbone FILE
@@ -12,7 +12,7 @@ In a trial on two CPU cores, one_task / one_task_longer / cross_stitch: mean IU
 
 from pathlib import Path
 
-from training.recipe import Data, Recipe, SavedBackbone, Schedule, Training, Units
+from training.recipes import Data, Recipe, SavedBackbone, Schedule, Training, Units
 
 RECIPE = Recipe(
     name="nyuv2_pretrained",
@@ -26,7 +26,7 @@ RECIPE = Recipe(
         target_size=(120, 160),
         smallest_crop=1.0,
         colour=0.0,
-        label_budget=("segmentation", 1.0),
+        label_fraction=("segmentation", 1.0),
     ),
     tower=SavedBackbone(
         backbone=Path("../shared/models/efficientnet_lite0.keras"),
@@ -52,6 +52,6 @@ RECIPE = Recipe(
     training=Training(
         batch_size=16, momentum=0.9, loss_weighting=None, dtype="float32"
     ),
-    one_task=Schedule(epochs=6, learning_rate=0.05),
-    extra=Schedule(epochs=4, learning_rate=0.02),
+    single_task=Schedule(epochs=6, learning_rate=0.05),
+    finetuning=Schedule(epochs=4, learning_rate=0.02),
 )

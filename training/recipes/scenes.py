@@ -4,15 +4,15 @@ Data: 400 train and 100 test images of 128x96, 19 classes. The images are double
 so that a cell of FCN-32s stands for 16 of their pixels.
 
 The demo is this recipe with segmentation labels on a tenth of the images. In four
-minutes of two CPU cores' time, seed 0, one_task_whole / shared /
-cross_stitch_from_start: mean IU 11.7 / 13.2 / 13.4 %, mean angle 27.1 / 28.0 / 26.8
+minutes of two CPU cores' time, seed 0, single_task_as_long / hard_sharing /
+cross_stitch_from_start: mIoU 11.7 / 13.2 / 13.4 %, mean angle 27.1 / 28.0 / 26.8
 degrees.
 
     python -m training
     python -m training study scenes methods --seeds 3
 """
 
-from training.recipe import Data, FcnAlexNet, Recipe, Schedule, Training, Units
+from training.recipes import Data, FcnAlexNet, Recipe, Schedule, Training, Units
 
 RECIPE = Recipe(
     name="scenes",
@@ -26,7 +26,7 @@ RECIPE = Recipe(
         target_size=(96, 128),
         smallest_crop=1.0,
         colour=0.0,
-        label_budget=("segmentation", 1.0),
+        label_fraction=("segmentation", 1.0),
     ),
     tower=FcnAlexNet(
         width=0.125,
@@ -46,6 +46,6 @@ RECIPE = Recipe(
     training=Training(
         batch_size=16, momentum=0.9, loss_weighting=None, dtype="float32"
     ),
-    one_task=Schedule(epochs=14, learning_rate=0.05),
-    extra=Schedule(epochs=6, learning_rate=0.01),
+    single_task=Schedule(epochs=14, learning_rate=0.05),
+    finetuning=Schedule(epochs=6, learning_rate=0.01),
 )

@@ -8,7 +8,7 @@ quarter of the width, from scratch. One_task, seed 0: mean AP 30.1 % in detectio
     python -m training fit scenes_detection
 """
 
-from training.recipe import (
+from training.recipes import (
     FastRcnnAlexNet,
     Recipe,
     RegionData,
@@ -46,6 +46,6 @@ RECIPE = Recipe(
     splits=("conv2", "fc7"),
     best_split="conv2",
     training=Training(batch_size=8, momentum=0.9, loss_weighting=None, dtype="float32"),
-    one_task=Schedule(epochs=14, learning_rate=0.02),
-    extra=Schedule(epochs=6, learning_rate=0.01),
+    single_task=Schedule(epochs=14, learning_rate=0.02),
+    finetuning=Schedule(epochs=6, learning_rate=0.01),
 )

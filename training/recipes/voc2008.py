@@ -11,7 +11,7 @@ all towers, so that it is computed once, and its gradients would be what costs o
 
 from pathlib import Path
 
-from training.recipe import (
+from training.recipes import (
     FastRcnnBackbone,
     Recipe,
     RegionData,
@@ -52,6 +52,6 @@ RECIPE = Recipe(
     # Chosen on the last fifth of the train images, by detection alone: at 0.002, 0.005
     # and 0.01 it reaches 8.8, 13.0 and 11.4 % in 4 epochs, 24.7 and 22.7 % in 10 at the
     # last two. At 0.02 it hardly learns.
-    one_task=Schedule(epochs=10, learning_rate=0.005),
-    extra=Schedule(epochs=4, learning_rate=0.0025),
+    single_task=Schedule(epochs=10, learning_rate=0.005),
+    finetuning=Schedule(epochs=4, learning_rate=0.0025),
 )

@@ -7,7 +7,7 @@ Data as in `voc2008`. The paper's towers have ImageNet's weights:
 Without them, from scratch, it is here for the record.
 """
 
-from training.recipe import (
+from training.recipes import (
     FastRcnnAlexNet,
     Recipe,
     RegionData,
@@ -45,6 +45,6 @@ RECIPE = Recipe(
     splits=("conv2", "fc7"),
     best_split="conv2",
     training=Training(batch_size=8, momentum=0.9, loss_weighting=None, dtype="float32"),
-    one_task=Schedule(epochs=12, learning_rate=1e-3),
-    extra=Schedule(epochs=6, learning_rate=1e-3),
+    single_task=Schedule(epochs=12, learning_rate=1e-3),
+    finetuning=Schedule(epochs=6, learning_rate=1e-3),
 )

@@ -128,10 +128,10 @@ def alpha(units, tasks):
 
 @_STYLE
 def splits(rows, metrics, of_paper=None):
-    """The gain of a split at each layer over the control, as the paper's figure 2b.
+    """The gain of a split at each layer over the baseline, as the paper's figure 2b.
 
     Args:
-        rows: List of `results.Row`, of `split@<layer>` and of their control.
+        rows: List of `results.Row`, of `split@<layer>` and of their baseline.
         metrics: List of (task, metric), a panel each.
         of_paper: Dict of (task, metric) to the paper's {layer: gain}.
     """
@@ -140,11 +140,11 @@ def splits(rows, metrics, of_paper=None):
     for axes, (task, name) in zip(panels, metrics, strict=True):
         of_metric = values[task, name]
         methods = [method for method in of_metric if method.startswith("split@")]
-        control = of_metric.get(results.control("split@"), {})
+        baseline = of_metric.get(results.baseline("split@"), {})
         layers = [method.partition("@")[2] for method in methods]
         known = results.metric(name)
         gains = np.array(
-            [_gain(of_metric[x], control, known.higher) for x in methods]
+            [_gain(of_metric[x], baseline, known.higher_is_better) for x in methods]
         )  # (layers, 3)
         bars = np.abs(gains[:, 1:] - gains[:, :1]).T
         axes.axhline(0, color="black", lw=1)
@@ -162,7 +162,7 @@ def splits(rows, metrics, of_paper=None):
         axes.set(
             title=f"{task}: {known.label}",
             xlabel="first layer that is not shared",
-            ylabel=f"gain over the control, {known.unit.replace('%', 'points')}",
+            ylabel=f"gain over the baseline, {known.unit.replace('%', 'points')}",
         )
     _legend(figure, panels)
     return figure
@@ -205,7 +205,7 @@ def per_class(title, classes, gains, counts, deviations=None):
 
 
 @_STYLE
-def label_budget(by_share, panels):
+def label_fraction(by_share, panels):
     """Metrics over the share of images with labels: a panel each, a line per method.
 
     Args:
@@ -258,15 +258,17 @@ def _legend(figure, panels):
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
-def _gain(values, control, higher):
+def _gain(values, baseline, higher_is_better):
     """Mean paired gain, up is better, and the ends of its interval where it has one."""
-    known = results.paired_difference(values, control)
+    known = results.paired_difference(values, baseline)
     if known is None:
-        only = [values[seed] - control[seed] for seed in values.keys() & control.keys()]
+        only = [
+            values[seed] - baseline[seed] for seed in values.keys() & baseline.keys()
+        ]
         mean = low = high = only[0] if only else np.nan
     else:
         mean, low, high, _ = known
-    return (mean, low, high) if higher else (-mean, -high, -low)
+    return (mean, low, high) if higher_is_better else (-mean, -high, -low)
 
 
 def _rank_correlation(gains, counts):

@@ -6,12 +6,12 @@ By data set and study; the methods under the names that they have here.
 _NYUV2 = [
     ("normals", "mean_angle"),
     ("normals", "median_angle"),
-    ("normals", "within_11.25"),
-    ("normals", "within_22.5"),
+    ("normals", "within_11_25"),
+    ("normals", "within_22_5"),
     ("normals", "within_30"),
     ("segmentation", "pixel_accuracy"),
-    ("segmentation", "mean_iu"),
-    ("segmentation", "fw_iu"),
+    ("segmentation", "miou"),
+    ("segmentation", "fwiou"),
 ]
 _VOC2008 = [("detection", "mean_ap"), ("attributes", "mean_ap")]
 
@@ -42,37 +42,37 @@ TABLES = {
             *(47.2, 19.3, 34.0),
         ),
     },
-    # Table 3: what the towers start from, ImageNet's weights or the one-task nets
+    # Table 3: what the towers start from, ImageNet's weights or single-task networks
     ("nyuv2", "tower-init"): {
         "cross_stitch_from_start": (34.6, 18.8, 38.6, 53.7, 59.4, 48.0, 17.7, 33.4),
         "cross_stitch": (34.1, 18.2, 39.0, 54.4, 60.2, 47.2, 19.3, 34.0),
     },
     # Table 5
     ("nyuv2", "methods"): {
-        "one_task": (34.8, 19.0, 38.3, 53.5, 59.2, 46.6, 18.4, 33.1),
+        "single_task": (34.8, 19.0, 38.3, 53.5, 59.2, 46.6, 18.4, 33.1),
         "ensemble": (34.4, 18.5, 38.7, 54.2, 59.7, 48.2, 18.9, 33.8),
         "split@conv4": (34.7, 19.1, 38.2, 53.4, 59.2, 47.8, 19.2, 33.8),
-        "shared": (34.7, 18.9, 37.7, 53.5, 58.8, 45.9, 16.6, 30.1),
+        "hard_sharing": (34.7, 18.9, 37.7, 53.5, 58.8, 45.9, 16.6, 30.1),
         "cross_stitch": (34.1, 18.2, 39.0, 54.4, 60.2, 47.2, 19.3, 34.0),
     },
     # Table 6
     ("voc2008", "methods"): {
-        "one_task": (44.9, 60.9),
+        "single_task": (44.9, 60.9),
         "ensemble": (46.1, 61.1),
         "split@conv2": (44.6, 61.0),
         "split@fc7": (44.8, 59.7),
-        "shared": (42.7, 54.1),
+        "hard_sharing": (42.7, 54.1),
         "cross_stitch": (45.2, 63.0),
     },
 }
 
 _LAYERS = ("score", "fc7", "fc6", "conv5", "conv4", "conv3", "conv2")  # score is fc8
 
-# Figure 2b: the difference to one-task nets of a split at each layer
+# Figure 2b: the difference to single-task networks of a split at each layer
 _SPLITS = {
     "attributes": (-5.7, -2.2, -1.2, -0.8, -1.0, -0.4, 0.1),
     "detection": (-0.16, 0.69, -0.06, -0.09, 0.37, 0.24, -0.34),
-    "segmentation": (-0.4, 0.11, -0.62, 0.22, 0.80, -0.28, -1.32),  # mean IU
+    "segmentation": (-0.4, 0.11, -0.62, 0.22, 0.80, -0.28, -1.32),  # mIoU
 }
 
 
@@ -92,7 +92,7 @@ def table(recipe, study):
 
 def splits(recipe):
     """Figure 2b as `{(task, metric): {layer: difference}}`; empty without one."""
-    columns = {"nyuv2": [("segmentation", "mean_iu")], "voc2008": _VOC2008}
+    columns = {"nyuv2": [("segmentation", "miou")], "voc2008": _VOC2008}
     return {
         (task, metric): dict(zip(_LAYERS, _SPLITS[task], strict=True))
         for task, metric in columns.get(recipe.split("_")[0], ())

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from training.runs import Row
-from training.study.results import control, metric
+from training.study.results import baseline, metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +92,15 @@ def by_method(folder, finished=True):
 
 def epochs_before(methods):
     """{method: epochs for which its towers had been trained before it began}."""
-    lines = methods["one_task"][0].csv("history") if "one_task" in methods else []
+    lines = methods["single_task"][0].csv("history") if "single_task" in methods else []
     return {
         method: len(lines)
         for method in methods
-        if "one_task_longer" in (method, control(method))
+        if "single_task_longer" in (method, baseline(method))
     }
 
 
-def class_changes(runs, controls):
+def class_changes(runs, baselines):
     """By how much a method changes the score of each class, seed by seed.
 
     Returns:
@@ -109,7 +109,7 @@ def class_changes(runs, controls):
         score are left out.
     """
     ours = {run.seed: _by_class(run) for run in runs}
-    theirs = {run.seed: _by_class(run) for run in controls}
+    theirs = {run.seed: _by_class(run) for run in baselines}
     seeds = sorted(seed for seed in ours if ours[seed] and theirs.get(seed))
     changes = {}
     first = ours[seeds[0]] if seeds else {}
@@ -133,17 +133,17 @@ def class_changes(runs, controls):
     return changes
 
 
-def label_budget(runs):
-    """The (task, share) whose labels the runs had in part, `None` where not told."""
+def label_fraction(runs):
+    """The (task, fraction) whose labels the runs had in part, `None` where not told."""
     for run in runs:
-        budget = run.json("recipe").get("data", {}).get("label_budget")
-        if budget:
-            return tuple(budget)
+        known = run.json("recipe").get("data", {}).get("label_fraction")
+        if known:
+            return tuple(known)
     return None
 
 
 def _is_count(name):
-    return metric(name).higher is None
+    return metric(name).higher_is_better is None
 
 
 def _by_class(run):

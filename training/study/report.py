@@ -12,11 +12,11 @@ import jinja2
 
 from training.methods import METHODS
 from training.study import figures, paper, recorded
-from training.study.results import control, label, metric, statistics
+from training.study.results import baseline, label, metric, statistics
 from training.study.tables import notes
 
 # The metric that stands for its task in pictures; without one of these, its first.
-_HEADLINES = ("mean_iu", "mean_angle", "mean_ap")
+_HEADLINES = ("miou", "mean_angle", "mean_ap")
 
 
 def write_report(runs, target):
@@ -50,7 +50,7 @@ def write_report(runs, target):
     environment.filters |= {"label": label, "title": lambda name: metric(name).title}
     html = environment.get_template("report.html.jinja").render(
         recipes=[_recipe(folder, methods) for folder, methods in recipes.items()],
-        budgets=_budgets(recipes),
+        label_fractions=_label_fractions(recipes),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"unfinished-{target.name}")
@@ -118,7 +118,7 @@ def _method(method, runs):
     return {
         "name": method,
         "says": METHODS[method.partition("@")[0]].says,
-        "control": control(method),
+        "baseline": baseline(method),
         "seeds": [run.seed for run in runs],
         "epochs": len(history),
         "minutes": sum(seconds) / 60,
@@ -163,11 +163,11 @@ def _alphas(methods):
 def _splits(recipe, methods, rows):
     if (
         sum(x.startswith("split@") for x in methods) < 2
-        or control("split") not in methods
+        or baseline("split") not in methods
     ):
         return []
     figure = figures.splits(rows, _headlines(rows), paper.splits(recipe))
-    return [_picture("Gain of a split at each layer over its control", figure)]
+    return [_picture("Gain of a split at each layer over its baseline", figure)]
 
 
 def _classes(methods):
@@ -175,12 +175,12 @@ def _classes(methods):
     pictures = []
     for method in ("cross_stitch", "cross_stitch_from_start"):
         changes = recorded.class_changes(
-            methods.get(method, []), methods.get(control(method), [])
+            methods.get(method, []), methods.get(baseline(method), [])
         )
         for (task, name), (classes, gains, counts) in changes.items():
             title = (
                 f"{metric(name).label} of {task}: {label(method)} minus "
-                f"{label(control(method))}, seeds: {len(gains)}"
+                f"{label(baseline(method))}, seeds: {len(gains)}"
             )
             spread = gains.std(axis=0, ddof=1) if len(gains) > 1 else None
             figure = figures.per_class(
@@ -190,22 +190,22 @@ def _classes(methods):
     return pictures
 
 
-def _budgets(recipes):
-    """A picture for each recipe that was run with several budgets of labels."""
+def _label_fractions(recipes):
+    """A picture for each recipe that was run with several label fractions."""
     groups: dict[str, dict[float, list]] = {}
     lacking = {}
     for folder, methods in recipes.items():
-        budget = recorded.label_budget([runs[0] for runs in methods.values()])
-        if budget:
+        known = recorded.label_fraction([runs[0] for runs in methods.values()])
+        if known:
             name = folder.name.partition("-labels")[0]
-            groups.setdefault(name, {})[budget[1]] = _rows(methods)
-            lacking[name] = budget[0]
+            groups.setdefault(name, {})[known[1]] = _rows(methods)
+            lacking[name] = known[0]
     pictures = []
     for name, by_share in groups.items():
         if len(by_share) > 1:
             headlines = _headlines(next(iter(by_share.values())))
             headlines.sort(key=lambda headline: headline[0] != lacking[name])
-            figure = figures.label_budget(by_share, headlines)
+            figure = figures.label_fraction(by_share, headlines)
             pictures.append(_picture(f"{name}: labels of {lacking[name]}", figure))
     return pictures
 

@@ -1,4 +1,4 @@
-"""Raw values, and what the seeds come to: mean, deviation, difference to the control.
+"""Raw values, and what the seeds come to: mean, deviation, difference to a baseline.
 
 Knows nothing of how a table is shown.
 """
@@ -41,7 +41,7 @@ class Cell:
     mean: float
     deviation: float | None  # `None` with one seed
     seeds: int
-    difference: Difference | None = None  # to the control
+    difference: Difference | None = None  # to the baseline
     best: bool = False  # of all methods, by more than chance
 
     @property
@@ -69,10 +69,10 @@ class Table:
     paper: dict[str, list[float | None]]  # the paper's values, by method
 
     @property
-    def controls(self):
-        """The control of each method that a difference is given for."""
+    def baselines(self):
+        """The baseline of each method that a difference is given for."""
         return {
-            method: control(method)
+            method: baseline(method)
             for method, cells in self.cells.items()
             if any(cell and cell.difference for cell in cells)
         }
@@ -112,7 +112,7 @@ def read_csv(path):
 
 
 def metric(name):
-    """The `Metric` of a name, `mean_iu` or, of one class, `iu/chair`."""
+    """The `Metric` of a name, `miou` or, of one class, `iou/chair`."""
     kind, _, of = name.partition("/")
     if kind not in METRICS:
         raise ValueError(
@@ -128,9 +128,12 @@ def label(method):
     """A method's name as prose.
 
     >>> label("split@conv4"), label("cross_stitch@same_task=0.5,per=layer")
-    ('split at conv4', 'cross stitch, same task 0.5, per layer')
+    ('split at conv4', 'cross-stitch, same task 0.5, per layer')
     """
-    name, _, options = method.replace("_", " ").partition("@")
+    name, _, options = method.partition("@")
+    # A folder of runs may hold methods of before.
+    name = METHODS[name].label if name in METHODS else name.replace("_", " ")
+    options = options.replace("_", " ")
     if not options:
         return name
     if "=" not in options:
@@ -138,10 +141,10 @@ def label(method):
     return f"{name},{options}".replace("=", " ").replace('"', "").replace(",", ", ")
 
 
-def control(method):
-    """The method that a method is compared with, `None` for a control."""
+def baseline(method):
+    """The method that a method is compared with, `None` for a baseline."""
     known = METHODS.get(method.partition("@")[0])
-    return known.control if known else None
+    return known.baseline if known else None
 
 
 def by_seed(rows):
@@ -159,17 +162,17 @@ def by_seed(rows):
     return values
 
 
-def paired_difference(values, of_control):
+def paired_difference(values, of_baseline):
     """The `Difference` over the seeds that both have, `None` for fewer than two.
 
     Args:
         values: Dict of seed to value.
-        of_control: Dict of seed to value.
+        of_baseline: Dict of seed to value.
     """
-    seeds = values.keys() & of_control.keys()
+    seeds = values.keys() & of_baseline.keys()
     if len(seeds) < 2:
         return None
-    differences = np.array([values[seed] - of_control[seed] for seed in seeds])
+    differences = np.array([values[seed] - of_baseline[seed] for seed in seeds])
     mean = float(differences.mean())
     error = differences.std(ddof=1) / np.sqrt(len(seeds))
     half = float(student_t.ppf(0.975, len(seeds) - 1) * error)
@@ -188,7 +191,10 @@ def statistics(rows, of_paper=None):
     tables = []
     for task in dict.fromkeys(row.task for row in rows):
         metrics = [name for of, name in values if of == task]
-        columns = [_column(values[task, name], metric(name).higher) for name in metrics]
+        columns = [
+            _column(values[task, name], metric(name).higher_is_better)
+            for name in metrics
+        ]
         cells = {
             method: [column.get(method) for column in columns]
             for method in methods
@@ -203,20 +209,26 @@ def statistics(rows, of_paper=None):
     return tables
 
 
-def _column(of_metric, higher):
+def _column(of_metric, higher_is_better):
     """{method: Cell}. The best one is marked where its interval excludes zero."""
     cells = {}
     for method, values in of_metric.items():
         known = np.array(list(values.values()))
         deviation = float(known.std(ddof=1)) if len(known) > 1 else None
         difference = None
-        if higher is not None:
-            difference = paired_difference(values, of_metric.get(control(method), {}))
+        if higher_is_better is not None:
+            difference = paired_difference(values, of_metric.get(baseline(method), {}))
         cells[method] = Cell(float(known.mean()), deviation, len(known), difference)
-    if higher is None:
+    if higher_is_better is None:
         return cells
-    best = (max if higher else min)(cells, key=lambda method: cells[method].mean)
+    best = (max if higher_is_better else min)(
+        cells, key=lambda method: cells[method].mean
+    )
     difference = cells[best].difference
-    if difference and difference.excludes_zero and (difference.mean > 0) == higher:
+    if (
+        difference
+        and difference.excludes_zero
+        and (difference.mean > 0) == higher_is_better
+    ):
         cells[best] = dataclasses.replace(cells[best], best=True)
     return cells

@@ -6,11 +6,10 @@ import itertools
 
 import numpy as np
 
-from training import methods, runs
-from training import recipe as recipes
+from training import methods, recipes, runs
 from training.runs import Experiment
 
-LABEL_BUDGETS = (5, 10, 25, 50)  # per cent, and all
+LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +31,14 @@ class Run:
 
 
 def _methods(recipe):
-    """Table 5, with the two controls that the paper lacks."""
+    """Table 5, with the two baselines that the paper lacks."""
     return [
-        "one_task",
+        "single_task",
         "ensemble",
-        "one_task_longer",
+        "single_task_longer",
         "cross_stitch",
-        "one_task_whole",
-        "shared",
+        "single_task_as_long",
+        "hard_sharing",
         f"split@{recipe.best_split}",
         "cross_stitch_from_start",
     ]
@@ -49,18 +48,20 @@ def _init(recipe):
     """Table 1: alpha starts at same_task, and the rest from the other tasks."""
     starts = (0.1, 0.5, 0.7, 0.9)
     swept = [methods.spell("cross_stitch", recipe, same_task=x) for x in starts]
-    return ["one_task_longer", *swept]
+    return ["single_task_longer", *swept]
 
 
 def _alpha_rate(recipe):
     """Table 2: alpha learns so many times as fast as the towers."""
     rates = (1, 10, 100, 1000)
     swept = [methods.spell("cross_stitch", recipe, alpha_multiplier=x) for x in rates]
-    return ["one_task_longer", *swept]
+    return ["single_task_longer", *swept]
 
 
 def _tower_init(recipe):
-    """Table 3: stitched from one-task nets, or from the start; alike or each its own.
+    """Table 3: stitched from single-task networks, or from the start.
+
+    From the start, all towers start alike, or each has its own start.
 
     A saved backbone is always a common start.
     """
@@ -68,7 +69,7 @@ def _tower_init(recipe):
     fresh = []
     if hasattr(recipe.tower, "common_start"):
         fresh = [methods.spell(name, recipe, common_start=False)]
-    return ["one_task_longer", "cross_stitch", "one_task_whole", name, *fresh]
+    return ["single_task_longer", "cross_stitch", "single_task_as_long", name, *fresh]
 
 
 def _alpha(recipe):
@@ -79,19 +80,19 @@ def _alpha(recipe):
 
 def _splits(recipe):
     """Figure 2b: which layers are each task's own."""
-    return ["one_task_whole", *(f"split@{layer}" for layer in recipe.splits)]
+    return ["single_task_as_long", *(f"split@{layer}" for layer in recipe.splits)]
 
 
 def _per_class(recipe):
     """Figure 6: which classes gain."""
-    return ["one_task", "one_task_longer", "cross_stitch"]
+    return ["single_task", "single_task_longer", "cross_stitch"]
 
 
-def _label_budget(recipe):
+def _label_fraction(recipe):
     """Beyond the paper: labels of one task on a part of the images."""
     return [
-        "one_task_whole",
-        "shared",
+        "single_task_as_long",
+        "hard_sharing",
         f"split@{recipe.best_split}",
         "cross_stitch",
         "cross_stitch_from_start",
@@ -106,7 +107,7 @@ STUDIES = {
     "alpha": _alpha,
     "splits": _splits,
     "per-class": _per_class,
-    "label-budget": _label_budget,
+    "label-fraction": _label_fraction,
 }
 
 
@@ -122,8 +123,8 @@ def plan(experiment, study, seeds):
         )
     names = [study]
     if study == "all":
-        budgets = hasattr(experiment.recipe.data, "label_budget")
-        names = [x for x in STUDIES if budgets or x != "label-budget"]
+        dense = hasattr(experiment.recipe.data, "label_fraction")
+        names = [x for x in STUDIES if dense or x != "label-fraction"]
     experiments = {name: _experiments(experiment, name) for name in names}
     return [
         Run(name, one, method, seed)
@@ -223,14 +224,14 @@ def _alphas(run):
 
 
 def _experiments(experiment, study):
-    """The experiment itself, or its variants over label budgets."""
-    if study != "label-budget":
+    """The experiment itself, or its variants over label fractions."""
+    if study != "label-fraction":
         return [experiment]
     variants = [
         dataclasses.replace(
             experiment, recipe=recipes.with_labels(experiment.recipe, percent)
         )
-        for percent in LABEL_BUDGETS
+        for percent in LABEL_FRACTIONS
     ]
     return [*variants, experiment]
 

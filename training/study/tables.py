@@ -106,10 +106,10 @@ def _paper_line(method, values):
 
 def notes(tables):
     """How to read the tables, as sentences: what the numbers are, and of how many."""
-    controls = {
+    baselines = {
         method.partition("@")[0]: of
         for table in tables
-        for method, of in table.controls.items()
+        for method, of in table.baselines.items()
     }
     cells = [
         cell for table in tables for row in table.cells.values() for cell in row if cell
@@ -119,10 +119,10 @@ def notes(tables):
         sentences.append("Mean and standard deviation over the seeds.")
     else:
         sentences.append("One seed: a difference may be chance.")
-    if controls:
-        pairs = (f"{label(x)} to {label(y)}" for x, y in controls.items())
+    if baselines:
+        pairs = (f"{label(x)} against {label(y)}" for x, y in baselines.items())
         sentences.append(
-            "Below it the mean difference to the control over the same seeds, with "
+            "Below it the mean difference to the baseline over the same seeds, with "
             f"its 95 % t-interval ({'; '.join(pairs)}). Bold: the best method in that "
             "metric, where the interval excludes zero."
         )

@@ -41,7 +41,7 @@ class Attributes:
     )
 
     @classmethod
-    def of(cls, builder):
+    def for_dataset(cls, builder):
         """The task as the data set defines it."""
         return cls(tuple(builder.attribute_names))
 

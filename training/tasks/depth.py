@@ -40,7 +40,7 @@ class Depth:
     )
 
     @classmethod
-    def of(cls, builder):
+    def for_dataset(cls, builder):
         """The task as the data set defines it."""
         return cls()
 

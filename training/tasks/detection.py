@@ -37,7 +37,7 @@ class Detection:
     )
 
     @classmethod
-    def of(cls, builder):
+    def for_dataset(cls, builder):
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["objects"]["label"].names))
 

@@ -32,14 +32,14 @@ class Normals:
         {
             "mean_angle": Metric("mean angle", "degrees", False),
             "median_angle": Metric("median angle", "degrees", False),
-            "within_11.25": Metric("within 11.25 degrees", "%", True),
-            "within_22.5": Metric("within 22.5 degrees", "%", True),
-            "within_30": Metric("within 30 degrees", "%", True),
+            "within_11_25": Metric("pixels within 11.25°", "%", True),
+            "within_22_5": Metric("pixels within 22.5°", "%", True),
+            "within_30": Metric("pixels within 30°", "%", True),
         }
     )
 
     @classmethod
-    def of(cls, builder):
+    def for_dataset(cls, builder):
         """The task with the data set's codewords, which are kept with the data."""
         path = Path(builder.data_path) / "codewords.npy"
         if not path.exists():
@@ -192,7 +192,9 @@ class AngleHistogram:
         centres = (np.arange(len(self.counts)) + 0.5) / self.BINS_PER_DEGREE
         below = self.counts.cumsum()
         within = {
-            f"within_{t}": 100 * below[round(t * self.BINS_PER_DEGREE) - 1] / total
+            f"within_{t}".replace(".", "_"): 100
+            * below[round(t * self.BINS_PER_DEGREE) - 1]
+            / total
             for t in (11.25, 22.5, 30)
         }
         return {

@@ -24,16 +24,16 @@ class Segmentation:
     metrics = types.MappingProxyType(
         {
             "pixel_accuracy": Metric("pixel accuracy", "%", True),
-            "mean_iu": Metric("mean IU", "%", True),
-            "fw_iu": Metric("fw IU", "%", True),
+            "miou": Metric("mIoU", "%", True),
+            "fwiou": Metric("fwIoU", "%", True),
             # By class:
-            "iu": Metric("IU", "%", True),
+            "iou": Metric("IoU", "%", True),
             "pixels": Metric("true pixels", "", None),
         }
     )
 
     @classmethod
-    def of(cls, builder):
+    def for_dataset(cls, builder):
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["segmentation"].names))
 
@@ -110,20 +110,20 @@ class ConfusionMatrix:
         """In percent. Classes neither in the truth nor in the answers do not count."""
         true, right, union = self._pixels()
         occurs = union > 0
-        iu = right[occurs] / union[occurs]
+        iou = right[occurs] / union[occurs]
         # Without a labelled pixel, all are 0.
         total = max(true.sum(), 1)
         return {
             "pixel_accuracy": 100 * right.sum() / total,
-            "mean_iu": 100 * iu.mean() if len(iu) else 0.0,
-            "fw_iu": 100 * (true[occurs] * iu).sum() / total,
+            "miou": 100 * iou.mean() if len(iou) else 0.0,
+            "fwiou": 100 * (true[occurs] * iou).sum() / total,
         }
 
     def per_class(self):
-        """{class: {"iu": percent, "pixels": in the truth}} of those that occur."""
+        """{class: {"iou": percent, "pixels": in the truth}} of those that occur."""
         true, right, union = self._pixels()
         return {
-            name: {"iu": 100 * right[i] / union[i], "pixels": int(true[i])}
+            name: {"iou": 100 * right[i] / union[i], "pixels": int(true[i])}
             for i, name in enumerate(self.classes)
             if union[i]
         }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imsave
 
-BETTER = {"one_task": 0.0, "one_task_longer": 0.2, "cross_stitch": 0.7}
+BETTER = {"single_task": 0.0, "single_task_longer": 0.2, "cross_stitch": 0.7}
 CLASSES = ["wall", "floor", "<b>lamp</b> & 'shade'", "bag", "rug"]
 LAYERS = ("conv2", "conv4", "fc6", "score")
 
@@ -39,8 +39,8 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
     luck = 0.3 * seed + rng.normal(0, 0.05)
     high, low = 40 + gain + luck, 30 - gain - luck
     metrics = {
-        "segmentation": {"pixel_accuracy": high, "mean_iu": high / 2},
-        "normals": {"mean_angle": low, "median_angle": low - 5, "within_11.25": high},
+        "segmentation": {"pixel_accuracy": high, "miou": high / 2},
+        "normals": {"mean_angle": low, "median_angle": low - 5, "within_11_25": high},
     }
     recipe = {
         "method": folder.parent.name.partition("@")[0],
@@ -49,7 +49,7 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
             "config": "full",
             "train_split": "train",
             "test_split": "test",
-            "label_budget": ["segmentation", labels],
+            "label_fraction": ["segmentation", labels],
         },
         "schedule": {"epochs": epochs, "learning_rate": 0.05},
         "seed": seed,
@@ -64,7 +64,7 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
         writer = csv.writer(file)
         writer.writerow(("task", "class", "metric", "value"))
         for i, name in enumerate(CLASSES):
-            writer.writerow(("segmentation", name, "iu", 20 + i * gain + luck))
+            writer.writerow(("segmentation", name, "iou", 20 + i * gain + luck))
             writer.writerow(("segmentation", name, "pixels", 10 ** (5 - i)))
     with open(folder / "history.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -84,7 +84,7 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Three recipes: the methods and splits with three seeds, and two label budgets."""
+    """Three recipes: methods and splits with three seeds, and two label fractions."""
     root = tmp_path_factory.mktemp("runs")
     units = [("cross_stitch_pool1", 12), ("cross_stitch_fc7", 64)]
     for seed in range(3):
@@ -93,17 +93,20 @@ def runs(tmp_path_factory):
                 root / "nyuv2" / method / f"seed{seed}",
                 gain,
                 seed=seed,
-                epochs=6 if method == "one_task" else 3,
+                epochs=6 if method == "single_task" else 3,
                 units=units if method == "cross_stitch" else (),
             )
-        splits = {"one_task_whole": 0.1} | {
+        splits = {"single_task_as_long": 0.1} | {
             f"split@{layer}": 0.1 * i for i, layer in enumerate(LAYERS)
         }
         for method, gain in splits.items():
             write_run(root / "nyuv2" / method / f"seed{seed}", gain, seed=seed)
     for share in (10, 50):
         folder = root / f"scenes-labels{share}"
-        for method, gain in {"one_task_whole": 0, "cross_stitch_from_start": 1}.items():
+        for method, gain in {
+            "single_task_as_long": 0,
+            "cross_stitch_from_start": 1,
+        }.items():
             write_run(folder / method / "seed0", gain, labels=share / 100)
     stopped = root / "nyuv2" / "cross_stitch" / "seed3"
     stopped.mkdir()

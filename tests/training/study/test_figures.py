@@ -11,7 +11,7 @@ from training.study.results import Row
 BLUE, VERMILION = "#0072B2", "#D55E00"
 
 
-def rows(method, values, task="segmentation", metric="mean_iu"):
+def rows(method, values, task="segmentation", metric="miou"):
     return [Row(method, seed, task, metric, x) for seed, x in enumerate(values)]
 
 
@@ -23,7 +23,7 @@ def test_the_gallery_shows_the_given_pixels_under_their_titles():
     rng = np.random.default_rng(0)
     columns = {
         title: rng.integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
-        for title in ("image", "truth", "one task")
+        for title in ("image", "truth", "single-task")
     }
 
     axes = np.reshape(figures.gallery(columns).axes, (2, 3))
@@ -51,9 +51,9 @@ def test_a_difference_map_tells_who_is_nearer_to_the_truth():
     np.testing.assert_allclose(colours[3], quarter, atol=1)
 
 
-def test_learning_curves_go_on_where_the_one_task_nets_ended():
+def test_learning_curves_go_on_where_the_single_task_networks_ended():
     losses = {
-        "one_task": [{"a": [3.0, 2.0], "b": [5.0, 4.0]}, {"a": [3.5, 2.5]}],
+        "single_task": [{"a": [3.0, 2.0], "b": [5.0, 4.0]}, {"a": [3.5, 2.5]}],
         "cross_stitch": [{"a": [1.5], "b": [3.0]}],
     }
 
@@ -63,7 +63,7 @@ def test_learning_curves_go_on_where_the_one_task_nets_ended():
     drawn = [(list(x.get_xdata()), list(x.get_ydata())) for x in first.lines]
     assert drawn == [([1, 2], [3.0, 2.0]), ([1, 2], [3.5, 2.5]), ([3], [1.5])]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["one task", "cross stitch"]
+    assert labels == ["single-task", "cross-stitch"]
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
     assert first.get_ylabel() == "training loss"
 
@@ -86,11 +86,11 @@ def test_alpha_is_drawn_from_what_a_run_has_saved(shape):
 
 
 @pytest.mark.parametrize(
-    ("task", "metric", "up"), [("a", "mean_iu", 1), ("b", "mean_angle", -1)]
+    ("task", "metric", "up"), [("a", "miou", 1), ("b", "mean_angle", -1)]
 )
-def test_splits_are_drawn_as_gains_over_their_control(task, metric, up):
+def test_splits_are_drawn_as_gains_over_their_baseline(task, metric, up):
     known = [
-        *rows("one_task_whole", [20, 21, 22], task, metric),
+        *rows("single_task_as_long", [20, 21, 22], task, metric),
         *rows("split@conv2", [21, 22, 23], task, metric),
         *rows("split@score", [20, 19, 18], task, metric),
     ]
@@ -109,7 +109,7 @@ def test_classes_are_ordered_by_frequency_with_the_rank_correlation():
     names = [f"class {i}" for i in range(9)]
     ranks = np.corrcoef(rankdata(gains), rankdata(pixels))[0, 1]
 
-    above, below = figures.per_class("IU", names, gains, pixels).axes
+    above, below = figures.per_class("IoU", names, gains, pixels).axes
 
     order = np.argsort(-pixels)
     assert [x.get_text() for x in below.get_xticklabels()] == [names[i] for i in order]
@@ -122,23 +122,25 @@ def test_classes_are_ordered_by_frequency_with_the_rank_correlation():
 
 
 def test_no_rank_correlation_where_all_classes_change_alike():
-    above, _ = figures.per_class("IU", ["a", "b"], [0.0, 0.0], [5, 6]).axes
+    above, _ = figures.per_class("IoU", ["a", "b"], [0.0, 0.0], [5, 6]).axes
 
     assert "undefined: all classes alike" in above.get_title(loc="left")
 
 
-def test_label_budgets_show_each_method_with_the_mean_of_its_seeds():
+def test_label_fractions_show_each_method_with_the_mean_of_its_seeds():
     by_share = {
-        1.0: [*rows("shared", [30, 34]), *rows("one_task", [1, 2])],
-        0.1: rows("shared", [20, 21, 22]),
+        1.0: [*rows("hard_sharing", [30, 34]), *rows("single_task", [1, 2])],
+        0.1: rows("hard_sharing", [20, 21, 22]),
     }
 
-    figure = figures.label_budget(by_share, [("segmentation", "mean_iu")])
+    figure = figures.label_fraction(by_share, [("segmentation", "miou")])
 
     (axes,) = figure.axes
     (line,) = (x for x in axes.lines if x.get_marker() == "o")
     np.testing.assert_allclose(line.get_xdata().astype(float), [10, 100], rtol=0.05)
     np.testing.assert_allclose(line.get_ydata().astype(float), [21, 32])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["shared"]
-    assert axes.get_ylabel() == "mean IU, % ↑"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "hard sharing"
+    ]
+    assert axes.get_ylabel() == "mIoU, % ↑"
     assert axes.get_xlabel() == "images with labels of segmentation, %"

@@ -50,18 +50,19 @@ def test_a_browser_shows_it_whole_and_asks_nobody(
 def test_it_says_what_was_run(html):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
 
-    assert "one task longer" in text
-    assert "Begun and not finished, so not in the tables: cross stitch, seed 3." in text
-    assert "paper: cross stitch" in text
+    assert "single-task, trained on" in text
+    assert "Begun and not finished, so not in the tables: cross-stitch, seed 3." in text
+    assert "paper: cross-stitch" in text
     assert "Labels of segmentation on 10&nbsp;% of the train images" in text
     assert "schedule.learning_rate 0.05" in text
-    assert "cross stitch to one task longer" in text  # which control
+    assert "cross-stitch against single-task, trained on" in text  # which baseline
     assert "datasets" not in text
 
 
 def test_it_shows_a_picture_of_each_kind(html):
     from_start = (
-        "IU of segmentation: cross stitch from start minus one task whole, seeds: 1"
+        "IoU of segmentation: cross-stitch from the start minus single-task, as long, "
+        "seeds: 1"
     )
 
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", html)
@@ -69,10 +70,10 @@ def test_it_shows_a_picture_of_each_kind(html):
     assert captions == [
         "scenes: labels of segmentation",
         "segmentation &lt;1&gt;",
-        "Alpha of cross stitch, seed 0",
+        "Alpha of cross-stitch, seed 0",
         "Training loss by epoch, a line per run",
-        "IU of segmentation: cross stitch minus one task longer, seeds: 3",
-        "Gain of a split at each layer over its control",
+        "IoU of segmentation: cross-stitch minus single-task, trained on, seeds: 3",
+        "Gain of a split at each layer over its baseline",
         *2 * ("Training loss by epoch, a line per run", from_start),
     ]
 
@@ -85,7 +86,7 @@ def test_names_are_text_and_not_markup(html):
 
 def test_without_a_finished_run_it_says_so_and_writes_nothing(tmp_path):
     target = tmp_path / "report.html"
-    (tmp_path / "runs" / "scenes" / "one_task" / "seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "scenes" / "single_task" / "seed0").mkdir(parents=True)
 
     with pytest.raises(ValueError, match=r"There is no finished run in .*runs"):
         write_report(tmp_path / "runs", target)

@@ -13,7 +13,7 @@ from training.study.results import (
 )
 
 
-def rows_of(values, metric="mean_iu", task="segmentation"):
+def rows_of(values, metric="miou", task="segmentation"):
     """Rows of {method: values by seed}."""
     return [
         Row(method, seed, task, metric, value)
@@ -22,7 +22,7 @@ def rows_of(values, metric="mean_iu", task="segmentation"):
     ]
 
 
-def cells(values, metric="mean_iu"):
+def cells(values, metric="miou"):
     """{method: the cell}."""
     (table,) = statistics(rows_of(values, metric))
     return {method: cell for method, (cell,) in table.cells.items()}
@@ -62,7 +62,7 @@ def test_only_seeds_of_both_are_paired():
 def test_mean_and_deviation_are_those_of_the_sample():
     values = np.random.default_rng(0).normal(20, 1, 5)
 
-    cell = cells({"one_task": values})["one_task"]
+    cell = cells({"single_task": values})["single_task"]
 
     assert cell.mean == pytest.approx(values.sum() / 5)
     squares = ((values - values.mean()) ** 2).sum()
@@ -71,7 +71,7 @@ def test_mean_and_deviation_are_those_of_the_sample():
 
 
 def test_one_seed_has_neither_deviation_nor_interval_nor_mark():
-    cell = cells({"one_task_longer": [20.0], "cross_stitch": [29.0]})["cross_stitch"]
+    cell = cells({"single_task_longer": [20.0], "cross_stitch": [29.0]})["cross_stitch"]
 
     assert (cell.deviation, cell.difference, cell.best) == (None, None, False)
     assert (cell.value, cell.gain) == ("29.0", "")
@@ -80,24 +80,24 @@ def test_one_seed_has_neither_deviation_nor_interval_nor_mark():
 @pytest.mark.parametrize(
     ("metric", "ours", "marked"),
     [
-        ("mean_iu", [21.0, 22.1, 23.0], True),
-        ("mean_iu", [19.0, 20.1, 21.0], False),  # worse
-        ("mean_iu", [21.0, 22.0, 22.0], False),  # perhaps by chance
+        ("miou", [21.0, 22.1, 23.0], True),
+        ("miou", [19.0, 20.1, 21.0], False),  # worse
+        ("miou", [21.0, 22.0, 22.0], False),  # perhaps by chance
         ("mean_angle", [19.0, 20.1, 21.0], True),
         ("mean_angle", [21.0, 22.1, 23.0], False),
         ("pixels", [21.0, 22.1, 23.0], False),  # neither is better
     ],
 )
 def test_the_best_is_marked_where_its_interval_excludes_zero(metric, ours, marked):
-    known = cells({"one_task_longer": [20, 21, 22], "cross_stitch": ours}, metric)
+    known = cells({"single_task_longer": [20, 21, 22], "cross_stitch": ours}, metric)
 
     assert known["cross_stitch"].best is marked
-    assert not known["one_task_longer"].best
+    assert not known["single_task_longer"].best
 
 
 def test_a_method_that_another_one_beats_is_not_marked():
     values = {
-        "one_task_longer": [20, 21, 22],
+        "single_task_longer": [20, 21, 22],
         "cross_stitch": [21, 22.1, 23],
         "cross_stitch@same_task=0.5": [22, 23.1, 24],
     }
@@ -110,7 +110,7 @@ def test_a_method_that_another_one_beats_is_not_marked():
 def test_a_method_with_the_best_mean_and_worse_pairs_is_not_marked():
     (table,) = statistics(
         [
-            *rows_of({"one_task_longer": [20, 21, 22]}),
+            *rows_of({"single_task_longer": [20, 21, 22]}),
             *rows_of({"cross_stitch": [19, 20.1, 21, 100]}),  # a seed of its own
         ]
     )
@@ -122,28 +122,28 @@ def test_a_method_with_the_best_mean_and_worse_pairs_is_not_marked():
 
 
 @pytest.mark.parametrize(
-    ("method", "control"),
+    ("method", "baseline"),
     [
-        ("ensemble", "one_task"),
-        ("shared", "one_task_whole"),
-        ("split@conv4", "one_task_whole"),
-        ("cross_stitch@alpha_multiplier=10", "one_task_longer"),
-        ("cross_stitch_from_start", "one_task_whole"),
+        ("ensemble", "single_task"),
+        ("hard_sharing", "single_task_as_long"),
+        ("split@conv4", "single_task_as_long"),
+        ("cross_stitch@alpha_multiplier=10", "single_task_longer"),
+        ("cross_stitch_from_start", "single_task_as_long"),
     ],
 )
-def test_each_method_is_compared_with_its_own_control(method, control):
-    names = ("one_task", "one_task_longer", "one_task_whole")
+def test_each_method_is_compared_with_its_own_baseline(method, baseline):
+    names = ("single_task", "single_task_longer", "single_task_as_long")
     values = {name: [i, i + 1.0] for i, name in enumerate(names)}
 
     known = cells(values | {method: [10.0, 11.1]})[method]
 
-    assert known.difference.mean == pytest.approx(10.05 - names.index(control))
+    assert known.difference.mean == pytest.approx(10.05 - names.index(baseline))
 
 
 def test_raw_values_are_read_as_they_were_written(tmp_path):
     rng = np.random.default_rng(0)
     written = [
-        Row(method, seed, task, "mean_iu", float(rng.normal()))
+        Row(method, seed, task, "miou", float(rng.normal()))
         for method, seed, task in itertools.product(("a@b=1,c=2", "d"), (0, 9), "xy")
     ]
     write_csv(tmp_path / "new" / "methods.csv", Row._fields, written)
@@ -151,12 +151,12 @@ def test_raw_values_are_read_as_they_were_written(tmp_path):
     assert read_csv(tmp_path / "new" / "methods.csv") == written
     first, second = (tmp_path / "new" / "methods.csv").read_text().split("\n")[:2]
     assert first == "method,seed,task,metric,value"
-    assert second.startswith('"a@b=1,c=2",0,x,mean_iu,')
+    assert second.startswith('"a@b=1,c=2",0,x,miou,')
 
 
 def test_a_write_that_is_stopped_leaves_the_file(tmp_path, monkeypatch):
     path = tmp_path / "methods.csv"
-    write_csv(path, Row._fields, rows_of({"one_task": [1.0]}))
+    write_csv(path, Row._fields, rows_of({"single_task": [1.0]}))
     before = path.read_text()
 
     def stop(*names):
@@ -164,7 +164,7 @@ def test_a_write_that_is_stopped_leaves_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_csv(path, Row._fields, rows_of({"one_task": [2.0]}))
+        write_csv(path, Row._fields, rows_of({"single_task": [2.0]}))
 
     assert path.read_text() == before
 
@@ -186,13 +186,13 @@ def test_a_file_of_another_form_is_refused(tmp_path, text, message):
 
 def test_a_value_that_stands_twice_is_refused():
     with pytest.raises(
-        ValueError, match="one_task, seed 0, has segmentation mean_iu tw"
+        ValueError, match="single_task, seed 0, has segmentation miou tw"
     ):
-        statistics(2 * rows_of({"one_task": [1.0]}))
+        statistics(2 * rows_of({"single_task": [1.0]}))
 
 
 def test_a_metric_of_unknown_direction_is_refused():
     with pytest.raises(
         ValueError, match="whether a higher 'loss' is better: add it to"
     ):
-        statistics(rows_of({"one_task": [1.0]}, metric="loss"))
+        statistics(rows_of({"single_task": [1.0]}, metric="loss"))

@@ -10,7 +10,7 @@ from training.study.tables import filled, markdown, update_tables
 ROOT = Path(__file__).parents[3]
 
 
-def rows(methods, seeds=3, task="segmentation", metrics=("mean_iu",)):
+def rows(methods, seeds=3, task="segmentation", metrics=("miou",)):
     """Rows of {method: gain}; seeds differ by a whole point, methods by their gain."""
     return [
         Row(method, seed, task, metric, 20 + seed + gain * (1 + 0.01 * seed))
@@ -25,7 +25,7 @@ def results(tmp_path):
     write_csv(
         tmp_path / "nyuv2" / "methods.csv",
         Row._fields,
-        rows({"one_task": 0, "shared": -1}),
+        rows({"single_task": 0, "hard_sharing": -1}),
     )
     return tmp_path
 
@@ -40,54 +40,61 @@ def test_the_tables_are_those_of_the_raw_values(path):
 
 
 def test_a_table_of_several_seeds():
-    known = rows({"one_task_longer": 0, "cross_stitch": 1})
-    of_paper = {"cross_stitch": {("segmentation", "mean_iu"): 19.3}}
+    known = rows({"single_task_longer": 0, "cross_stitch": 1})
+    of_paper = {"cross_stitch": {("segmentation", "miou"): 19.3}}
 
     lines = markdown(statistics(known, of_paper)).splitlines()
 
     assert lines[1:6] == [
-        "| segmentation | seeds | mean IU, % ↑ |",
+        "| segmentation | seeds | mIoU, % ↑ |",
         "| --- | ---: | ---: |",
-        "| one task longer | 3 | 21.00 ± 1.00 |",
-        "| cross stitch | 3 | **22.01 ± 1.01**<br>+1.01 (+0.99 to +1.03) |",
-        "| *paper: cross stitch* |  | *19.3* |",
+        "| single-task, trained on | 3 | 21.00 ± 1.00 |",
+        "| cross-stitch | 3 | **22.01 ± 1.01**<br>+1.01 (+0.99 to +1.03) |",
+        "| *paper: cross-stitch* |  | *19.3* |",
     ]
-    assert "its 95 % t-interval (cross stitch to one task longer)" in lines[-1]
+    assert (
+        "its 95 % t-interval (cross-stitch against single-task, trained on)"
+        in lines[-1]
+    )
     assert "In italics what the paper reports" in lines[-1]
 
 
 def test_a_table_of_one_seed_says_no_more_than_it_knows():
     text = markdown(
-        statistics(rows({"one_task_longer": 0, "cross_stitch": 1}, seeds=1))
+        statistics(rows({"single_task_longer": 0, "cross_stitch": 1}, seeds=1))
     )
 
-    assert "| cross stitch | 1 | 21.0 |" in text
+    assert "| cross-stitch | 1 | 21.0 |" in text
     assert "One seed: a difference may be chance." in text
     assert not any(mark in text for mark in ("±", "**", "<br>", "interval", "paper"))
 
 
 def test_a_difference_of_fewer_seeds_says_of_how_many():
-    known = rows({"cross_stitch": 1}, seeds=5) + rows({"one_task_longer": 0}, seeds=2)
+    known = rows({"cross_stitch": 1}, seeds=5) + rows(
+        {"single_task_longer": 0}, seeds=2
+    )
 
     assert "; 2 seeds)" in markdown(statistics(known))
 
 
 def test_what_the_paper_has_and_we_have_not_stands_below():
-    text = markdown(statistics(rows({"one_task": 0}), paper.table("nyuv2", "methods")))
+    text = markdown(
+        statistics(rows({"single_task": 0}), paper.table("nyuv2", "methods"))
+    )
 
     place = [
-        text.index(f"paper: {x}") for x in ("one task*", "ensemble", "cross stitch")
+        text.index(f"paper: {x}") for x in ("single-task*", "ensemble", "cross-stitch")
     ]
     assert place == sorted(place)
 
 
 def test_a_table_of_many_classes_is_turned_on_its_side():
-    classes = [f"iu/class {i}" for i in range(9)]
+    classes = [f"iou/class {i}" for i in range(9)]
 
-    lines = markdown(statistics(rows({"one_task": 0}, metrics=classes))).splitlines()
+    lines = markdown(statistics(rows({"single_task": 0}, metrics=classes))).splitlines()
 
-    assert lines[1] == "| segmentation | one task |"
-    assert lines[3:5] == ["| seeds | 3 |", "| IU, class 0, % ↑ | 21.00 ± 1.00 |"]
+    assert lines[1] == "| segmentation | single-task |"
+    assert lines[3:5] == ["| seeds | 3 |", "| IoU, class 0, % ↑ | 21.00 ± 1.00 |"]
 
 
 def test_a_file_gets_its_tables_and_keeps_the_rest(results, tmp_path):
@@ -98,7 +105,7 @@ def test_a_file_gets_its_tables_and_keeps_the_rest(results, tmp_path):
     assert update_tables(path, results)
 
     text = path.read_text()
-    assert text.count("| shared | 3 |") == 2
+    assert text.count("| hard sharing | 3 |") == 2
     assert "old" not in text
     assert text.startswith("# Title\n\n<!-- table: nyuv2/methods -->\n\n| segmentation")
     assert text.endswith(".\n<!-- /table -->\n\nEnd.\n")
@@ -137,9 +144,9 @@ def test_a_bad_mark_is_refused_and_the_file_left(results, tmp_path, text, messag
 def test_the_paper_s_values_are_of_the_tasks_and_methods_that_they_name():
     table = paper.table("nyuv2_pretrained", "methods")
 
-    assert table["one_task"]["normals", "mean_angle"] == 34.8
-    assert table["cross_stitch"]["segmentation", "mean_iu"] == 19.3
-    voc = paper.table("voc2008", "methods")["shared"]
+    assert table["single_task"]["normals", "mean_angle"] == 34.8
+    assert table["cross_stitch"]["segmentation", "miou"] == 19.3
+    voc = paper.table("voc2008", "methods")["hard_sharing"]
     assert voc == {("detection", "mean_ap"): 42.7, ("attributes", "mean_ap"): 54.1}
     assert paper.splits("voc2008")["attributes", "mean_ap"]["fc7"] == -2.2
     assert (
