@@ -3,8 +3,8 @@
 Reads alpha and never changes it.
 """
 
-import sys
-import warnings
+import re
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -29,10 +29,10 @@ def alpha_table(model: keras.Model) -> list[dict[str, Any]]:
         List of dicts, one for each unit, task and source, in the order of the
         graph: `unit` (the layer's name), `task` (that takes), `source` (task that
         gives), and `mean`, `std`, `min` and `max` of alpha over the channels. With
-        `per="layer"`, alpha is one number.
+        `per="layer"`, alpha is one number. Empty for a model without units.
 
     Raises:
-        ValueError: For a model without units, or one that is not built.
+        ValueError: For a model that is not built.
 
     Example:
 
@@ -60,14 +60,18 @@ def alpha_table(model: keras.Model) -> list[dict[str, Any]]:
     ]
 
 
-class AlphaHistory(keras.callbacks.Callback):
+class AlphaHistory(keras.callbacks.ProgbarLogger):
     """Adds the mean of every alpha to the logs, at the end of each epoch.
 
-    The keys are `alpha/<unit>/<task>_from_<source>`. The callbacks that come after
-    it find them in their logs as they find a metric: `CSVLogger` writes them to its
-    file, `TensorBoard` as `epoch_alpha/...`, and `fit` returns them in its history.
-    So does the progress bar, unless a `ProgbarLogger` comes before. A `CSVLogger` or
-    `TensorBoard` that comes before it never sees them, which is worth a warning.
+    The keys are `alpha/<unit>/<task>_from_<source>`. `fit` returns them in its
+    history, and the callbacks that come *after* this one in the list find them in
+    their logs: put it before `CSVLogger`, which then writes them to its file, and
+    before `TensorBoard`, which shows them as `epoch_alpha/...`. A callback that comes
+    before it never sees alpha. A model without units has none to add.
+
+    It shows the progress bar, in the place of Keras's, so that the line does not grow
+    by T * T numbers a unit: `alpha/<unit>` there is the unit's mean over what tasks
+    take from other tasks.
 
     Example:
 
@@ -82,23 +86,21 @@ class AlphaHistory(keras.callbacks.Callback):
     ['alpha/stitch/a_from_a', 'alpha/stitch/a_from_b']
     """
 
-    def on_train_begin(self, logs: Any = None) -> None:
-        # A callback knows no other: the list that calls it is one frame up.
-        caller = sys._getframe(1).f_locals.get("self")
-        if not isinstance(caller, keras.callbacks.CallbackList):
-            return
-        writers = (keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
-        before = caller.callbacks[: caller.callbacks.index(self)]
-        for callback in before:
-            if isinstance(callback, writers):
-                warnings.warn(
-                    f"{type(callback).__name__} comes before AlphaHistory and never "
-                    "sees alpha: put it after AlphaHistory in `callbacks`.",
-                    stacklevel=2,
-                )
+    def __init__(self) -> None:
+        super().__init__()
+        # The metrics of a batch need not wait for the bar, as they do not for Keras's.
+        self.async_safe = True
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        for row in alpha_table(self.model):
+        rows = alpha_table(self.model)
+        logs = {} if logs is None else logs
+        between: dict[str, list[float]] = {}
+        for row in rows:
+            if row["task"] != row["source"]:
+                between.setdefault(f"alpha/{row['unit']}", []).append(row["mean"])
+        shown = {unit: float(np.mean(means)) for unit, means in between.items()}
+        super().on_epoch_end(epoch, {**logs, **shown})
+        for row in rows:
             key = f"alpha/{row['unit']}/{row['task']}_from_{row['source']}"
             logs[key] = row["mean"]
 
@@ -140,16 +142,24 @@ def plot_alpha(model: keras.Model) -> "Figure":
             "`plot_alpha` draws with matplotlib: `pip install matplotlib`"
         ) from error
     units = _alphas(model)
+    if not units:
+        raise ValueError(
+            "The model has no CrossStitch layer; `stitch()` makes a model with them. "
+            f"Received: model={model}"
+        )
     tasks = list(dict.fromkeys(task for _, alphas in units for task, _ in alphas))
     colors = {task: _COLORS[i % len(_COLORS)] for i, task in enumerate(tasks)}
+    longest = max(10, *map(len, tasks))  # 10 letters are "same task,"
+    legend_width = 1.6 + 0.08 * longest
+    size = (0.6 + 2.0 * len(units) + legend_width, 1.0 + 1.8 * len(tasks))
     # Not pyplot, which would keep the figure alive.
-    size = (2.4 + 2.0 * len(units), 0.8 + 1.8 * len(tasks))
     figure = Figure(size, layout="constrained")
     grid = figure.subplots(
         len(tasks), len(units), sharex="col", sharey=True, squeeze=False
     )
     for column, (unit, alphas) in zip(grid.T, units, strict=True):
-        column[0].set_title(unit.removeprefix("cross_stitch_"))
+        name = unit.removeprefix("cross_stitch_")
+        column[0].set_title(_in_lines(name, 18), fontsize="medium")
         column[-1].set_xlabel("channel, sorted")
         for (task, source), alpha in alphas.items():
             axes = column[tasks.index(task)]
@@ -160,7 +170,8 @@ def plot_alpha(model: keras.Model) -> "Figure":
                 axes.axhline(alpha.item(), **style)
                 axes.set(xticks=[], xlabel="")
     for axes, task in zip(grid[:, 0], tasks, strict=True):
-        axes.set_ylabel(rf"$\alpha$ of {task}")
+        separator = "\n" if len(task) > 14 else " "
+        axes.set_ylabel(rf"$\alpha$ of{separator}" + _in_lines(task, 22))
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     low, high = grid[0, 0].get_ylim()
@@ -176,14 +187,16 @@ def plot_alpha(model: keras.Model) -> "Figure":
     return figure
 
 
+def _in_lines(name: str, width: int) -> str:
+    """A name that is broken behind underscores where it is longer than `width`."""
+    parts = re.sub(r"(?<=_)(?=.)", " ", name)
+    lines = textwrap.wrap(parts, width, break_on_hyphens=False)
+    return "\n".join(line.replace("_ ", "_") for line in lines)
+
+
 def _alphas(model: keras.Model) -> list[tuple[str, dict[tuple[str, str], Any]]]:
     """[(unit, {(task, source): alpha})], alpha of shape (C,), or (1,) per layer."""
     units = _units(model)
-    if not units:
-        raise ValueError(
-            "The model has no CrossStitch layer; `stitch()` makes a model with them. "
-            f"Received: model={model}"
-        )
     if not all(unit.built for unit in units):
         raise ValueError(
             "The model has no weights yet: call it, or load them. "

@@ -1,13 +1,16 @@
 """Alpha read from models whose units are set by hand."""
 
 import csv
+import itertools
 import math
+import re
 import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from keras_cross_stitch import AlphaHistory, CrossStitch, alpha_table, plot_alpha
@@ -113,11 +116,24 @@ def test_table_is_the_same_after_saving_and_loading(tmp_path):
     assert alpha_table(loaded) == alpha_table(model)
 
 
-def test_a_model_without_units_is_an_error():
-    image = keras.Input((3,))
-    model = keras.Model(image, keras.layers.Dense(1)(image))
+def without_units():
+    image = keras.Input((3,), name="x")
+    return keras.Model(image, {"x": keras.layers.Dense(3)(image)})
+
+
+def test_a_model_without_units_has_no_alpha():
+    assert alpha_table(without_units()) == []
     with pytest.raises(ValueError, match=r"no CrossStitch layer; `stitch\(\)` makes"):
-        alpha_table(model)
+        plot_alpha(without_units())
+
+
+def test_history_of_a_model_without_units_is_the_plain_one():
+    model = without_units()
+    model.compile("sgd", {"x": "mse"})
+    x = np.ones((2, 3))
+    assert list(model.fit(x, x, callbacks=[AlphaHistory()], verbose=0).history) == [
+        "loss"
+    ]
 
 
 def test_a_model_without_weights_is_an_error():
@@ -185,19 +201,27 @@ def test_tensorboard_after_it_writes_alpha(tmp_path):
     assert written == pytest.approx([row["mean"] for row in alpha_table(model)])
 
 
-@pytest.mark.parametrize("name", ["CSVLogger", "TensorBoard"])
-def test_behind_a_callback_that_writes_it_warns(tmp_path, name):
-    writer = getattr(keras.callbacks, name)(str(tmp_path / "written"))
-    with pytest.warns(UserWarning, match=f"{name} comes before AlphaHistory.*put it"):
-        fit(stitched(units=["only"]), [writer, AlphaHistory()])
+@pytest.mark.parametrize("verbose", [1, 2])
+def test_the_progress_bar_has_one_number_a_unit(verbose, capsys):
+    model = with_known_alpha()
+    model.compile(keras.optimizers.SGD(0.0), dict.fromkeys(("kind", "depth"), "mse"))
+    history = fit(model, [AlphaHistory()], verbose=verbose).history
+    printed = re.sub(r"\x1b\[\d*m|\x08|\r", "", capsys.readouterr().out)
+    line = printed.splitlines()[-1]
+    shown = dict(re.findall(r" - (alpha/\S+): (\S+)", line))
+    # What depth takes from kind is 0.2 in the mean; what kind takes from depth, 0.1.
+    assert shown == {
+        "alpha/cross_stitch_first": "0.1000",
+        "alpha/cross_stitch_second": "0.1500",
+    }
+    assert printed.count("cross_stitch_first") == 1
+    alphas = keys(("first", "second"), ("depth", "kind"))
+    assert [key for key in history if key.startswith("alpha")] == alphas
 
 
-def test_a_progress_bar_before_it_stays_short(capsys):
-    callbacks = [keras.callbacks.ProgbarLogger(), AlphaHistory()]
-    fit(stitched(), callbacks, verbose=2)
-    printed = capsys.readouterr().out
-    assert "loss" in printed
-    assert "alpha/" not in printed
+def test_without_verbosity_there_is_no_progress_bar(capsys):
+    fit(stitched(), [AlphaHistory()], verbose=0)
+    assert capsys.readouterr().out == ""
 
 
 def test_plot_has_a_panel_per_task_and_unit():
@@ -209,6 +233,27 @@ def test_plot_has_a_panel_per_task_and_unit():
         r"$\alpha$ of b",
         r"$\alpha$ of c",
     ]
+
+
+def test_long_names_of_units_and_tasks_do_not_overlap():
+    names = [f"block_{k}_project_BN" for k in (1, 3, 13, 16)]
+    tasks = ("semantic_segmentation", "surface_normals", "a")
+    for units in (names, ["conv_pw_13_relu"]):
+        figure = plot_alpha(stitched(tasks, units))
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        texts = [axes.title for axes in figure.axes]
+        texts += [axes.yaxis.label for axes in figure.axes]
+        boxes = [x.get_window_extent(renderer) for x in texts if x.get_text()]
+        boxes += [figure.legends[0].get_window_extent(renderer)]
+        assert len(boxes) == len(units) + len(tasks) + 1
+        for box, other in itertools.combinations(boxes, 2):
+            assert not box.overlaps(other)
+        for box in boxes:
+            assert box.x0 >= 0
+            assert box.y0 >= 0
+            assert box.x1 <= figure.bbox.x1
+            assert box.y1 <= figure.bbox.y1
 
 
 def test_plot_draws_alpha_sorted_over_the_channels():
