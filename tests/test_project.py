@@ -59,7 +59,7 @@ def test_what_the_project_names_is_pinned_within_its_bounds():
         *chain(*project["project"]["optional-dependencies"].values()),
         *chain(*project["dependency-groups"].values()),
     ]
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / ".ci/constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
 
@@ -105,7 +105,7 @@ def test_a_commit_is_linted_by_the_version_that_make_lint_runs():
     (ruff,) = hooks["repos"]
     assert (
         f"\nruff=={ruff['rev'].removeprefix('v')}\n"
-        in (ROOT / "constraints.txt").read_text()
+        in (ROOT / ".ci/constraints.txt").read_text()
     )
 
 
