@@ -9,7 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
+
+_MEANS_OVER_COMPONENTS = (
+    keras.metrics.BinaryAccuracy,
+    keras.metrics.BinaryCrossentropy,
+    keras.metrics.Hinge,
+    keras.metrics.LogCoshError,
+    keras.metrics.MeanAbsoluteError,
+    keras.metrics.MeanAbsolutePercentageError,
+    keras.metrics.MeanSquaredError,
+    keras.metrics.MeanSquaredLogarithmicError,
+    keras.metrics.Poisson,
+    keras.metrics.RootMeanSquaredError,
+    keras.metrics.SquaredHinge,
+)
 
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
@@ -25,9 +40,14 @@ class MaskedLoss(keras.losses.Loss):
     of exactly 0; an optimizer with momentum or weight decay may still move the weights.
 
     A label is what belongs to one vector of the prediction's last axis: a class, a
-    number, or a vector, which is missing if any of its components is. To leave out
-    single components (of 64 attributes, say), make them labels of their own: reshape
-    prediction and labels from `(N, 64)` to `(N, 64, 1)`.
+    number, or a vector. Where the loss is a mean over the vector's components, as
+    squared and absolute errors and binary cross-entropies are, each component is a
+    label of its own (which is tried once, on random numbers, so that it holds for a
+    loss of your own, too). For all others, such as a cosine similarity, a vector is
+    missing if any of its components is.
+
+    An epoch without a label has a `<task>_loss` of exactly 0, which is no perfect
+    score: `MaskedMetric` is NaN there.
 
     The mean is taken where Keras takes it. Each replica of a `tf.distribute` strategy,
     and each step of gradient accumulation, divides by its own labels, and the gradient
@@ -47,7 +67,8 @@ class MaskedLoss(keras.losses.Loss):
         `y_pred`: `(N, ..., C)`; or `(N,)`, as `(N, 1)`. Integers are numbers of
             classes, `(N, ...)`.
         `y_true`: `(N, ..., C)`, or without its last axis, or with one of length 1.
-        `sample_weight`: `(N,)`, or any of the axes `(N, ...)`.
+        `sample_weight`: `(N,)`, or any of the axes `(N, ...)`; and `(N, ..., C)` where
+            components are labels.
 
     Raises:
         ValueError: If `loss` is no loss, gives a sum, compares examples with each
@@ -79,6 +100,11 @@ class MaskedLoss(keras.losses.Loss):
     >>> loss = MaskedLoss("mse")
     >>> float(loss([[2.0], [nan], [5.0]], [[1.0], [7.0], [2.0]]))
     5.0
+
+    The same of the one row that has them, of three columns:
+
+    >>> float(loss([[2.0, nan, 5.0], [nan, nan, nan]], [[1.0, 7.0, 2.0], [9.0] * 3]))
+    5.0
     """
 
     def __init__(
@@ -95,6 +121,7 @@ class MaskedLoss(keras.losses.Loss):
                 f"missing={ignored})`. Received: a loss with ignore_class={ignored}"
             )
         self.missing = _marker(missing)
+        self.of_components = _is_mean_over_components(self.loss)
         super().__init__(
             name=name,
             reduction="mean_with_sample_weight",
@@ -103,7 +130,12 @@ class MaskedLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         y_true, safe_pred, weight = _without_missing(
-            y_true, y_pred, sample_weight, self.missing, self.dtype
+            y_true,
+            y_pred,
+            sample_weight,
+            self.missing,
+            self.dtype,
+            self.of_components,
         )
         values = values_of(self.loss, y_true, safe_pred)
         extra = len(weight.shape) - len(values.shape)
@@ -137,7 +169,11 @@ class MaskedMetric(keras.metrics.Metric):
 
     What is missing is as for `MaskedLoss`: the metric gets a label of 0, a prediction
     of 1 and a weight of 0 for it. Over all batches, and all replicas of
-    a `tf.distribute` strategy, the result is that of the labelled examples alone.
+    a `tf.distribute` strategy, the result is that of the labelled examples alone. It
+    is NaN where no label has been seen.
+
+    Of a vector, single components are left out where the metric is one of Keras's that
+    average over them (`MeanSquaredError`, `BinaryAccuracy` ...), or such a function.
 
     `compile(weighted_metrics=...)` hands it the sample weights, `compile(metrics=...)`
     does not.
@@ -179,26 +215,40 @@ class MaskedMetric(keras.metrics.Metric):
         metric = keras.metrics.get(metric)
         if not callable(metric):
             raise ValueError(f"`metric` must be a Keras metric. Received: {metric!r}")
+        of_components = isinstance(metric, _MEANS_OVER_COMPONENTS)
         if not isinstance(metric, keras.metrics.Metric):
+            of_components = _is_mean_over_components(metric)
             metric = keras.metrics.MeanMetricWrapper(metric, name=metric.__name__)
         super().__init__(name=name or metric.name, dtype=metric.dtype)
         self.metric = metric
         self.missing = _marker(missing)
+        self.of_components = of_components
+        self.labels = self.add_weight((), "zeros", name="labels")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         floatx = keras.config.floatx()
         y_true, y_pred, weight = _without_missing(
-            y_true, y_pred, sample_weight, self.missing, floatx
+            y_true,
+            y_pred,
+            sample_weight,
+            self.missing,
+            floatx,
+            self.of_components,
         )
+        there = ops.cast(weight != 0, self.labels.dtype)
+        self.labels.assign_add(ops.sum(there))
         if sample_weight is None:
             # Metrics that count (IoU) want whole numbers.
             weight = ops.cast(weight, self.dtype)
         self.metric.update_state(y_true, y_pred, sample_weight=weight)
 
     def result(self) -> Any:
-        return self.metric.result()
+        return keras.tree.map_structure(
+            lambda x: ops.where(self.labels > 0, x, float("nan")), self.metric.result()
+        )
 
     def reset_state(self) -> None:
+        self.labels.assign(0)
         self.metric.reset_state()
 
     def get_config(self) -> dict[str, Any]:
@@ -248,6 +298,30 @@ def checked_loss(loss: Any) -> Any:
     return loss
 
 
+def _is_mean_over_components(loss: Any) -> bool:
+    """Whether the loss of a vector is the mean of the losses of its components."""
+    if isinstance(loss, keras.losses.Loss):
+        loss = getattr(loss, "loss", loss).call  # of a weighed one, the one within
+    y_true, y_pred = np.random.default_rng(0).uniform(0.1, 0.9, (2, 3, 4))
+    whole, parts = (
+        _values(loss, y_true.reshape(shape), y_pred.reshape(shape))
+        for shape in [(3, 4), (3, 4, 1)]
+    )
+    if whole is None or parts is None or whole.size not in (3, 12) or parts.size != 12:
+        return False
+    means = (values.reshape(3, -1).mean(axis=1) for values in (whole, parts))
+    return np.allclose(*means, rtol=1e-3)
+
+
+def _values(loss: Callable, y_true: Any, y_pred: Any) -> np.ndarray | None:
+    """What a loss gives for arrays, None where it takes none of that shape."""
+    y_true, y_pred = (ops.convert_to_tensor(y, "float32") for y in (y_true, y_pred))
+    try:
+        return ops.convert_to_numpy(ops.cast(loss(y_true, y_pred), "float32"))
+    except Exception:  # of whatever kind: a loss of one's own may raise any
+        return None
+
+
 def _marker(missing: float | None) -> float | None:
     """The number that marks a missing label, `None` for NaN."""
     if missing is None:
@@ -280,12 +354,20 @@ def _aligned(y_true: Any, y_pred: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def _without_missing(
-    y_true: Any, y_pred: Any, sample_weight: Any, missing: float | None, dtype: Any
+    y_true: Any,
+    y_pred: Any,
+    sample_weight: Any,
+    missing: float | None,
+    dtype: Any,
+    of_components: bool,
 ) -> tuple[Any, Any, Any]:
     """Labels, 0 where missing; predictions, 1 there; and weights (N, ...)."""
     # Private: Keras has no public name for the mask that a layer hands on.
     mask = getattr(y_pred, "_keras_mask", None)
     y_true, y_pred = _aligned(y_true, y_pred, dtype)
+    if of_components and y_true.shape[-1] != 1 and y_true.shape == y_pred.shape:
+        # Each component is a label of its own: (N, ..., C, 1).
+        y_true, y_pred = ops.expand_dims(y_true, -1), ops.expand_dims(y_pred, -1)
     vectors = len(y_true.shape) == len(y_pred.shape)
 
     absent = ops.isnan(y_true) if missing is None else ops.equal(y_true, missing)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_cross_stitch import MaskedLoss, MaskedMetric, stitch
+from keras_cross_stitch.missing_labels import values_of
 
 random = np.random.default_rng(0)
 
@@ -188,8 +189,119 @@ def test_a_map_without_a_last_axis_has_a_label_a_pixel():
     )
 
 
-def test_a_vector_is_missing_if_a_component_is():
-    assert float(MaskedLoss("mae")([[1, np.nan], [3, 4]], [[9.0, 9], [4, 6]])) == 1.5
+COMPONENTS = [
+    ("MeanSquaredError", numbers, lambda t, p: (t - p) ** 2),
+    ("MeanAbsoluteError", numbers, lambda t, p: np.abs(t - p)),
+    (
+        "MeanAbsolutePercentageError",
+        numbers,
+        lambda t, p: 100 * np.abs(t - p) / np.abs(t),
+    ),
+    (
+        "MeanSquaredLogarithmicError",
+        numbers,
+        lambda t, p: (np.log1p(t) - np.log1p(p)) ** 2,
+    ),
+    ("LogCosh", numbers, lambda t, p: np.log(np.cosh(p - t))),
+    ("Poisson", numbers, lambda t, p: p - t * np.log(p + 1e-7)),
+    ("Huber", numbers, lambda t, p: (t - p) ** 2 / 2),
+    ("Hinge", binary, lambda t, p: np.maximum(1 - (2 * t - 1) * p, 0)),
+    ("SquaredHinge", binary, lambda t, p: np.maximum(1 - (2 * t - 1) * p, 0) ** 2),
+    (
+        "BinaryCrossentropy",
+        binary,
+        lambda t, p: -t * np.log(p) - (1 - t) * np.log(1 - p),
+    ),
+]
+
+
+@pytest.mark.parametrize("missing", [np.nan, -7])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 4)])
+@pytest.mark.parametrize(
+    ("name", "data", "of_one"), COMPONENTS, ids=[entry[0] for entry in COMPONENTS]
+)
+def test_single_components_may_be_missing(name, data, of_one, shape, missing):
+    y_true, y_pred = data(*shape)
+    there = random.uniform(size=shape) > 0.4
+    there[0] = False  # a whole row
+    there[1, ..., 0], there[1, ..., 1] = True, False
+    gaps = np.where(there, y_true, missing)
+    expected = of_one(y_true, y_pred)[there].mean()
+
+    loss = getattr(keras.losses, name)()
+    masked = MaskedLoss(loss, missing)(gaps, y_pred)
+    assert float(masked) == pytest.approx(expected, rel=1e-4)
+    function = MaskedLoss(keras.losses.get(loss.name.removesuffix("_loss")), missing)
+    assert float(function(gaps, y_pred)) == pytest.approx(expected, rel=1e-4)
+    metric_name = {"LogCosh": "LogCoshError"}.get(name, name)
+    if hasattr(keras.metrics, metric_name):
+        metric = MaskedMetric(getattr(keras.metrics, metric_name)(), missing)
+        metric.update_state(gaps, y_pred)
+        assert float(metric.result()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_of_examples_and_of_components():
+    y_true, y_pred = numbers(4, 3)
+    y_true[0, 1] = y_true[2] = np.nan
+    there = ~np.isnan(y_true)
+    for shape in [(4,), (4, 1), (4, 3)]:
+        weight = random.uniform(0.5, 2, size=shape)
+        full = np.broadcast_to(weight if len(shape) > 1 else weight[:, None], (4, 3))
+        expected = np.average(np.abs(y_true - y_pred)[there], weights=full[there])
+        loss = MaskedLoss("mae")(y_true, y_pred, weight)
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_component_that_is_missing_has_no_gradient():
+    x = keras.Input((2,))
+    model = keras.Model(x, keras.layers.Dense(3, name="columns")(x))
+    model.compile(keras.optimizers.SGD(0.1), MaskedLoss("mse"))
+    before = model.get_weights()
+    labels = np.array([[1.0, np.nan, 2.0], [np.inf, np.nan, 3.0]])
+    weight = np.array([[1.0, 1, 1], [0, 1, 1]])
+    model.fit(np.ones((2, 2)), labels, sample_weight=weight, verbose=0)
+    for new, old in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(new[..., 1], old[..., 1])
+        assert np.isfinite(new).all()
+        assert (new[..., 0] != old[..., 0]).all()
+
+
+def test_a_vector_of_another_loss_is_missing_if_a_component_is():
+    y_true, y_pred = np.array([[3.0, np.nan], [0, 4]]), np.array([[9.0, 9], [3, 0]])
+    for loss in ["cosine_similarity", distance]:
+        expected = keras.ops.convert_to_numpy(
+            values_of(keras.losses.get(loss), y_true[1:], y_pred[1:])
+        )
+        assert float(MaskedLoss(loss)(y_true, y_pred)) == expected
+    metric = MaskedMetric("cosine_similarity")
+    metric.update_state(y_true, y_pred)
+    assert float(metric.result()) == 0
+
+
+def test_of_a_loss_of_ones_own_it_is_found_out():
+    def mean(t, p):
+        return keras.ops.mean(keras.ops.abs(t - p), axis=-1)
+
+    def weighed(t, p):  # takes vectors of 2 alone
+        return keras.ops.sum(keras.ops.abs(t - p) * [0.5, 0.5], axis=-1)
+
+    y_true, y_pred = [[1, np.nan], [3, 4]], [[9.0, 9], [4, 6]]
+    assert float(MaskedLoss(mean)(y_true, y_pred)) == pytest.approx(11 / 3)
+    assert float(MaskedLoss(lambda t, p: keras.ops.abs(t - p))(y_true, y_pred)) == (
+        pytest.approx(11 / 3)
+    )
+    assert float(MaskedLoss(weighed)(y_true, y_pred)) == 1.5
+
+
+@pytest.mark.parametrize("name", ["mae", "R2Score"])
+def test_a_metric_that_has_seen_no_label_is_nan(name):
+    metric = MaskedMetric(keras.metrics.R2Score() if name == "R2Score" else name)
+    metric.update_state(np.full((3, 2), np.nan), np.ones((3, 2)))
+    assert np.isnan(metric.result())
+    metric.update_state([[1.0, 5.0], [2.0, 3.0]], [[1.0, 4.0], [1.0, 1.0]])
+    assert np.isfinite(metric.result())
+    metric.reset_state()
+    assert np.isnan(metric.result())
 
 
 def test_a_loss_of_several_labels_counts_if_all_are_there():
