@@ -3,14 +3,22 @@
 Fixed weights need nothing from here: `compile(loss_weights={task: 0.5, ...})`.
 """
 
-from collections.abc import Iterable, Mapping
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_cross_stitch.missing_labels import MaskedLoss, checked_loss, values_of
+from keras_cross_stitch.missing_labels import (
+    MaskedLoss,
+    checked_loss,
+    tried,
+    values_of,
+)
 
 
 def weigh_losses(
@@ -32,9 +40,14 @@ def weigh_losses(
     to the number of tasks. They start at 1, and the callback `DynamicWeightAverage`,
     which `fit` must be given, sets them after each epoch.
 
-    The new model computes what the given one does, and shares its layers. It holds
-    the weights, so that they are trained, saved and loaded as others are. The losses
-    in the logs (`<task>_loss`) are the weighted ones.
+    The new model computes what the given one does, and shares its layers. One layer of
+    it, called `by`, holds the weights, so that they are trained, saved, loaded and
+    copied as others are: the losses take the weights of the copy that they follow. The
+    losses in the logs (`<task>_loss`) are the weighted ones, which fall below 0 and
+    tell little: monitor a metric.
+
+    Both formulas are for losses of 0 or more. A cosine similarity, which is at least
+    -1, counts as `1 + L_i`.
 
     Args:
         model: Functional `keras.Model` whose output is a dict with a tensor a task.
@@ -47,9 +60,9 @@ def weigh_losses(
         The new model and the dict of losses to compile it with.
 
     Raises:
-        ValueError: If `by` is neither, if the model's output is no dict of two tasks
-            or more, if they are not those of `loss`, or if `MaskedLoss` would not take
-            a loss.
+        ValueError: If `by` is neither, if the model's output is no dict of two tensors
+            or more, if they are not those of `loss`, if it is weighed already, if
+            `MaskedLoss` would not take a loss, or if a loss goes below 0.
 
     Example:
 
@@ -78,15 +91,22 @@ def weigh_losses(
             "`model` must give a dict of two outputs or more, and `loss` have a loss "
             f"for each of them. Received: outputs {received}, losses {tasks}"
         )
+    for task, output in outputs.items():
+        if not isinstance(output, keras.KerasTensor):
+            raise ValueError(
+                "Each task of `model` must have one tensor for its output: give each "
+                "of the others a name and a loss of its own. Received: the output of "
+                f"'{task}' is {output}"
+            )
+    for layer in model.layers:
+        if isinstance(layer, TaskWeights):
+            raise ValueError(
+                "The losses of `model` are weighed already, by its layer "
+                f"'{layer.name}'"
+            )
     weights = _WEIGHTS[by](tasks, name=by)
-    outputs = {
-        task: WeightedTask(weights, name=f"{task}_{by}")(output)
-        for task, output in outputs.items()
-    }
-    return (
-        keras.Model(model.input, outputs, name=model.name),
-        {task: _weighted(loss[task], weights, task) for task in loss},
-    )
+    losses = {task: _weighted(loss[task], task, weights.key) for task in loss}
+    return keras.Model(model.input, weights(outputs), name=model.name), losses
 
 
 class DynamicWeightAverage(keras.callbacks.Callback):
@@ -105,8 +125,9 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         temperature: Positive number: the larger, the more even are the weights.
 
     Raises:
-        ValueError: If `temperature` is not positive; or, when training begins, if
-            the model is none of `weigh_losses(..., by="dynamic_average")`.
+        ValueError: If `temperature` is not positive; when training begins, if the
+            model is none of `weigh_losses(..., by="dynamic_average")`; or, at the end
+            of an epoch, if a loss is below 0.
 
     Example:
 
@@ -128,18 +149,18 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self.temperature = temperature
 
     def on_train_begin(self, logs: Any = None) -> None:
-        weights = [
-            layer.weights_of_tasks
-            for layer in self.model.layers
-            if isinstance(layer, WeightedTask)
-        ]
-        if not weights or not isinstance(weights[0], DynamicWeights):
+        weights = [x for x in self.model.layers if isinstance(x, DynamicWeights)]
+        if not weights:
             raise ValueError(
                 "DynamicWeightAverage needs a model from "
                 '`weigh_losses(model, loss, by="dynamic_average")`. Received: '
                 f"{self.model.name}"
             )
         self.weights = weights[0]
+        self.weights.has_callback = True
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.weights.has_callback = False
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         weight = ops.convert_to_numpy(self.weights.weight).astype("float64")
@@ -147,6 +168,9 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         weighted = np.array([logs[f"{task}_loss"] for task in self.weights.tasks])
         with np.errstate(divide="ignore", invalid="ignore"):
             now = weighted / weight
+            for task, value in zip(self.weights.tasks, now, strict=True):
+                if value < 0:
+                    raise ValueError(_below_zero(task, value))
             ratio = now / before
         ratio = np.where(np.isfinite(ratio), ratio, 1.0) / self.temperature
         share = np.exp(ratio - ratio.max())
@@ -154,47 +178,78 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self.weights.last_loss.assign(now)
 
 
+# {key: the layer of that key that was called last}. A copy of a model, made by whatever
+# way Keras copies, has a layer of the same key, and its losses follow its call.
+_called: MutableMapping[str, "TaskWeights"] = weakref.WeakValueDictionary()
+
+
+class TaskWeights(keras.layers.Layer):
+    """Hands the outputs of all tasks on, and holds the weights of their losses."""
+
+    def __init__(
+        self, tasks: Iterable[str], key: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.tasks = list(tasks)
+        self.key = key or uuid.uuid4().hex
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, outputs: Any, training: bool | None = None) -> Any:
+        _called[self.key] = self
+        return dict(outputs)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return mask
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "tasks": self.tasks, "key": self.key}
+
+
 @keras.saving.register_keras_serializable("keras_cross_stitch")
-class UncertaintyWeights(keras.layers.Layer):
+class UncertaintyWeights(TaskWeights):
     """Holds a trained log-variance a task: `v = log s^2`."""
 
     def __init__(self, tasks: Iterable[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.tasks = list(tasks)
+        super().__init__(tasks, **kwargs)
         self.log_variance = self.add_weight(
-            (len(self.tasks),), "zeros", name="log_variance"
+            (len(self.tasks),), "zeros", dtype="float32", name="log_variance"
         )
-        self.built = True
 
     def weigh(self, values: Any, task: str) -> Any:
         v = ops.cast(self.log_variance[self.tasks.index(task)], values.dtype)
         return 0.5 * ops.exp(-v) * values + 0.5 * v
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "tasks": self.tasks}
-
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
-class DynamicWeights(keras.layers.Layer):
+class DynamicWeights(TaskWeights):
     """Holds a weight a task, and the last epoch's loss, for `DynamicWeightAverage`."""
 
     def __init__(self, tasks: Iterable[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.tasks = list(tasks)
+        super().__init__(tasks, **kwargs)
         shape = (len(self.tasks),)
-        self.weight = self.add_weight(shape, "ones", trainable=False, name="weight")
+        self.weight = self.add_weight(
+            shape, "ones", dtype="float32", trainable=False, name="weight"
+        )
         # 0, none yet, makes a ratio that is no number.
         self.last_loss = self.add_weight(
-            shape, "zeros", trainable=False, name="last_loss"
+            shape, "zeros", dtype="float32", trainable=False, name="last_loss"
         )
-        self.built = True
+        self.has_callback = False
+
+    def call(self, outputs: Any, training: bool | None = None) -> Any:
+        if training and not self.has_callback:
+            warnings.warn(
+                "The weights of the losses stay as they are: give "
+                "`fit(..., callbacks=[DynamicWeightAverage()])`, which sets them after "
+                "each epoch.",
+                stacklevel=2,
+            )
+        return super().call(outputs)
 
     def weigh(self, values: Any, task: str) -> Any:
         weight = self.weight[self.tasks.index(task)]
         return ops.cast(weight, values.dtype) * values
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "tasks": self.tasks}
 
 
 _WEIGHTS: dict[str, Any] = {
@@ -204,43 +259,24 @@ _WEIGHTS: dict[str, Any] = {
 
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
-class WeightedTask(keras.layers.Layer):
-    """Hands a task's output on, and makes the weights of the losses the model's."""
-
-    def __init__(
-        self, weights_of_tasks: UncertaintyWeights | DynamicWeights, **kwargs: Any
-    ) -> None:
-        super().__init__(autocast=False, **kwargs)
-        self.weights_of_tasks = weights_of_tasks
-        self.supports_masking = True
-
-    def call(self, output: Any) -> Any:
-        return output
-
-    def get_config(self) -> dict[str, Any]:
-        weights = _shared(self.weights_of_tasks)
-        return {**super().get_config(), "weights_of_tasks": weights}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "WeightedTask":
-        weights = keras.saving.deserialize_keras_object(config["weights_of_tasks"])
-        return cls(**{**config, "weights_of_tasks": weights})
-
-
-@keras.saving.register_keras_serializable("keras_cross_stitch")
 class WeightedLoss(keras.losses.Loss):
     """A task's loss, weighed value by value: so its mean is, and a mask still fits."""
 
     def __init__(
-        self,
-        loss: Any,
-        weights_of_tasks: UncertaintyWeights | DynamicWeights,
-        task: str,
-        name: str | None = None,
+        self, loss: Any, task: str, weights_key: str, name: str | None = None
     ) -> None:
         self.loss = checked_loss(loss)
-        self.weights_of_tasks = weights_of_tasks
         self.task = task
+        self.weights_key = weights_key
+        is_similarity = (
+            isinstance(self.loss, keras.losses.CosineSimilarity)
+            or self.loss is keras.losses.cosine_similarity
+        )
+        self.shift = 1.0 if is_similarity else 0.0
+        probabilities = np.random.default_rng(0).dirichlet(np.ones(4), (2, 3))
+        values = tried(self.loss, *probabilities)
+        if values is not None and values.size and values.min() + self.shift < -1e-3:
+            raise ValueError(_below_zero(task, values.min()))
         super().__init__(
             name=name,
             reduction=getattr(self.loss, "reduction", "sum_over_batch_size"),
@@ -249,7 +285,7 @@ class WeightedLoss(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         values = values_of(self.loss, y_true, y_pred)
-        weighed = self.weights_of_tasks.weigh(values, self.task)
+        weighed = _called[self.weights_key].weigh(values + self.shift, self.task)
         # Private: where a loss says which labels count, as `ignore_class` does.
         mask = getattr(values, "_keras_mask", None)
         if mask is not None:
@@ -260,28 +296,25 @@ class WeightedLoss(keras.losses.Loss):
         return {
             "name": self.name,
             "loss": keras.losses.serialize(self.loss),
-            "weights_of_tasks": _shared(self.weights_of_tasks),
             "task": self.task,
+            "weights_key": self.weights_key,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WeightedLoss":
-        weights = keras.saving.deserialize_keras_object(config["weights_of_tasks"])
-        loss = keras.losses.deserialize(config["loss"])
-        return cls(**{**config, "loss": loss, "weights_of_tasks": weights})
+        return cls(**{**config, "loss": keras.losses.deserialize(config["loss"])})
 
 
-def _weighted(
-    loss: Any, weights: UncertaintyWeights | DynamicWeights, task: str
-) -> keras.losses.Loss:
+def _weighted(loss: Any, task: str, weights_key: str) -> keras.losses.Loss:
     if isinstance(loss, MaskedLoss):
         # Inside, so that a batch without labels has no log s either.
-        return MaskedLoss(WeightedLoss(loss.loss, weights, task), loss.missing)
-    return WeightedLoss(loss, weights, task)
+        return MaskedLoss(WeightedLoss(loss.loss, task, weights_key), loss.missing)
+    return WeightedLoss(loss, task, weights_key)
 
 
-def _shared(weights: keras.layers.Layer) -> dict[str, Any]:
-    """The config from which Keras makes one object, wherever in a file it stands."""
-    # Keras marks as shared what it serializes for the second time.
-    keras.saving.serialize_keras_object(weights)
-    return keras.saving.serialize_keras_object(weights)
+def _below_zero(task: str, value: float) -> str:
+    return (
+        f"The loss of '{task}' goes below 0, where weights by the size of losses have "
+        "no end or turn round. Add its bound: where that is -1, give "
+        f"`lambda y, p: loss(y, p) + 1`. Received: a loss of {value:.3g}"
+    )

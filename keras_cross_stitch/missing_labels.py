@@ -301,23 +301,24 @@ def checked_loss(loss: Any) -> Any:
 def _is_mean_over_components(loss: Any) -> bool:
     """Whether the loss of a vector is the mean of the losses of its components."""
     if isinstance(loss, keras.losses.Loss):
-        loss = getattr(loss, "loss", loss).call  # of a weighed one, the one within
+        loss = getattr(loss, "loss", loss)  # of a weighed one, the one within
     y_true, y_pred = np.random.default_rng(0).uniform(0.1, 0.9, (2, 3, 4))
     whole, parts = (
-        _values(loss, y_true.reshape(shape), y_pred.reshape(shape))
+        tried(loss, y_true.reshape(shape), y_pred.reshape(shape))
         for shape in [(3, 4), (3, 4, 1)]
     )
     if whole is None or parts is None or whole.size not in (3, 12) or parts.size != 12:
         return False
-    means = (values.reshape(3, -1).mean(axis=1) for values in (whole, parts))
-    return np.allclose(*means, rtol=1e-3)
+    mean, mean_of_parts = (x.reshape(3, -1).mean(axis=1) for x in (whole, parts))
+    return np.allclose(mean, mean_of_parts, rtol=1e-3)
 
 
-def _values(loss: Callable, y_true: Any, y_pred: Any) -> np.ndarray | None:
-    """What a loss gives for arrays, None where it takes none of that shape."""
+def tried(loss: Any, y_true: Any, y_pred: Any) -> np.ndarray | None:
+    """The values of a loss for arrays, None where it takes none like them."""
+    call = loss.call if isinstance(loss, keras.losses.Loss) else loss
     y_true, y_pred = (ops.convert_to_tensor(y, "float32") for y in (y_true, y_pred))
     try:
-        return ops.convert_to_numpy(ops.cast(loss(y_true, y_pred), "float32"))
+        return ops.convert_to_numpy(ops.cast(call(y_true, y_pred), "float32"))
     except Exception:  # of whatever kind: a loss of one's own may raise any
         return None
 

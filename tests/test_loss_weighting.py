@@ -185,7 +185,7 @@ def test_an_ignored_class_counts_nowhere(by):
     ignoring = entropy(from_logits=True, ignore_class=255)
     masked = MaskedLoss(entropy(from_logits=True), missing=255)
     model, loss = weigh_losses(model, {"a": ignoring, "b": masked}, by)
-    for weight in model.layers[-1].weights_of_tasks.weights:
+    for weight in model.get_layer(by).weights:
         weight.assign(np.full(2, 0.7))
     logits = random.normal(size=(4, 4))
     for labels in ([1, 255, 3, 255], [0, 1, 2, 3]):
@@ -260,6 +260,135 @@ def test_mixed_float16_keeps_the_weights_in_float32():
     log_variance = weight_of(model, "log_variance")
     np.testing.assert_allclose(log_variance, list(v.values()), atol=0.03)
     assert log_variance.dtype == "float32"
+
+
+def cosine(y, prediction):
+    dot = (y * prediction).sum(-1)
+    norms = np.linalg.norm(y, axis=-1) * np.linalg.norm(prediction, axis=-1)
+    return -(dot / norms).mean()
+
+
+@pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])
+@pytest.mark.parametrize(
+    "similarity", ["cosine_similarity", keras.losses.CosineSimilarity()]
+)
+def test_a_similarity_counts_from_its_lowest_value(by, similarity):
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(2, name=task)(x) for task in "bc"})
+    y = {"b": random.normal(size=(8, 2)), "c": random.normal(size=(8, 2))}
+    expected = 1 + cosine(y["b"], model.predict(X, verbose=0)["b"])
+    losses = {"b": MaskedLoss(similarity), "c": similarity}
+    model, loss = weigh_losses(model, losses, by)
+    model.compile(keras.optimizers.Adam(0.1), loss)
+    logs = model.evaluate(X, y, verbose=0, return_dict=True)
+    factor = 0.5 if by == "uncertainty" else 1
+    assert logs["b_loss"] == pytest.approx(factor * expected, rel=1e-4)
+    callbacks = [DynamicWeightAverage()] if by == "dynamic_average" else []
+    history = fit(model, 60, "bc", callbacks, y=y)
+    assert np.isfinite(history["loss"]).all()
+    # log s^2 goes to the logarithm of the loss, which is small but above 0.
+    assert np.abs(model.get_layer(by).get_weights()[0]).max() < 20
+
+
+@pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_that_goes_below_0_is_refused_at_once(by, masked):
+    def similarity(y, p):
+        return -keras.ops.sum(y * p, axis=-1)
+
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(2)(x) for task in "bc"})
+    loss = {"b": "mse", "c": MaskedLoss(similarity) if masked else similarity}
+    with pytest.raises(ValueError, match=r"The loss of 'c' goes below 0.*Add its bou"):
+        weigh_losses(model, loss, by)
+    loss["c"] = lambda y, p: similarity(y, p) + 1
+    weigh_losses(model, loss, by)
+
+
+def test_a_loss_that_is_below_0_in_training_is_named():
+    x = keras.Input((3,))
+    outputs = {t: keras.layers.Dense(2, activation="exponential")(x) for t in "bc"}
+    model, loss = weigh_losses(
+        keras.Model(x, outputs), {"b": "mse", "c": "poisson"}, "dynamic_average"
+    )
+    model.compile(keras.optimizers.SGD(1e-6), loss)
+    y = {"b": np.ones((8, 2)), "c": np.full((8, 2), np.exp(6.0))}
+    for layer in model.layers:
+        if layer.name.startswith("dense"):
+            layer.set_weights([np.zeros((3, 2)), np.full(2, 6.0)])
+    with pytest.raises(ValueError, match="The loss of 'c' goes below 0"):
+        fit(model, 1, "bc", [DynamicWeightAverage()], y=y)
+
+
+def test_a_forgotten_callback_is_said():
+    with pytest.warns(UserWarning, match=r"callbacks=\[DynamicWeightAverage\(\)\]"):
+        fit(new_model("dynamic_average"), 1)
+    model = new_model("dynamic_average")
+    model.evaluate(X, Y, verbose=0)
+    fit(model, 1, callbacks=[DynamicWeightAverage()])
+
+
+def test_several_outputs_of_a_task_are_refused_at_once():
+    x = keras.Input((3,))
+    two = [keras.layers.Dense(1)(x), keras.layers.Dense(1)(x)]
+    model = keras.Model(x, {"a": keras.layers.Dense(1)(x), "b": two})
+    with pytest.raises(ValueError, match=r"one tensor .* the output of 'b' is \["):
+        weigh_losses(model, {"a": "mse", "b": ["mse", "mse"]}, "uncertainty")
+
+
+# Copies.
+
+
+def reloaded(model, path):
+    model.save(path / "model.keras")
+    return keras.saving.load_model(path / "model.keras")
+
+
+COPIES = {
+    "clone_model": lambda model, path: keras.models.clone_model(model),
+    "from_config": lambda model, path: type(model).from_config(model.get_config()),
+    "load_model": reloaded,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_trains_the_uncertainties_that_it_has(copied, tmp_path):
+    model = new_model("uncertainty")
+    copy = copied(model, tmp_path)
+    copy.set_weights(model.get_weights())
+    assert [w.path for w in copy.weights].count("uncertainty/log_variance") == 1
+    # By the losses of the original, and by those of its configuration.
+    loss_of_model = model.get_compile_config()["loss"]
+    copy.compile(
+        keras.optimizers.SGD(RATE), keras.saving.deserialize_keras_object(loss_of_model)
+    )
+    before = model.get_weights()
+    fit(copy, 4)
+    w, v, _ = uncertainty_steps(4)
+    assert_kernels(copy, w)
+    np.testing.assert_allclose(
+        weight_of(copy, "log_variance"), list(v.values()), rtol=1e-4
+    )
+    for weight, unmoved in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, unmoved)
+    fit(model, 4)
+    assert_kernels(model, w)
+    np.testing.assert_allclose(
+        weight_of(model, "log_variance"), list(v.values()), rtol=1e-4
+    )
+
+
+def test_the_losses_of_a_model_serve_its_copy():
+    x = keras.Input((3,))
+    outputs = {t: keras.layers.Dense(n, name=t)(x) for t, n in TASKS.items()}
+    model, loss = weigh_losses(
+        keras.Model(x, outputs), dict.fromkeys(TASKS, MaskedLoss("mse")), "uncertainty"
+    )
+    copy = keras.models.clone_model(model)
+    for one in (copy, model):
+        one.compile(keras.optimizers.SGD(RATE), loss)
+        fit(one, 1)
+        assert (weight_of(one, "log_variance") != 0).all()
 
 
 # Saving.
@@ -396,6 +525,13 @@ def test_every_output_needs_a_loss():
             )
     with pytest.raises(ValueError, match="a dict of two outputs or more"):
         weigh_losses(keras.Model(x, {"a": one}), {"a": "mse"}, "uncertainty")
+
+
+def test_a_model_is_weighed_once():
+    with pytest.raises(ValueError, match="weighed already, by its layer 'uncertainty'"):
+        weigh_losses(
+            new_model("uncertainty"), dict.fromkeys(TASKS, "mse"), "dynamic_average"
+        )
 
 
 def test_the_callback_needs_its_model():
