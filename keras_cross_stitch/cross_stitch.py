@@ -1,6 +1,7 @@
 """The cross-stitch unit as a Keras layer; knows nothing of towers or training."""
 
 import functools
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import keras
@@ -153,18 +154,44 @@ class CrossStitch(keras.layers.Layer):
         # Again, since later calls may come with shapes that would broadcast.
         rank = len(self._common_shape({task: x.shape for task, x in maps.items()}))
         given = _checked_when_run(list(maps.values()))
-        # alpha[i, j] against a map: (C,), or (C, 1, 1) where channels stand first.
+        # A copy, not the variable: a custom gradient may capture no variable.
+        weights = self._weights(ops.copy(self.alpha), len(maps), rank)
+        return _like(inputs, [_mix(weights[i], *given) for i in range(len(maps))])
+
+    def as_constants(
+        self, inputs: Any, leave_out: Collection[tuple[int, int]] = ()
+    ) -> Any:
+        """The same mix by today's `alpha` as constants, an operation for each term.
+
+        In a functional model, what task i gets then depends on those maps alone from
+        which it takes something, and not on the layer as a whole.
+
+        Args:
+            inputs: As the layer, which must be built, is called with.
+            leave_out: Pairs `(i, j)`, i not j, of places in `alpha`: task i takes
+                nothing from task j.
+
+        Returns:
+            As the layer gives it.
+        """
+        maps = [ops.cast(x, self.compute_dtype) for x in _by_task(inputs).values()]
+        alpha = ops.convert_to_numpy(self.alpha)
+        weights = self._weights(alpha, len(maps), len(maps[0].shape))
+        mixed = []
+        for i in range(len(maps)):
+            sources = [j for j in range(len(maps)) if (i, j) not in leave_out or i == j]
+            row = [ops.cast(weights[i][j], maps[j].dtype) for j in sources]
+            mixed.append(_sum_of_products(row, [maps[j] for j in sources]))
+        return _like(inputs, mixed)
+
+    def _weights(self, alpha: Any, tasks: int, rank: int) -> Any:
+        """alpha, where each alpha[i, j] has a shape that multiplies a map."""
+        # (C,), or (C, 1, 1) where channels stand first.
         trailing: tuple[int, ...] = (1,)
         if self.per == "channel":
             first = self.data_format == "channels_first"
             trailing = (-1,) + (1,) * (rank - 2 if first else 0)
-        # A copy, not the variable: a custom gradient may capture no variable.
-        alpha = ops.copy(self.alpha)
-        weights = ops.reshape(alpha, (len(maps), len(maps), *trailing))
-        mixed = [_mix(weights[i], *given) for i in range(len(maps))]
-        if isinstance(inputs, dict):
-            return dict(zip(maps, mixed, strict=True))
-        return type(inputs)(mixed)
+        return ops.reshape(alpha, (tasks, tasks, *trailing))
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return mask
@@ -209,14 +236,9 @@ class CrossStitch(keras.layers.Layer):
 
 @ops.custom_gradient
 def _mix(weights: Any, *maps: Any) -> Any:
-    """One row of Eq. 1: `sum_j weights[j] * maps[j]`, for one receiving task.
-
-    Sums of products, since stack and einsum are 4 to 8 times slower on a CPU.
-    """
+    """One row of Eq. 1: `sum_j weights[j] * maps[j]`, for one receiving task."""
     row = [ops.cast(weights[j], maps[0].dtype) for j in range(len(maps))]
-    mixed = row[0] * maps[0]
-    for weight, x in zip(row[1:], maps[1:], strict=True):
-        mixed = mixed + weight * x
+    mixed = _sum_of_products(row, maps)
 
     # PyTorch hands `upstream` by name, the others as the only argument.
     def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
@@ -227,6 +249,14 @@ def _mix(weights: Any, *maps: Any) -> Any:
         return (d_weights, *d_maps)
 
     return mixed, gradient
+
+
+def _sum_of_products(row: Sequence[Any], maps: Sequence[Any]) -> Any:
+    # Stack and einsum are 4 to 8 times slower on a CPU.
+    mixed = row[0] * maps[0]
+    for weight, x in zip(row[1:], maps[1:], strict=True):
+        mixed = mixed + weight * x
+    return mixed
 
 
 def _d_weight(upstream: Any, x: Any, weight: Any) -> Any:
@@ -248,6 +278,13 @@ def _by_task(inputs: Any) -> dict[Any, Any]:
         "CrossStitch takes a list, tuple or dict of at least two tensors, one a "
         f"task. Received: {inputs}"
     )
+
+
+def _like(inputs: Any, mixed: list[Any]) -> Any:
+    """The mixed maps, one a task, in the structure of the inputs."""
+    if isinstance(inputs, dict):
+        return dict(zip(_by_task(inputs), mixed, strict=True))
+    return type(inputs)(mixed)
 
 
 def _check_sizes_are_known_alike(name: str, shapes: dict[Any, Any]) -> None:

@@ -730,3 +730,27 @@ def test_other_backends_give_the_same(backend):
 
     assert run.returncode == 0, run.stderr
     assert run.stdout.split()[-1] == backend
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("per", ["channel", "layer"])
+def test_as_constants_is_the_same_mix_without_what_is_left_out(per, data_format):
+    rng = np.random.default_rng(0)
+    maps = {task: rng.normal(size=(2, 3, 5, 7)) for task in "bca"}
+    unit = CrossStitch(per, data_format=data_format)
+    mixed = unit(maps)
+    unit.alpha.assign(rng.normal(size=unit.alpha.shape))
+    mixed = unit(maps)
+    for task, value in unit.as_constants(maps).items():
+        np.testing.assert_allclose(value, mixed[task], rtol=1e-5, atol=1e-5)
+
+    alpha = np.array(unit.alpha, "float64")
+    alpha[0, 1] = alpha[2, 0] = alpha[2, 1] = 0
+    if per == "channel":
+        shape = (7,) if data_format == "channels_last" else (3, 1, 1)
+        alpha = alpha.reshape(3, 3, *shape)
+    without = unit.as_constants(maps, [(0, 1), (2, 0), (2, 1)])
+    for i, task in enumerate("abc"):
+        expected = sum(alpha[i, j] * maps[source] for j, source in enumerate("abc"))
+        np.testing.assert_allclose(without[task], expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(unit.as_constants([*maps.values()]), list)
