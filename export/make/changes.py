@@ -2,11 +2,15 @@
 
 import dataclasses
 import functools
-import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from export.meanings import Meaning, Meanings
+from export.version.recorded import Arrays, relative_difference
 from export.version.signatures import Signature, signatures
 from export.version.timing import batch_of, interleaved
 
@@ -26,13 +30,15 @@ class Change:
     metrics: dict[str, str]  # {output: "1.2 % of the classes"}, by answers.json
 
 
-def changes(before, after, inputs, answers) -> dict[str, Change]:
+def changes(
+    before: pathlib.Path, after: pathlib.Path, inputs: Arrays, answers: Meanings
+) -> dict[str, Change]:
     """Compares two versions of a model on `inputs`, {name: array}.
 
     Args:
         before, after: Paths of the versions.
         inputs: {input name: array with a batch axis}.
-        answers: {task: what its answer means}, the content of `answers.json`.
+        answers: What the tasks' answers mean.
     """
     costs = signatures(before), signatures(after)
     loaded = tf.saved_model.load(str(before)), tf.saved_model.load(str(after))
@@ -53,7 +59,7 @@ def changes(before, after, inputs, answers) -> dict[str, Change]:
             costs[1][name],
             float(np.median(seconds["before"])),
             float(np.median(seconds["after"])),
-            max(_largest(pair) for pair in pairs.values()),
+            max(relative_difference(y, x) for x, y in pairs.values()),
             {
                 task: metric
                 for task, (x, y) in pairs.items()
@@ -63,12 +69,7 @@ def changes(before, after, inputs, answers) -> dict[str, Change]:
     return found
 
 
-def read_answers(path) -> dict:
-    """The content of an `answers.json`, or nothing where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def changed_answers(before, after, meaning) -> str:
+def changed_answers(before: np.ndarray, after: np.ndarray, meaning: Meaning) -> str:
     """How many classes are others, or by what angle normals have turned."""
     if meaning.get("kind") == "classes":
         other = before.argmax(axis=-1) != after.argmax(axis=-1)
@@ -80,26 +81,25 @@ def changed_answers(before, after, meaning) -> str:
     return ""
 
 
-def _run(function, inputs):
+def _run(function: Callable[..., Any], inputs: Arrays) -> Arrays:
     tensors = {name: tf.constant(array) for name, array in inputs.items()}
     return {name: output.numpy() for name, output in function(**tensors).items()}
 
 
-def _answers(old, new, inputs):
+def _answers(
+    old: Callable[..., Any], new: Callable[..., Any], inputs: Arrays
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{output: (before, after)} of all examples."""
     batches = [
         {name: array[i : i + BATCH] for name, array in inputs.items()}
         for i in range(0, len(next(iter(inputs.values()))), BATCH)
     ]
     both = [[_run(function, batch) for batch in batches] for function in (old, new)]
+    before, after = both
     return {
-        name: tuple(np.concatenate([batch[name] for batch in x]) for x in both)
-        for name in both[0][0]
+        name: (
+            np.concatenate([batch[name] for batch in before]),
+            np.concatenate([batch[name] for batch in after]),
+        )
+        for name in before[0]
     }
-
-
-def _largest(pair):
-    before, after = pair
-    scale = np.abs(before).max()
-    difference = np.abs(after.astype("float64") - before).max()
-    return float(difference / scale if scale else difference)

@@ -8,6 +8,8 @@ forbidden: `verify` starts it so.
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,8 +21,10 @@ MOST_WARMUP_RECORDS = 1000  # TF Serving does not load a version with more
 EXAMPLES = 2  # in a recorded prediction
 _VALUES = 4096  # kept of an output: a map's would outweigh the model
 
+Arrays = dict[str, np.ndarray]
 
-def record(version, inputs, warmup=0):
+
+def record(version: pathlib.Path, inputs: Mapping[str, Any], warmup: int = 0) -> None:
     """Writes what every signature answers to the first of `inputs`, {name: array}.
 
     With `warmup`, also so many requests for every signature, each of one example.
@@ -42,26 +46,26 @@ def record(version, inputs, warmup=0):
         _write(version / WARMUP, requests)
 
 
-def read(path):
+def read(path: pathlib.Path) -> list[tuple[str, Arrays, Arrays]]:
     """[(signature, inputs, recorded outputs)] of a file; the outputs are samples."""
     if not path.is_file():
         raise ValueError(
             f"'{path}' is missing: export the model anew with `python -m export "
             "savedmodel`, which records predictions"
         )
-    predictions = []
+    predictions: list[tuple[str, Arrays, Arrays]] = []
     for log in tf.data.TFRecordDataset(str(path)):
         log = prediction_log_pb2.PredictionLog.FromString(log.numpy()).predict_log
         signature = log.request.model_spec.signature_name
-        arrays = [
+        inputs, outputs = (
             {name: tf.make_ndarray(proto) for name, proto in tensors.items()}
             for tensors in (log.request.inputs, log.response.outputs)
-        ]
-        predictions.append((signature, *arrays))
+        )
+        predictions.append((signature, inputs, outputs))
     return predictions
 
 
-def differences(version, engine):
+def differences(version: pathlib.Path, engine: str) -> dict[str, dict[str, float]]:
     """{signature: {output: the largest difference, relative to the largest value}}."""
     run = {"tensorflow": _tensorflow, "openvino": _openvino}[engine](version)
     return {
@@ -74,38 +78,56 @@ def differences(version, engine):
     }
 
 
-def _difference(output, recorded):
-    if output is None or recorded is None or _some(output).shape != recorded.shape:
+def _difference(output: np.ndarray | None, recorded: np.ndarray | None) -> float:
+    if output is None or recorded is None:
         return float("inf")
-    output, recorded = _some(output).astype("float64"), recorded.astype("float64")
-    scale = np.abs(recorded).max(initial=0)
-    difference = np.abs(output - recorded).max(initial=0)
-    return float(difference / scale if scale else difference)
+    return relative_difference(_some(output), recorded)
 
 
-def _some(output):
+def relative_difference(output: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, in parts of the largest value that is expected.
+
+    Infinite where it is a NaN, which `max` could hide and no order has a place for;
+    where the shapes differ; and where strings do.
+    """
+    if output.shape != expected.shape:
+        return float("inf")
+    if expected.dtype.kind not in "biufV":  # V: bfloat16
+        return 0.0 if np.array_equal(output, expected) else float("inf")
+    output, expected = output.astype("float64"), expected.astype("float64")
+    unequal = output != expected  # infinities can be equal, NaN cannot
+    difference = np.abs(output[unequal] - expected[unequal]).max(initial=0)
+    scale = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+    relative = difference / scale if scale else difference
+    return float("inf") if np.isnan(relative) else float(relative)
+
+
+def _some(output: np.ndarray) -> np.ndarray:
     """An output whole, or values spread over it, by steps that no axis divides."""
     if output.size <= _VALUES:
         return output
     return output.ravel()[np.arange(_VALUES) * 1_000_003 % output.size]
 
 
-def _tensorflow(version):
+_Run = Callable[[str, Arrays], Arrays | None]  # of a signature; None: cannot
+
+
+def _tensorflow(version: pathlib.Path) -> _Run:
     loaded = tf.saved_model.load(str(version))
 
-    def run(signature, inputs):
+    def run(signature: str, inputs: Arrays) -> Arrays:
         function = loaded.signatures.get(signature)
         return {} if function is None else _run(function, inputs)
 
     return run
 
 
-def _run(function, inputs):
+def _run(function: Callable[..., Any], inputs: Arrays) -> Arrays:
     tensors = {name: tf.constant(array) for name, array in inputs.items()}
     return {name: output.numpy() for name, output in function(**tensors).items()}
 
 
-def _openvino(version):
+def _openvino(version: pathlib.Path) -> _Run:
     import openvino
 
     # In float32: where the CPU has bfloat16, OpenVINO takes that if not told.
@@ -115,7 +137,7 @@ def _openvino(version):
         {"INFERENCE_PRECISION_HINT": "f32"},
     )
 
-    def run(signature, inputs):
+    def run(signature: str, inputs: Arrays) -> Arrays | None:
         if signature != "serving_default":  # the only one that OpenVINO reads
             return None
         outputs = compiled(inputs).to_dict()
@@ -124,11 +146,11 @@ def _openvino(version):
     return run
 
 
-def _first(inputs, examples):
+def _first(inputs: Mapping[str, Any], examples: int) -> Arrays:
     return {name: np.asarray(array)[:examples] for name, array in inputs.items()}
 
 
-def _given(function, inputs):
+def _given(function: Any, inputs: Arrays) -> Arrays:
     """The inputs as the signature takes them: as they are, or as files."""
     _, specs = function.structured_input_signature
     if set(specs) == set(inputs):
@@ -138,11 +160,13 @@ def _given(function, inputs):
     return {"image_bytes": np.array(files, dtype=object)}
 
 
-def _as_pixels(image):
+def _as_pixels(image: np.ndarray) -> np.ndarray:
     return np.clip(image, 0, 255).astype("uint8")
 
 
-def _log(signature, inputs, outputs=None):
+def _log(
+    signature: str, inputs: Arrays, outputs: Arrays | None = None
+) -> prediction_log_pb2.PredictionLog:
     log = prediction_log_pb2.PredictionLog()
     log.predict_log.request.model_spec.signature_name = signature
     for name, array in inputs.items():
@@ -152,7 +176,9 @@ def _log(signature, inputs, outputs=None):
     return log
 
 
-def _write(path, logs):
+def _write(
+    path: pathlib.Path, logs: Iterable[prediction_log_pb2.PredictionLog]
+) -> None:
     with tf.io.TFRecordWriter(str(path)) as writer:
         for log in logs:
             writer.write(log.SerializeToString())

@@ -59,6 +59,33 @@ def test_openvino_runs_serving_default(version):
     assert max(outputs.values()) < 1e-4
 
 
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "difference"),
+    [
+        (np.float32([1, -4]), np.float32([1, -3]), 1 / 3),
+        (np.float32([0, 5]), np.float32([0, 0]), 5),
+        (np.float32([1, NAN]), np.float32([1, 2]), INFINITE),
+        (np.float32([1, 2]), np.float32([1, NAN]), INFINITE),
+        (np.float32([1, NAN]), np.float32([1, NAN]), INFINITE),
+        (np.float32([2, INFINITE]), np.float32([1, INFINITE]), 1),
+        (np.float32([2, INFINITE]), np.float32([1, -INFINITE]), INFINITE),
+        (np.float32([1]), np.float32([1, 1]), INFINITE),
+        (np.float32([[]]), np.float32([[]]), 0),
+        (np.int64([2**62]), np.int64([2**61]), 1),
+        (tf.constant([1.5], "bfloat16").numpy(), np.float32([1]), 0.5),
+        (np.array([b"a"], object), np.array([b"a"], object), 0),
+        (np.array([b"a"], object), np.array([b"b"], object), INFINITE),
+    ],
+)
+def test_a_difference_is_relative_and_no_nan_hides_it(output, expected, difference):
+    found = recorded.relative_difference(output, expected)
+    assert found == pytest.approx(difference)
+    assert max([0.0, found]) == max([found, 0.0]) == found
+
+
 class PlusOne(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec(None, name="x")])
     def __call__(self, x):
@@ -85,7 +112,7 @@ def replace(value):
     [
         (replace([[4.0], [4.0]]), "y", 2 / 4),
         (replace([[4.0, 4.0]]), "y", float("inf")),
-        (replace([[np.nan], [1.0]]), "y", float("nan")),
+        (replace([[np.nan], [1.0]]), "y", float("inf")),
         (lambda outputs: outputs.pop("y"), "y", float("inf")),
         (lambda outputs: outputs["z"].CopyFrom(outputs["y"]), "z", float("inf")),
     ],
@@ -99,7 +126,7 @@ def test_what_differs_is_measured(plus_one, change, output, difference):
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(log.SerializeToString())
     outputs = recorded.differences(plus_one, "tensorflow")["serving_default"]
-    assert outputs[output] == pytest.approx(difference, nan_ok=True)
+    assert outputs[output] == pytest.approx(difference)
 
 
 def test_a_signature_that_is_not_there_differs(plus_one):
