@@ -1,4 +1,4 @@
-"""What each signature of a SavedModel takes, gives and runs, read from its file."""
+"""What each signature of a version takes, gives and runs."""
 
 import collections
 import dataclasses
@@ -6,28 +6,39 @@ import math
 import pathlib
 
 import tensorflow as tf
-from tensorflow.core.protobuf import saved_model_pb2
 
-# These hold or hand on what others compute.
-_NO_WORK = {"Const", "Identity", "NoOp", "Placeholder", "ReadVariableOp", "VarHandleOp"}
+from keras_cross_stitch.versions import is_complete, versions
+
+# These hold, hand on or call what computes.
+_NO_WORK = {
+    "Const",
+    "Identity",
+    "NoOp",
+    "PartitionedCall",
+    "Placeholder",
+    "ReadVariableOp",
+    "StatefulPartitionedCall",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """A signature, and what is left of the graph where only it is asked for."""
+    """A signature, with the whole of the functions that it calls.
+
+    `export_saved_model` writes functions of its own for each signature.
+    """
 
     inputs: dict[str, str]  # {name: "float32 (N, 8, 8, 3)"}
     outputs: dict[str, str]
-    ops: collections.Counter  # {kind of op: how many}
+    ops: collections.Counter[str]  # {kind of op: how many}
     variable_bytes: int
 
 
-def version_path(directory) -> pathlib.Path:
+def version_path(directory: pathlib.Path) -> pathlib.Path:
     """The version to look at: `directory` itself, or its highest version."""
-    directory = pathlib.Path(directory)
-    if _is_version(directory):
+    if is_complete(directory):
         return directory
-    found = versions(directory)
+    found = complete_versions(directory)
     if not found:
         raise ValueError(
             "Expected a folder of versions (1, 2, ...) that `python -m export "
@@ -36,103 +47,42 @@ def version_path(directory) -> pathlib.Path:
     return directory / str(found[-1])
 
 
-def versions(directory) -> list[int]:
-    """The versions in a served model's folder, in ascending order."""
-    directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(path.name)
-        for path in directory.iterdir()
-        if path.name.isdecimal() and _is_version(path)
-    )
+def complete_versions(directory: pathlib.Path) -> list[int]:
+    """The versions in a served model's folder that hold a model, in ascending order."""
+    return [number for number, path in versions(directory).items() if is_complete(path)]
 
 
-def signatures(version) -> dict[str, Signature]:
+def signatures(version: pathlib.Path) -> dict[str, Signature]:
     """{name: `Signature`} of the SavedModel in the folder `version`."""
     try:
-        file = (pathlib.Path(version) / "saved_model.pb").read_bytes()
-        graph = saved_model_pb2.SavedModel.FromString(file).meta_graphs[0]
-    except Exception as error:  # protobuf's is no public name
-        raise ValueError(f"'{version}' is no SavedModel: {error}") from error
-    found = {}
-    for name, definition in sorted(graph.signature_def.items()):
-        if not name.startswith("__"):  # TensorFlow's own, such as the initializer
-            outputs = [info.name for info in definition.outputs.values()]
-            nodes = _needed(graph.graph_def, outputs)
-            found[name] = Signature(
-                _described(definition.inputs),
-                _described(definition.outputs),
-                collections.Counter(x.op for x in nodes if x.op not in _NO_WORK),
-                sum(_bytes(x) for x in nodes if x.op == "VarHandleOp"),
-            )
-    return found
+        loaded = tf.saved_model.load(str(version))
+    except Exception as error:  # TensorFlow raises all kinds on what is no model
+        raise ValueError(
+            f"'{version}' is no SavedModel that TensorFlow can load: {error}"
+        ) from error
+    return {
+        name: _described(function)
+        for name, function in sorted(loaded.signatures.items())
+    }
 
 
-def _is_version(path):
-    return (path / "saved_model.pb").is_file()
-
-
-def _described(infos):
-    found = {}
-    for name, info in sorted(infos.items()):
-        sizes = ["N" if x.size < 0 else str(x.size) for x in info.tensor_shape.dim]
-        found[name] = f"{tf.as_dtype(info.dtype).name} ({', '.join(sizes)})"
-    return found
-
-
-def _bytes(variable):
-    shape = (x.size for x in variable.attr["shape"].shape.dim)
-    return math.prod(shape) * tf.as_dtype(variable.attr["dtype"].type).size
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scope:
-    """The graph, or the body of one call of a function."""
-
-    nodes: dict
-    arguments: dict = dataclasses.field(default_factory=dict)  # {name: caller's tensor}
-    caller: "_Scope | None" = None
-
-
-def _needed(graph, outputs):
-    """The nodes on which `outputs` depend, with those inside the functions called."""
-    functions = {x.signature.name: x for x in graph.library.function}
-    top = _Scope({node.name: node for node in graph.node})
-    bodies: dict = {}  # {(scope, call): the scope inside}
-    needed = {}
-    seen = set()
-    waiting = [(top, tensor) for tensor in outputs]
-    while waiting:
-        scope, tensor = waiting.pop()
-        if (scope, tensor) in seen:
-            continue
-        seen.add((scope, tensor))
-        name, *index = tensor.split(":")  # "node:2"; in a function "node:output:2"
-        if scope.caller and name in scope.arguments:
-            waiting.append((scope.caller, scope.arguments[name]))
-            continue
-        node = scope.nodes[name]
-        function = functions.get(node.attr["f"].func.name)
-        if function is None:
-            needed[scope, name] = node
-            waiting += [(scope, x) for x in _tensors(node)]
-        else:
-            body = bodies.setdefault((scope, name), _body(function, node, scope))
-            result = function.signature.output_arg[int(index[-1]) if index else 0]
-            waiting.append((body, function.ret[result.name]))
-    return list(needed.values())
-
-
-def _body(function, call, scope):
-    names = [x.name for x in function.signature.input_arg]
-    return _Scope(
-        {node.name: node for node in function.node_def},
-        dict(zip(names, _tensors(call), strict=True)),
-        scope,
+def _described(function: tf.types.experimental.ConcreteFunction) -> Signature:
+    graph = function.graph.as_graph_def()
+    called = [node for body in graph.library.function for node in body.node_def]
+    _, inputs = function.structured_input_signature
+    return Signature(
+        {name: _in_words(spec) for name, spec in sorted(inputs.items())},
+        {
+            name: _in_words(spec)
+            for name, spec in sorted(function.structured_outputs.items())
+        },
+        collections.Counter(
+            node.op for node in [*graph.node, *called] if node.op not in _NO_WORK
+        ),
+        sum(math.prod(x.shape) * x.dtype.size for x in function.variables),
     )
 
 
-def _tensors(node):
-    # "^node" only waits for it.
-    return [x for x in node.input if not x.startswith("^")]
+def _in_words(spec: tf.TensorSpec) -> str:
+    sizes = ["N" if size is None else str(size) for size in spec.shape]
+    return f"{spec.dtype.name} ({', '.join(sizes)})"

@@ -1,32 +1,36 @@
 import pytest
 import tensorflow as tf
 
-from export.version.signatures import signatures, version_path, versions
+from export.version.signatures import (
+    complete_versions,
+    signatures,
+    version_path,
+)
 
 
-class TwoOutputs(tf.Module):
+class TwoSignatures(tf.Module):
     def __init__(self):
         self.w = tf.Variable(tf.ones((3, 5)))
         self.v = tf.Variable(tf.ones(5, "bfloat16"))
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3))])
-    def both(self, x):
-        product = tf.matmul(x, self.w)
-        return product, tf.nn.relu(tf.nn.relu(product)) + tf.cast(self.v, "float32")
+    def product(self, x):
+        return tf.matmul(x, self.w)
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
     def short(self, x):
-        return {"y": self.both(x)[0]}
+        return {"y": self.product(x)}
 
     @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
     def long(self, x):
-        return {"y": tf.exp(self.both(x)[1])}
+        y = tf.nn.relu(tf.nn.relu(self.product(x))) + tf.cast(self.v, "float32")
+        return {"y": tf.exp(y)}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "7"
-    module = TwoOutputs()
+    module = TwoSignatures()
     tf.saved_model.save(module, path, {"short": module.short, "long": module.long})
     return path
 
@@ -54,7 +58,7 @@ def test_shapes_and_dtypes_are_told(saved):
 
 def test_the_latest_version_is_taken_and_a_version_is_itself(saved):
     (saved.parent / "10").mkdir()  # not a model
-    assert versions(saved.parent) == [7]
+    assert complete_versions(saved.parent) == [7]
     assert version_path(saved.parent) == saved
     assert version_path(saved) == saved
 
@@ -67,5 +71,5 @@ def test_a_folder_without_versions_is_an_error(tmp_path):
 
 def test_a_file_that_is_no_saved_model_is_an_error(tmp_path):
     (tmp_path / "saved_model.pb").write_text("not a model")
-    with pytest.raises(ValueError, match="is no SavedModel"):
+    with pytest.raises(ValueError, match="is no SavedModel that TensorFlow can load"):
         signatures(tmp_path)
