@@ -1,11 +1,16 @@
-"""python -m export: the command line."""
+"""python -m export: the command line. It parses and prints; all else is elsewhere.
+
+The commands import what they need themselves: TensorFlow takes seconds.
+"""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 if __name__ == "__main__":
     # Before TensorFlow is imported, whose notices are not ours. Where a CPU lacks
@@ -22,7 +27,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from export import serving_commands
+from export import NAME
+
+if TYPE_CHECKING:
+    from export.client import Client
+    from export.client.drawing import Drawing
+    from export.inspect.bench import Report as Times
+    from export.inspect.verify import Report as Differences
+    from export.make.changes import Change
+    from export.make.dropping import Link
+    from export.meanings import Meanings
 
 console = Console()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -30,10 +44,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Directory = Annotated[
     Path, typer.Argument(help="The served model's folder (its latest version), or one.")
 ]
+Name = Annotated[str, typer.Option(help="The model's name on the server.")]
 
 
 @app.callback()
-def main():
+def main() -> None:
     """Bring a trained multi-task model to TensorFlow Serving."""
 
 
@@ -63,16 +78,23 @@ def savedmodel(
     dtype: Annotated[
         str, typer.Option(help="float32, or bfloat16 to compute in.")
     ] = "float32",
-):
+) -> None:
     """Write DIRECTORY/VERSION, with one signature per task.
 
     The version is one above the highest that is there. What the answers mean
     (answers.json beside MODEL) goes with it, and predictions for `verify`.
     """
-    with _known_errors_in_one_line():
+    with _errors_in_a_line():
+        _import_tensorflow()
+        from export.make import precision
         from export.make.changes import BATCH
         from export.make.savedmodel import export
 
+        if dtype == "bfloat16" and not precision.computed_here():
+            _print_warning(
+                "this machine's processor has no AVX512_BF16 or AMX: on it bfloat16 is "
+                "slower than float32"
+            )
         written, links, changes = export(
             model,
             directory,
@@ -83,8 +105,8 @@ def savedmodel(
             dtype=dtype,
             progress=typer.echo,
         )
-    if drop_below is not None:
-        _print_links(links, drop_below)
+    if links:
+        _print_links(links)
     if changes:
         _print_changes(changes, BATCH)
     console.print(f"Wrote {written}", soft_wrap=True)
@@ -96,19 +118,20 @@ def verify(
     engine: Annotated[
         str, typer.Option(help="tensorflow, or openvino.")
     ] = "tensorflow",
-):
+) -> None:
     """Ask each signature for what it answered when it was exported, and compare.
 
     This runs without Keras and without the project's code. Ends with exit code 1 where
     an answer differs.
     """
-    with _known_errors_in_one_line():
+    with _errors_in_a_line():
+        _import_tensorflow()
         from export.inspect.verify import verify
-        from export.version.signatures import version_path, versions
+        from export.version.signatures import complete_versions, version_path
 
         version = version_path(directory)
         report = verify(version, engine)
-    others = [x for x in versions(version.parent) if str(x) != version.name]
+    others = [x for x in complete_versions(version.parent) if str(x) != version.name]
     _print_version(version, others, report)
     for line in report.wrong:
         _print_error(line)
@@ -121,20 +144,22 @@ def verify(
 def bench(
     directory: Directory,
     address: Annotated[
-        str | None, typer.Option(help="host:port of its server, to ask over gRPC too.")
-    ] = None,
-    name: Annotated[
         str | None,
-        typer.Option(help="The model's name there; the folder's, if not given."),
+        typer.Option(
+            help="Of its server, to ask that too: HOST:PORT of gRPC, or "
+            "http://HOST:PORT of REST."
+        ),
     ] = None,
+    name: Name = NAME,
     model: Annotated[
         Path | None,
         typer.Option(help="The .keras file, to time its towers without units too."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Calls of each kind.")] = 30,
-):
+) -> None:
     """Measure what an answer costs, in turns: each signature at batch 1, 8 and 32."""
-    with _known_errors_in_one_line():
+    with _errors_in_a_line():
+        _import_tensorflow()
         from export.inspect.bench import bench
         from export.version.signatures import version_path
 
@@ -142,15 +167,142 @@ def bench(
         report = bench(
             version,
             address=address,
-            name=name or version.absolute().parent.name,
+            name=name,
             model=model,
             rounds=rounds,
         )
     _print_times(report)
 
 
+@app.command()
+def serve(
+    directory: Annotated[
+        Path, typer.Argument(help="Folder with the versions: 1, 2, ...")
+    ],
+    name: Name = NAME,
+    port: Annotated[int, typer.Option(help="gRPC.")] = 8500,
+    rest_port: Annotated[int, typer.Option(help="REST, and the page.")] = 8501,
+    label: Annotated[
+        list[str] | None, typer.Option(help="LABEL=VERSION; repeat for several.")
+    ] = None,
+) -> None:
+    """Serve DIRECTORY on 127.0.0.1 as TF Serving would, for development.
+
+    New versions are served as they appear. http://127.0.0.1:8501/ shows the answers to
+    a picture.
+    """
+    with _errors_in_a_line():
+        _import_tensorflow()
+        from export.preview import server
+        from export.preview.served_model import ServedModel
+
+        model = ServedModel(name, directory, _labels(label or []))
+        listening = server.listen(port, rest_port)
+    console.print(
+        f"Preview server, for development only; Ctrl+C ends it.\n"
+        f"gRPC  127.0.0.1:{port}, model '{name}'\n"
+        f"REST  http://127.0.0.1:{rest_port}/v1/models/{name}\n"
+        f"Page  http://127.0.0.1:{rest_port}/",
+        highlight=False,
+        soft_wrap=True,
+    )
+    # Until SIGTERM or Ctrl+C; what is under way is answered first.
+    with listening:
+        server.server(model, port).run(sockets=[listening])
+
+
+def _labels(pairs: Iterable[str]) -> dict[str, int]:
+    labels = {}
+    for pair in pairs:
+        label, _, version = pair.partition("=")
+        if not label or not version.isdecimal():
+            raise ValueError(f"--label must be LABEL=VERSION. Received: {pair}")
+        labels[label] = int(version)
+    return labels
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="JPEG or PNG files.")],
+    task: Annotated[list[str], typer.Option(help="Repeat for several.")],
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT of gRPC, or http://HOST:PORT of REST.")
+    ] = "127.0.0.1:8500",
+    name: Name = NAME,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The served folder, for class names and colours."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("."),
+    timeout: Annotated[float, typer.Option(help="Seconds for each answer.")] = 10.0,
+) -> None:
+    """Ask a served model about IMAGES, and draw each answer.
+
+    Writes OUTPUT/IMAGE.TASK.png where the answer is a map or boxes, and prints it where
+    it is numbers. The model must take an image and regions, which are searched for, or
+    have been exported with --from-jpeg.
+    """
+    with _errors_in_a_line():
+        _import_tensorflow()
+        from export.client import Client, drawing
+
+        for image in images:
+            if not image.is_file():
+                raise ValueError(f"There is no file {image}")
+        output.mkdir(parents=True, exist_ok=True)
+        with Client(address, name, timeout=timeout) as client:
+            answers = _answers(client, model) if model else {}
+            for image in images:
+                ask = functools.partial(client.predict, images=[image])
+                for each in dict.fromkeys(drawing.drawn_with(t, answers) for t in task):
+                    _show(image, each, drawing.answer(ask, each, answers), output)
+
+
+def _answers(client: "Client", directory: Path) -> "Meanings":
+    """What the answers of the version that is served mean."""
+    from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
+
+    from export import meanings
+
+    for state in client.status().model_version_status:
+        path = directory / str(state.version)
+        if state.state == ModelVersionStatus.AVAILABLE and path.is_dir():
+            return meanings.of_version(path)
+    raise ValueError(f"{directory} does not hold the version that {client.address} has")
+
+
+def _show(image: Path, task: str, drawn: "Drawing", output: Path) -> None:
+    from PIL import Image
+
+    from export.client import drawing
+
+    if drawn.map is not None or drawn.boxes:
+        path = output / f"{image.stem}.{task}.png"
+        with Image.open(image) as picture:
+            drawing.over(picture.convert("RGB"), drawn).save(path)
+        console.print(f"Wrote {path}", soft_wrap=True)
+    if drawn.rows:
+        table = Table(f"{image.name}, {task}", "")
+        for row in drawn.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _import_tensorflow() -> None:
+    """Without the notices that its C++ parts write, whatever the log level is."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 @contextlib.contextmanager
-def _known_errors_in_one_line():
+def _errors_in_a_line() -> Iterator[None]:
+    """Ends the program with one line: code 2 for what was asked, 1 for what failed."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -161,22 +313,24 @@ def _known_errors_in_one_line():
         sys.exit(1)
 
 
-def _print_error(error):
+def _print_error(error: object) -> None:
     text = escape(" ".join(str(error).split()))
     Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
 
 
-def _print_links(links, bound):
-    if not links:
-        console.print(f"Nothing can be left out: each link changes more than {bound:g}")
-        return
+def _print_warning(text: str) -> None:
+    line = f"[yellow]Warning:[/yellow] {text}"
+    Console(stderr=True).print(line, soft_wrap=True)
+
+
+def _print_links(links: "Iterable[Link]") -> None:
     table = Table("left out at", "task", "takes nothing from", "change, alone")
     for link in links:
         table.add_row(link.unit, link.task, link.source, f"{link.effect:.2g}")
     console.print(table)
 
 
-def _print_changes(changes, batch):
+def _print_changes(changes: "Mapping[str, Change]", batch: int) -> None:
     table = Table(
         Column("signature", no_wrap=True),
         "ops",
@@ -199,7 +353,7 @@ def _print_changes(changes, batch):
     console.print("A change is of an output, in parts of its largest value.")
 
 
-def _print_version(version, others, report):
+def _print_version(version: Path, others: Iterable[int], report: "Differences") -> None:
     made_by = ", ".join(f"{k} {v}" for k, v in report.about["versions"].items())
     console.print(
         f"{version}: {_mb(report.bytes)} MB, {report.about['dtype']}, made by {made_by}"
@@ -228,7 +382,7 @@ def _print_version(version, others, report):
     console.print(table)
 
 
-def _print_times(report):
+def _print_times(report: "Times") -> None:
     table = Table("batch", "signature", "asked", "p50 ms", "p99 ms", "examples/s")
     for row in report.rows:
         table.add_row(
@@ -250,12 +404,8 @@ def _print_times(report):
         console.print(f"{name}: {signature.ops.total()} ops, {mb} MB of weights")
 
 
-def _mb(size):
+def _mb(size: int) -> str:
     return f"{size / 1e6:.2f}"
-
-
-app.command()(serving_commands.serve)
-app.command()(serving_commands.predict)
 
 
 if __name__ == "__main__":

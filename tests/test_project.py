@@ -1,6 +1,7 @@
 """The project's own promises: what the wheel holds, who imports whom, the README."""
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -46,6 +47,41 @@ def test_dependencies_point_one_way(package, forbidden):
         assert not forbidden & set(imports(path)), path
 
 
+def rooms(package):
+    """{room: the rooms that it imports}; a room is a folder or a single file."""
+    found = {path.stem: set() for path in (ROOT / package).iterdir()}
+    for path in (ROOT / package).rglob("*.py"):
+        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                source, *parts = node.module.split(".")
+                if source == package:
+                    named = {alias.name for alias in node.names} & {*found}
+                    found[room] |= {parts[0]} if parts else named
+        found[room].discard(room)
+    del found["__init__"]  # has no room of its own: it names what is in others
+    return found
+
+
+@pytest.mark.parametrize("package", ["keras_cross_stitch", "training", "export"])
+def test_the_arrows_between_rooms_run_one_way(package):
+    imported = rooms(package)
+    assert any(imported.values())
+    graphlib.TopologicalSorter(imported).prepare()  # a circle is a CycleError
+
+
+def test_help_loads_neither_tensorflow_nor_a_server():
+    code = (
+        "import sys; from export.__main__ import app; from typer.testing import *; "
+        "help = [[], *([x.callback.__name__] for x in app.registered_commands)]; "
+        "codes = [CliRunner().invoke(app, [*x, '--help']).exit_code for x in help]; "
+        "print(*codes, *{'tensorflow', 'keras', 'grpc', 'uvicorn'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["0"] * 6
+
+
 def test_only_the_export_needs_tensorflow():
     for path in (ROOT / "keras_cross_stitch").glob("*.py"):
         if path.name not in ("saved_model.py", "trial_input.py"):
@@ -59,7 +95,7 @@ def test_what_the_project_names_is_pinned_within_its_bounds():
         *chain(*project["project"]["optional-dependencies"].values()),
         *chain(*project["dependency-groups"].values()),
     ]
-    lines = (ROOT / ".ci/constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
 
@@ -100,27 +136,12 @@ def test_what_the_workflows_run_is_there():
                 assert (ROOT / file).is_file(), file
 
 
-@pytest.mark.parametrize(
-    ("schema", "files"),
-    [
-        ("vendor.github-workflows", ".github/workflows/*.yml"),
-        ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/*.yml"),
-    ],
-)
-def test_github_takes_its_files(schema, files):
-    command = ["check_jsonschema", "--builtin-schema", schema, *ROOT.glob(files)]
-    run = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout
-
-
 def test_a_commit_is_linted_by_the_version_that_make_lint_runs():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     (ruff,) = hooks["repos"]
     assert (
         f"\nruff=={ruff['rev'].removeprefix('v')}\n"
-        in (ROOT / ".ci/constraints.txt").read_text()
+        in (ROOT / "constraints.txt").read_text()
     )
 
 

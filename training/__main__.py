@@ -144,7 +144,6 @@ def fit(
     if not chief:
         return
     _print_table(*comparison.rows(experiment, methods, seed))
-    console.print(comparison.LEGEND)
     console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
 
@@ -169,13 +168,9 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what is missing, and how long.")
     ] = False,
-    results: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the tidy CSV files; docs/results is the published ones'.",
-            show_default="RUNS/results",
-        ),
-    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")] = Path(
+        "docs/results"
+    ),
     dtype: Dtype = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
@@ -213,7 +208,7 @@ def study(
                     progress=progress,
                 )
         if distribution.is_chief(strategy):
-            for path in studies.write(planned, results or runs / "results"):
+            for path in studies.write(planned, results):
                 console.print(f"Wrote {path}")
 
 

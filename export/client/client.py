@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
+from export import NAME
 from export.client import regions
-from export.client.protocol import IMAGES, NAME, ServingError, in_words, info_in_words
+from export.client.protocol import IMAGES, ServingError, in_words, info_in_words
 from export.client.transports import Arrays, Grpc, Rest, Transport
 
 Images = np.ndarray | Mapping[str, np.ndarray] | Sequence[str | pathlib.Path | bytes]
@@ -58,7 +59,7 @@ class Client:
         version: int | None = None,
         label: str | None = None,
         timeout: float = 10.0,
-    ):
+    ) -> None:
         if version is not None and label is not None:
             raise ValueError(
                 "Give `version` or `label`, not both. Received: "
@@ -107,10 +108,10 @@ class Client:
             raise TypeError(
                 f"`images` must be a list of files. Received: {images!r:.80}"
             )
-        signature, images, pictures = self._question(task, images, rois)
+        signature, given, pictures = self._question(task, images, rois)
         arrays: Arrays = {}
         try:
-            arrays = self._inputs(signature, images)
+            arrays = self._inputs(signature, given)
             outputs = self._signatures[signature].outputs
             answer = self._call(
                 functools.partial(self._transport.predict, signature, arrays, outputs)
@@ -119,7 +120,7 @@ class Client:
             if error.code not in _OF_THE_REQUEST:
                 raise
             self.__dict__.pop("_signatures", None)  # there may be a new version
-            raise self._explained(error, signature, arrays or images) from error
+            raise self._explained(error, signature, arrays or given) from error
         return pictures.in_their_pixels(answer) if pictures else answer
 
     def signatures(self) -> dict[str, Any]:
@@ -135,7 +136,9 @@ class Client:
     def _signatures(self) -> dict[str, Any]:
         return self.signatures()
 
-    def _question(self, task, images, rois):
+    def _question(
+        self, task: str, images: Images, rois: np.ndarray | None
+    ) -> tuple[str, np.ndarray | Mapping[str, np.ndarray], regions.Pictures | None]:
         """The signature, what it is asked, and the `Pictures` where it takes rois."""
         if isinstance(images, np.ndarray | Mapping):
             if rois is not None:
@@ -155,7 +158,9 @@ class Client:
         signature = task if task.endswith(IMAGES) else task + IMAGES
         return signature, np.array(files, dtype=object), None
 
-    def _inputs(self, signature, images) -> Arrays:
+    def _inputs(
+        self, signature: str, images: np.ndarray | Mapping[str, np.ndarray]
+    ) -> Arrays:
         """The arrays by name and in the dtype that the signature takes."""
         if signature not in self._signatures:
             raise ServingError(
@@ -173,7 +178,12 @@ class Client:
             for name, array in images.items()
         }
 
-    def _explained(self, error, signature, sent) -> ServingError:
+    def _explained(
+        self,
+        error: ServingError,
+        signature: str,
+        sent: np.ndarray | Mapping[str, np.ndarray],
+    ) -> ServingError:
         """The error with what the signature expects and what it was sent."""
         try:
             signatures = self._signatures
@@ -194,7 +204,7 @@ class Client:
             f"Sent: {', '.join(described)}",
         )
 
-    def _call(self, function: Callable[[float], Any]):
+    def _call(self, function: Callable[[float], Any]) -> Any:
         """Calls with the time that is left, and again where nobody was there."""
         deadline = time.monotonic() + self.timeout
         pause = 0.05
@@ -211,15 +221,15 @@ class Client:
             time.sleep(pause)
 
 
-def _encoded(image) -> bytes:
+def _encoded(image: str | pathlib.Path | bytes) -> bytes:
     return image if isinstance(image, bytes) else pathlib.Path(image).read_bytes()
 
 
-def _dtype(array):
+def _dtype(array: np.ndarray) -> str:
     return "string" if array.dtype == object else array.dtype.name
 
 
-def _cast(array, info):
+def _cast(array: np.ndarray, info: Any) -> np.ndarray:
     """Pixels of uint8 or float64 as float32. What a cast would make another kind of
     number stays as it is, and the server refuses it."""
     dtype = tf.as_dtype(info.dtype).as_numpy_dtype

@@ -3,9 +3,12 @@
 import colorsys
 import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from export.meanings import Meaning, Meanings
 
 _ROW = 20  # pixels, of a legend's line
 _WIDTH = 480  # pixels, at least, of a picture with boxes
@@ -32,21 +35,23 @@ class Drawing:
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
-def drawn_with(task, answers):
+def drawn_with(task: str, answers: Meanings) -> str:
     """The task in whose drawing a task stands: attributes, with the objects found."""
     kinds = {each: meaning.get("kind") for each, meaning in answers.items()}
     found = [each for each, kind in kinds.items() if kind == "detection"]
     return found[0] if found and kinds.get(task) == "attributes" else task
 
 
-def answer(ask, task, answers):
+def answer(
+    ask: Callable[..., Mapping[str, np.ndarray]], task: str, answers: Meanings
+) -> Drawing:
     """A task's answer to one picture, drawn; objects with their attributes.
 
     Args:
         ask: Function of a task and, for attributes, `rois` (1, R, 4), which gives
             {output name: array with a batch axis}; boxes in pixels of the picture.
         task: String.
-        answers: {task: what its answer means}, the content of answers.json.
+        answers: What the tasks' answers mean.
     """
     drawing = draw(_first(ask(task)), answers.get(task, {}))
     if drawing.boxes:
@@ -57,12 +62,12 @@ def answer(ask, task, answers):
     return drawing
 
 
-def _first(outputs):
+def _first(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Of the first example, without the regions that were asked about."""
     return {name: array[0] for name, array in outputs.items() if name != "rois"}
 
 
-def _tell(drawing, attributes, meaning):
+def _tell(drawing: Drawing, attributes: np.ndarray, meaning: Meaning) -> None:
     """Adds the likely attributes of each object, (R, attributes), to the legend."""
     least = meaning.get("drawn_from", _LIKELY)
     for number, probabilities in enumerate(attributes):
@@ -73,7 +78,7 @@ def _tell(drawing, attributes, meaning):
         drawing.legend[number] = (f"{text}: {names}", colour)
 
 
-def draw(outputs, meaning):
+def draw(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
     """The answer to one image, {output name: array without a batch axis}."""
     if {"boxes", "classes", "scores", "num_detections"} <= outputs.keys():
         return _objects(outputs, meaning)
@@ -92,7 +97,7 @@ def draw(outputs, meaning):
     )
 
 
-def _objects(outputs, meaning):
+def _objects(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
     least = meaning.get("drawn_from", _LIKELY)
     scores = outputs["scores"][: outputs["num_detections"]]
     boxes = [
@@ -108,36 +113,36 @@ def _objects(outputs, meaning):
     return Drawing(boxes=boxes, legend=[(box.text, box.colour) for box in boxes])
 
 
-def _classes(classes, meaning):
+def _classes(classes: np.ndarray, meaning: Meaning) -> Drawing:
     numbers, counts = np.unique(classes, return_counts=True)
-    colours = meaning.get("colours") or [_hue(i) for i in range(numbers.max() + 1)]
-    legend: list[tuple[str, tuple[int, ...]]] = [
-        (f"{_name(n, meaning)} {_percent(counts[i] / classes.size)}", tuple(colours[n]))
+    colours = [_colour(i, meaning) for i in range(numbers.max() + 1)]
+    legend = [
+        (f"{_name(n, meaning)} {_percent(counts[i] / classes.size)}", colours[n])
         for i, n in sorted(enumerate(numbers), key=lambda pair: -counts[pair[0]])
     ]
     return Drawing(np.asarray(colours, "uint8")[classes], legend=legend)
 
 
-def _percent(share):
+def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
-def _name(number, meaning):
+def _name(number: int, meaning: Meaning) -> str:
     names = meaning.get("names", [])
     return names[number] if number < len(names) else f"class {number}"
 
 
-def _colour(number, meaning):
+def _colour(number: int, meaning: Meaning) -> tuple[int, ...]:
     colours = meaning.get("colours", [])
     return tuple(colours[number] if number < len(colours) else _hue(number))
 
 
-def _hue(number):
+def _hue(number: int) -> list[int]:
     # Steps of the golden ratio: no two neighbours are alike.
     return [round(255 * c) for c in colorsys.hsv_to_rgb(number * 0.618 % 1, 0.7, 0.9)]
 
 
-def _normals(normals):
+def _normals(normals: np.ndarray) -> Drawing:
     # The customary colours: red is right, green is up, blue is to the camera.
     image = (normals * (1, -1, -1) + 1) / 2 * 255
     image[~normals.any(axis=-1)] = 0
@@ -149,7 +154,9 @@ def _normals(normals):
     return Drawing(image.round().clip(0, 255).astype("uint8"), legend=legend)
 
 
-def _rows(name, outputs, units):
+def _rows(
+    name: str, outputs: Mapping[str, np.ndarray], units: str
+) -> list[tuple[str, str]]:
     values = outputs[name]
     if values.size <= 8:
         numbers = " ".join(f"{value:.4g}" for value in values.ravel())
@@ -160,7 +167,7 @@ def _rows(name, outputs, units):
     ]
 
 
-def over(picture, drawing, opacity=0.6):
+def over(picture: Image.Image, drawing: Drawing, opacity: float = 0.6) -> Image.Image:
     """The map or boxes over the picture, an RGB PIL image, with the legend below."""
     if drawing.map is not None:
         answer = Image.fromarray(drawing.map)
@@ -180,7 +187,7 @@ def over(picture, drawing, opacity=0.6):
     return page
 
 
-def _with_boxes(picture, boxes):
+def _with_boxes(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """The picture, enlarged where labels would cover it, with labelled boxes."""
     scale = math.ceil(_WIDTH / picture.width)
     picture = picture.resize([scale * size for size in picture.size])
@@ -199,6 +206,6 @@ def _with_boxes(picture, boxes):
     return picture
 
 
-def _ink(colour):
+def _ink(colour: tuple[int, ...]) -> str:
     """Black or white, whichever is read on a colour."""
     return "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 128 else "white"

@@ -1,12 +1,11 @@
-"""What client and preview server share: errors, codes, answers.json, words."""
+"""What client and preview server share: errors, codes, words."""
 
-import json
-import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import grpc
 import tensorflow as tf
 
-NAME = "cross_stitch"  # of the served model, here and in export/tf_serving/
 IMAGES = "_from_jpeg"  # ends the names of signatures that take encoded images
 
 # TF Serving's REST codes. A body over the limit is the one exhausted resource here.
@@ -22,30 +21,16 @@ HTTP_STATUS = {
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class ServingError(Exception):
+class ServingError(RuntimeError):
     """A request that was not answered: `code`, and `message` that says why."""
 
-    def __init__(self, code: grpc.StatusCode, message: str):
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(f"{code.name}: {message}")
         self.code = code
         self.message = message
 
 
-def read_answers(version: pathlib.Path) -> dict[str, dict]:
-    """What the answers of a version mean, by task; empty where nothing says it."""
-    path = version / "assets.extra" / "answers.json"
-    if not path.is_file():
-        return {}
-    try:
-        answers = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' must be JSON: {error}") from error
-    if not isinstance(answers, dict):
-        raise ValueError(f"'{path}' must hold {{task: meaning}}. Received: {answers}")
-    return answers
-
-
-def in_words(dtype, shape) -> str:
+def in_words(dtype: str, shape: Iterable[int | None]) -> str:
     """A tensor as `float32 (N, 240, 320, 3)`; an unknown size is `?`, of batches N."""
     sizes = ["?" if size is None or size < 0 else str(size) for size in shape]
     if sizes and sizes[0] == "?":
@@ -54,7 +39,7 @@ def in_words(dtype, shape) -> str:
     return f"{dtype} ({', '.join(sizes)}{comma})"
 
 
-def info_in_words(infos) -> str:
+def info_in_words(infos: Mapping[str, Any]) -> str:
     """A signature's inputs or outputs, {name: TensorInfo}, as `name: dtype shape`."""
     return ", ".join(
         f"{name}: {in_words(dtype_name(info.dtype), shape_of(info.tensor_shape))}"
@@ -62,12 +47,12 @@ def info_in_words(infos) -> str:
     )
 
 
-def shape_of(proto) -> list[int]:
+def shape_of(proto: Any) -> list[int]:
     """The sizes in a TensorShapeProto, -1 for unknown ones."""
     return [dim.size for dim in proto.dim]
 
 
-def dtype_name(number) -> str:
+def dtype_name(number: int) -> str:
     """A DataType of a proto by TensorFlow's name; the number where it has none."""
     try:
         return tf.as_dtype(number).name

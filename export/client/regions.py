@@ -5,6 +5,9 @@ The model's image is a picture as large as fits, filled up below and right, as
 pixels. Who asks knows the picture's own pixels alone.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import grpc
 import numpy as np
 import tensorflow as tf
@@ -14,8 +17,8 @@ from export.client.protocol import ServingError, shape_of
 IMAGE, ROIS = "image", "rois"
 
 
-def taken_by(inputs) -> bool:
-    """Whether a signature's inputs, {name: TensorInfo}, are an image and regions."""
+def taken_by(inputs: Iterable[str]) -> bool:
+    """Whether the inputs of these names are an image and regions."""
     return set(inputs) == {IMAGE, ROIS}
 
 
@@ -31,16 +34,22 @@ class Pictures:
     `inputs` is what the model takes, {name: array}.
     """
 
-    def __init__(self, images, size, rois=None):
+    def __init__(
+        self,
+        images: Sequence[np.ndarray],
+        size: Sequence[int | None],
+        rois: np.ndarray | None = None,
+    ) -> None:
         if not images:
             raise ValueError("There must be at least one picture. Received: none")
-        if None in size or min(size) < 1:
+        height, width = (side or 0 for side in size)
+        if height < 1 or width < 1:
             raise ValueError(
                 "Pictures are for a model whose image has a fixed size: give arrays. "
                 f"The model's is {tuple(size)}"
             )
-        resized = [_resized(image, size) for image in images]
-        filled = np.zeros((len(images), *size, 3), "float32")
+        resized = [_resized(image, (height, width)) for image in images]
+        filled = np.zeros((len(images), height, width, 3), "float32")
         for place, image in zip(filled, resized, strict=True):
             place[: image.shape[0], : image.shape[1]] = image
         self._borders = _borders(images)
@@ -53,12 +62,19 @@ class Pictures:
         self.inputs = {IMAGE: filled, ROIS: regions.astype("float32")}
 
     @classmethod
-    def read(cls, files, inputs, rois=None):
+    def read(
+        cls,
+        files: Sequence[bytes],
+        inputs: Mapping[str, Any],
+        rois: np.ndarray | None = None,
+    ) -> "Pictures":
         """JPEG or PNG files, as bytes, for a signature's inputs, {name: TensorInfo}."""
         _, *size, _ = shape_of(inputs[IMAGE].tensor_shape)
         return cls(_decoded(files), size, rois)
 
-    def in_their_pixels(self, outputs):
+    def in_their_pixels(
+        self, outputs: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
         """An answer with its boxes, and the regions, in pixels of each picture."""
         with_regions = {ROIS: self.inputs[ROIS], **outputs}
         return {
@@ -66,11 +82,11 @@ class Pictures:
             for name, array in with_regions.items()
         }
 
-    def _back(self, boxes):
+    def _back(self, boxes: np.ndarray) -> np.ndarray:
         return np.clip(boxes / self._scales, 0, self._borders).astype("float32")
 
 
-def _decoded(files):
+def _decoded(files: Sequence[bytes]) -> list[np.ndarray]:
     images = []
     for number, file in enumerate(files):
         try:
@@ -84,19 +100,19 @@ def _decoded(files):
     return images
 
 
-def _resized(image, size):
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     scale = min(np.divide(size, image.shape[:2]))
     shape = [max(1, round(scale * x)) for x in image.shape[:2]]
     resized = tf.image.resize(image, shape, antialias=True)
     return resized.numpy().round().astype("uint8")
 
 
-def _borders(images):
+def _borders(images: Sequence[np.ndarray]) -> np.ndarray:
     """Width, height, width, height of each image, (N, 1, 4)."""
     return np.array([[image.shape[1::-1] * 2] for image in images])
 
 
-def _proposals(images):
+def _proposals(images: Sequence[np.ndarray]) -> np.ndarray:
     """Of each image, (N, R, 4); boxes without area fill up where there are fewer."""
     from keras_cross_stitch import selective_search  # imports Keras, which takes long
 
@@ -107,7 +123,7 @@ def _proposals(images):
     return regions
 
 
-def _checked(rois, count):
+def _checked(rois: Any, count: int) -> np.ndarray:
     rois = np.asarray(rois)
     if rois.ndim != 3 or rois.shape[::2] != (count, 4) or not rois.size:
         raise ValueError(

@@ -1,6 +1,7 @@
 """How the client's questions travel: over gRPC or REST, one class each."""
 
 import base64
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -11,6 +12,7 @@ from google.protobuf import json_format
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
+    model_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
@@ -38,7 +40,7 @@ class Transport(Protocol):
 
 
 class Grpc:
-    def __init__(self, address, spec):
+    def __init__(self, address: str, spec: model_pb2.ModelSpec) -> None:
         sizes = ("grpc.max_send_message_length", "grpc.max_receive_message_length")
         self._channel = grpc.insecure_channel(address, [(size, -1) for size in sizes])
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(
@@ -47,10 +49,12 @@ class Grpc:
         self._model = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self._spec = spec
 
-    def close(self):
+    def close(self) -> None:
         self._channel.close()
 
-    def predict(self, signature, arrays, outputs, timeout):
+    def predict(
+        self, signature: str, arrays: Arrays, outputs: Any, timeout: float
+    ) -> Arrays:
         request = predict_pb2.PredictRequest(model_spec=self._spec)
         request.model_spec.signature_name = signature
         for name, array in arrays.items():
@@ -58,7 +62,7 @@ class Grpc:
         response = self._ask(self._prediction.Predict, request, timeout)
         return {name: tf.make_ndarray(x) for name, x in response.outputs.items()}
 
-    def signatures(self, timeout):
+    def signatures(self, timeout: float) -> dict[str, Any]:
         request = get_model_metadata_pb2.GetModelMetadataRequest(
             model_spec=self._spec, metadata_field=["signature_def"]
         )
@@ -67,11 +71,11 @@ class Grpc:
         response.metadata["signature_def"].Unpack(signatures)
         return dict(signatures.signature_def)
 
-    def status(self, timeout):
+    def status(self, timeout: float) -> get_model_status_pb2.GetModelStatusResponse:
         request = get_model_status_pb2.GetModelStatusRequest(model_spec=self._spec)
         return self._ask(self._model.GetModelStatus, request, timeout)
 
-    def _ask(self, method, request, timeout):
+    def _ask(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
         try:
             return method(request, timeout=timeout)
         except grpc.RpcError as error:
@@ -79,7 +83,7 @@ class Grpc:
 
 
 class Rest:
-    def __init__(self, address, spec):
+    def __init__(self, address: str, spec: model_pb2.ModelSpec) -> None:
         self._http = httpx.Client(base_url=address)
         self._path = f"/v1/models/{spec.name}"
         if spec.HasField("version"):
@@ -87,10 +91,12 @@ class Rest:
         if spec.version_label:
             self._path += f"/labels/{spec.version_label}"
 
-    def close(self):
+    def close(self) -> None:
         self._http.close()
 
-    def predict(self, signature, arrays, outputs, timeout):
+    def predict(
+        self, signature: str, arrays: Arrays, outputs: Any, timeout: float
+    ) -> Arrays:
         inputs = {name: _as_json(array) for name, array in arrays.items()}
         body = {"signature_name": signature, "inputs": inputs}
         answer = self._ask("POST", ":predict", timeout, json=body)["outputs"]
@@ -106,17 +112,17 @@ class Rest:
             for name, values in answer.items()
         }
 
-    def signatures(self, timeout):
+    def signatures(self, timeout: float) -> dict[str, Any]:
         metadata = self._ask("GET", "/metadata", timeout)["metadata"]
         signatures = get_model_metadata_pb2.SignatureDefMap()
         json_format.ParseDict(metadata["signature_def"], signatures)
         return dict(signatures.signature_def)
 
-    def status(self, timeout):
+    def status(self, timeout: float) -> get_model_status_pb2.GetModelStatusResponse:
         response = get_model_status_pb2.GetModelStatusResponse()
         return json_format.ParseDict(self._ask("GET", "", timeout), response)
 
-    def _ask(self, method, path, timeout, **content):
+    def _ask(self, method: str, path: str, timeout: float, **content: Any) -> Any:
         try:
             response = self._http.request(
                 method, self._path + path, timeout=timeout, **content
@@ -136,7 +142,7 @@ class Rest:
         raise ServingError(code, message)
 
 
-def _as_json(array):
+def _as_json(array: np.ndarray) -> list:
     if array.dtype == object:
         return [{"b64": base64.b64encode(value).decode()} for value in array]
     return array.tolist()

@@ -1,18 +1,22 @@
 """What an answer costs: latency and throughput of each signature of a version."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import grpc
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+from export import NAME
+from export.client import Client
 from export.make.inputs import load_model
 from export.version import recorded
+from export.version.recorded import Arrays
 from export.version.signatures import Signature, signatures
 from export.version.timing import batch_of, interleaved
 from keras_cross_stitch import CrossStitch, export_saved_model
@@ -20,6 +24,7 @@ from keras_cross_stitch import CrossStitch, export_saved_model
 BATCHES = (1, 8, 32)
 _ALL = "serving_default"
 _UNSTITCHED = "unstitched"
+_SECONDS = 60  # for an answer of a server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Row:
     batch: int
     seconds: np.ndarray  # of each call
 
-    def percentile(self, percent) -> float:
+    def percentile(self, percent: float) -> float:
         return float(np.percentile(self.seconds, percent))
 
     @property
@@ -54,7 +59,7 @@ def bench(
     version: pathlib.Path,
     *,
     address: str | None = None,
-    name: str = "",
+    name: str = NAME,
     model: pathlib.Path | None = None,
     rounds: int = 30,
     batches: tuple[int, ...] = BATCHES,
@@ -63,7 +68,8 @@ def bench(
 
     Args:
         version: Path of a version that `python -m export savedmodel` wrote.
-        address: `"host:port"` of a server of this version, to ask over gRPC too.
+        address: `"host:port"` or `"http://host:port"` of a server of this version, to
+            ask over gRPC or REST, too.
         name: The model's name on that server.
         model: The `.keras` file of the version, to time the towers without their
             units too.
@@ -76,10 +82,16 @@ def bench(
         for signature, inputs, _ in recorded.read(version / recorded.RECORDED)
         if "image_bytes" not in inputs
     }
-    ways = {"in process": _in_process(version)}
-    if address:
-        ways["gRPC"] = _over_grpc(address, name)
-    with tempfile.TemporaryDirectory() as folder:
+    ways: dict[str, Callable[[str, Arrays], Arrays]] = {
+        "in process": _in_process(version)
+    }
+    with contextlib.ExitStack() as stack:
+        if address:
+            with Client(address, name, timeout=5) as client:
+                client.status()  # before minutes of measuring: is it there?
+            client = stack.enter_context(Client(address, name, timeout=_SECONDS))
+            ways["REST" if "://" in address else "gRPC"] = client.predict
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         if model:
             plain = unstitched(load_model(model))
             without = _in_process(export_saved_model(plain, folder))
@@ -103,10 +115,10 @@ def bench(
     return Report(rows, together, stitched, costs)
 
 
-def unstitched(model) -> keras.Model:
+def unstitched(model: keras.Model) -> keras.Model:
     """The same towers in one model, without the units between them."""
 
-    def call(layer, *args, **kwargs):
+    def call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
         return args[0] if isinstance(layer, CrossStitch) else layer(*args, **kwargs)
 
     return keras.models.clone_model(
@@ -114,7 +126,7 @@ def unstitched(model) -> keras.Model:
     )
 
 
-def _ratios(rows):
+def _ratios(rows: Iterable[Row]) -> tuple[dict[int, float], dict[int, float]]:
     together, stitched = {}, {}
     for batch in dict.fromkeys(row.batch for row in rows):
         medians = {
@@ -130,38 +142,12 @@ def _ratios(rows):
     return together, stitched
 
 
-def _in_process(version):
+def _in_process(version: pathlib.Path) -> Callable[[str, Arrays], Arrays]:
     loaded = tf.saved_model.load(str(version))
 
-    def ask(signature, inputs):
+    def ask(signature: str, inputs: Arrays) -> Arrays:
         tensors = {name: tf.constant(array) for name, array in inputs.items()}
         outputs = loaded.signatures[signature](**tensors)
         return {name: output.numpy() for name, output in outputs.items()}
-
-    return ask
-
-
-def _over_grpc(address, name):
-    unlimited = [
-        ("grpc.max_send_message_length", -1),
-        ("grpc.max_receive_message_length", -1),
-    ]
-    channel = grpc.insecure_channel(address, options=unlimited)
-    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-
-    def ask(signature, inputs):
-        request = predict_pb2.PredictRequest()
-        request.model_spec.name = name
-        request.model_spec.signature_name = signature
-        for key, array in inputs.items():
-            request.inputs[key].CopyFrom(tf.make_tensor_proto(array))
-        try:
-            response = stub.Predict(request, timeout=60)
-        except grpc.RpcError as error:
-            raise RuntimeError(
-                f"The server at {address} does not answer for model '{name}': "
-                f"{error.details()}"
-            ) from error
-        return {key: tf.make_ndarray(x) for key, x in response.outputs.items()}
 
     return ask

@@ -2,6 +2,7 @@
 
 import pathlib
 import textwrap
+from collections.abc import Mapping
 
 import keras
 import numpy as np
@@ -12,7 +13,7 @@ from export.client import regions
 _ENDINGS = {".jpg", ".jpeg", ".png"}
 
 
-def load_model(path) -> keras.Model:
+def load_model(path: pathlib.Path) -> keras.Model:
     """The multi-task model in a `.keras` file."""
     expected = (
         f"Expected a multi-task model, saved by `model.save('{path.stem}.keras')`"
@@ -32,7 +33,7 @@ def load_model(path) -> keras.Model:
     return model
 
 
-def load_images(path, model) -> list[np.ndarray]:
+def load_images(path: pathlib.Path, model: keras.Model) -> list[np.ndarray]:
     """A folder of JPEG and PNG files, or an `.npy` file, as the model takes it.
 
     For a model of an image and regions, which are searched for in a folder's files.
@@ -60,7 +61,9 @@ def load_images(path, model) -> list[np.ndarray]:
     return [arrays[name].astype(spec.dtype) for name, spec in specs.items()]
 
 
-def _read_folder(path, specs):
+def _read_folder(
+    path: pathlib.Path, specs: Mapping[str, keras.KerasTensor]
+) -> dict[str, np.ndarray]:
     """{input name: array}."""
     files = sorted(x for x in path.iterdir() if x.suffix.lower() in _ENDINGS)
     if not files:
@@ -83,7 +86,9 @@ def _read_folder(path, specs):
     return {name: np.stack(images)}
 
 
-def _read_image(file, size=(None, None)):
+def _read_image(
+    file: pathlib.Path, size: tuple[int | None, ...] = (None, None)
+) -> np.ndarray:
     """Decoded and, to a size, resized as the signatures `<task>_from_jpeg` do."""
     try:
         image = tf.io.decode_image(file.read_bytes(), 3, expand_animations=False)
@@ -94,7 +99,9 @@ def _read_image(file, size=(None, None)):
     return image.numpy()
 
 
-def _check_shape(array, spec, path):
+def _check_shape(
+    array: np.ndarray, spec: keras.KerasTensor, path: pathlib.Path
+) -> None:
     fits = array.ndim == len(spec.shape) and all(
         size in (None, given)
         for size, given in zip(spec.shape[1:], array.shape[1:], strict=True)
@@ -104,8 +111,3 @@ def _check_shape(array, spec, path):
             f"--images: the model takes {spec.shape}. Received: {path}, of shape "
             f"{array.shape}"
         )
-
-
-def answers_path(model_path) -> pathlib.Path:
-    """Where `training` says what the answers mean: class names, colours, units."""
-    return model_path.with_name("answers.json")

@@ -1,10 +1,22 @@
 """A trained model in a smaller dtype, for processors that compute faster in it."""
 
+import pathlib
+from collections.abc import Iterator
+
 import keras
 from keras import ops
 
 
-def lower(model, dtype):
+def computed_here() -> bool:
+    """Whether this machine's processor computes in bfloat16; as far as it is known."""
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # not Linux
+        return True
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))  # bf16: ARM's
+
+
+def lower(model: keras.Model, dtype: str) -> keras.Model:
     """The model computing in `dtype`, with inputs and outputs as before.
 
     Weights and alphas stay float32, and the layers that give the outputs go on
@@ -23,14 +35,14 @@ def lower(model, dtype):
     return keras.Model(lowered.input, same_dtypes)
 
 
-def _anew(layer):
+def _anew(layer: keras.layers.Layer) -> keras.layers.Layer:
     """The same layers in a new graph, which knows the dtypes between them."""
     if not _is_graph(layer):
         return layer
     return keras.models.clone_model(layer, clone_function=_anew)
 
 
-def _layers(model):
+def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
     for layer in model.layers:
         if _is_graph(layer):
             yield from _layers(layer)
@@ -38,12 +50,12 @@ def _layers(model):
             yield layer
 
 
-def _is_graph(layer):
+def _is_graph(layer: keras.layers.Layer) -> bool:
     functional = isinstance(layer, keras.Model) and hasattr(layer, "operations")
     return functional or isinstance(layer, keras.Sequential)
 
 
-def _gives(layer, outputs):
+def _gives(layer: keras.layers.Layer, outputs: set[int]) -> bool:
     try:
         return any(id(x) in outputs for x in keras.tree.flatten(layer.output))
     except AttributeError:  # a layer that is called more than once

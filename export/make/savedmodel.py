@@ -5,15 +5,17 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any
 
 import keras
+import numpy as np
 
+from export import meanings
 from export.client import regions
 from export.make import dropping, inputs, precision
-from export.make.changes import Change, changes, read_answers
+from export.make.changes import Change, changes
 from export.version import recorded
 from keras_cross_stitch import export_saved_model
 
@@ -58,6 +60,8 @@ def export(
         )
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {DTYPES}. Received: {dtype}")
+    answers = meanings.beside(path)
+    meant = meanings.read(answers)
     model = inputs.load_model(path)
     if from_jpeg and regions.taken_by(x.name for x in model.inputs):
         raise ValueError(
@@ -71,8 +75,7 @@ def export(
     if examples is not None:
         few = [array[: recorded.EXAMPLES] for array in examples]
         sample = keras.tree.pack_sequence_as(model.input, few)
-    answers = inputs.answers_path(path)
-    links = []
+    links: list[dropping.Link] = []
     if drop_below is not None:
         given = keras.tree.pack_sequence_as(model.input, examples)
         links = dropping.negligible_links(model, drop_below, given)
@@ -91,16 +94,16 @@ def export(
             progress=progress,
             finish=functools.partial(_finish, examples, warmup, dtype, answers),
         )
-        report = {}
+        report: dict[str, Change] = {}
         if before:
             predictions = recorded.read(version / recorded.RECORDED)
             asked = {signature: given for signature, given, _ in predictions}
             measured_on = _by_name(examples, asked["serving_default"])
-            report = changes(before, version, measured_on, read_answers(answers))
+            report = changes(before, version, measured_on, meant)
     return version, links, report
 
 
-def _check_warmup(warmup, tasks, from_jpeg):
+def _check_warmup(warmup: int, tasks: int, from_jpeg: bool) -> None:
     records = warmup * (1 + tasks * (2 if from_jpeg else 1))
     if not 0 <= records <= recorded.MOST_WARMUP_RECORDS:
         raise ValueError(
@@ -110,7 +113,14 @@ def _check_warmup(warmup, tasks, from_jpeg):
         )
 
 
-def _finish(examples, warmup, dtype, answers, version, compared_on):
+def _finish(
+    examples: list[np.ndarray] | None,
+    warmup: int,
+    dtype: str,
+    answers: pathlib.Path,
+    version: pathlib.Path,
+    compared_on: dict[str, Any],
+) -> None:
     extra = version / "assets.extra"
     extra.mkdir()
     if answers.is_file():
@@ -124,8 +134,10 @@ def _finish(examples, warmup, dtype, answers, version, compared_on):
     recorded.record(version, _by_name(examples, compared_on), warmup)
 
 
-def _by_name(examples, compared_on):
+def _by_name(
+    examples: list[np.ndarray] | None, compared_on: Mapping[str, Any]
+) -> recorded.Arrays:
     """The examples given, if any, by the names that the signatures have for them."""
     if examples is None:
-        return compared_on
+        return dict(compared_on)
     return dict(zip(compared_on, examples, strict=True))

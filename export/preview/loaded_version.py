@@ -11,6 +11,7 @@ from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
+from export import meanings
 from export.client.protocol import (
     CODES,
     IMAGES,
@@ -18,9 +19,9 @@ from export.client.protocol import (
     dtype_name,
     in_words,
     info_in_words,
-    read_answers,
     shape_of,
 )
+from export.meanings import Meanings
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -40,7 +41,11 @@ class LoadedVersion:
 
     def __init__(self, path: pathlib.Path, limits: Limits):
         self.number = int(path.name)
-        self.answers = read_answers(path)
+        self._answers: Meanings | str
+        try:
+            self._answers = meanings.of_version(path)
+        except ValueError as error:  # TF Serving would not read it, and serves
+            self._answers = str(error)
         self._limits = limits
         proto = saved_model_pb2.SavedModel.FromString(
             (path / "saved_model.pb").read_bytes()
@@ -57,6 +62,13 @@ class LoadedVersion:
                 request = log.predict_log.request
                 signature = request.model_spec.signature_name or "serving_default"
                 self.predict(signature, self.arrays(signature, request.inputs))
+
+    @property
+    def answers(self) -> Meanings:
+        """What the answers mean; a ServingError where that cannot be read."""
+        if isinstance(self._answers, str):
+            raise ServingError(grpc.StatusCode.FAILED_PRECONDITION, self._answers)
+        return self._answers
 
     def signature(self, name):
         """The SignatureDef of that name."""

@@ -16,6 +16,7 @@ from tensorflow_serving.apis import (
 
 from export.client.protocol import ServingError
 from export.preview.loaded_version import Limits, LoadedVersion
+from keras_cross_stitch.versions import versions
 
 State = get_model_status_pb2.ModelVersionStatus
 
@@ -65,8 +66,8 @@ class ServedModel:
                 self._broken = None if done else files
 
     def _latest(self):
-        versions = [p for p in _listed(self._directory) if p.name.isdecimal()]
-        return max(versions, key=lambda path: int(path.name), default=None)
+        # None, too, while the folder is away: what is loaded is served on.
+        return next(reversed(versions(self._directory).values()), None)
 
     def _load(self, path):
         number = int(path.name)
@@ -154,10 +155,3 @@ class ServedModel:
                 f"Could not find version {number} of model '{self.name}'",
             )
         return get_model_status_pb2.GetModelStatusResponse(model_version_status=states)
-
-
-def _listed(directory):
-    try:
-        return [path for path in directory.iterdir() if path.is_dir()]
-    except OSError:
-        return []  # away for a moment, perhaps: what is loaded is served on

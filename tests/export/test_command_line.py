@@ -65,12 +65,34 @@ def test_savedmodel_writes_the_next_version(tmp_path):
     assert (tmp_path / "served" / "8" / recorded.RECORDED).is_file()
 
 
-def test_savedmodel_says_where_nothing_can_be_left_out(version, monkeypatch):
+def test_savedmodel_writes_nothing_where_nothing_can_be_left_out(
+    model_file, images_file, tmp_path
+):
+    options = ("--drop-below", 1e-9, "--images", images_file)
+    result = run("savedmodel", model_file, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert "No task can do without another within --drop-below 1e-09" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", ["avx512f", "avx512f avx512_bf16"])
+def test_savedmodel_warns_where_bfloat16_is_not_computed(version, monkeypatch, flags):
     monkeypatch.setattr(
         "export.make.savedmodel.export", lambda *_, **__: (version, [], {})
     )
-    result = run("savedmodel", "m.keras", "out", "--drop-below", 0.01)
-    assert "Nothing can be left out: each link changes more than 0.01" in result.stdout
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_: f"flags: {flags}")
+    result = run("savedmodel", "m.keras", "out", "--dtype", "bfloat16")
+    assert result.exit_code == 0
+    assert ("Warning: this machine" in result.stderr) == ("bf16" not in flags)
+
+
+def test_savedmodel_checks_what_answers_mean_before_anything_else(tmp_path):
+    (tmp_path / "answers.json").write_text('{"kind": {"names": null}}')
+    (tmp_path / "model.keras").write_text("is not read")
+    result = run("savedmodel", tmp_path / "model.keras", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "'names' of 'kind' in" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_lists_signatures_and_versions(version):
@@ -131,4 +153,5 @@ def test_bad_input_ends_in_one_line(model_file, version, tmp_path):
 def test_a_server_that_is_not_there_ends_in_one_line(version):
     result = run("bench", version, "--address", "127.0.0.1:1", "--rounds", 2)
     assert result.exit_code == 1
-    assert "127.0.0.1:1 does not answer for model 'cross_stitch'" in result.stderr
+    assert "Error: UNAVAILABLE: " in result.stderr
+    assert "(from 127.0.0.1:1)" in result.stderr

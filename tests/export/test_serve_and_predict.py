@@ -70,8 +70,8 @@ def test_predict_prints_numbers_where_nothing_says_what_they_mean(
     assert list(tmp_path.iterdir()) == [picture[0]]
 
 
-def in_one_line(result, message):
-    assert result.exit_code == 2
+def in_one_line(result, message, code=2):
+    assert result.exit_code == code
     assert result.stderr.startswith("Error: ")
     assert message in result.stderr
     assert result.stderr.strip().count("\n") == 0
@@ -81,10 +81,11 @@ def test_what_predict_cannot_do_is_told_in_a_line(picture, grpc_address, tmp_pat
     path, _ = picture
     at = ("--address", grpc_address, "--task", "normals")
     in_one_line(run("predict", "none.png", *at), "There is no file none.png")
-    in_one_line(run("predict", path, *at, "--name", "x"), "Model 'x' not found")
+    in_one_line(run("predict", path, *at, "--name", "x"), "Model 'x' not found", code=1)
     in_one_line(run("predict", path, *at, "--model", tmp_path), "does not hold the")
     at = ("--address", grpc_address, "--task", "depth")
-    in_one_line(run("predict", path, *at), "no signature 'depth_from_jpeg'. There are")
+    message = "no signature 'depth_from_jpeg'. There are"
+    in_one_line(run("predict", path, *at), message, code=1)
 
 
 def test_what_serve_cannot_do_is_told_in_a_line(served, server, tmp_path):

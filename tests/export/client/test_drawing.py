@@ -1,13 +1,10 @@
 """How an answer is drawn, by what answers.json says of it."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from export.client.drawing import answer, draw, drawn_with, over
-from export.client.protocol import read_answers
 
 CLASSES = {"kind": "classes", "names": ["wall", "floor", "lamp"]}
 COLOURS = [[1, 2, 3], [40, 50, 60], [7, 8, 9]]
@@ -154,15 +151,3 @@ def test_boxes_lie_on_the_picture_which_is_large_enough_for_their_labels():
     assert [page.getpixel(place) for place in on_border] == 4 * [colour]
     assert page.getpixel((300, 250)) == page.getpixel((90, 250)) == (255, 255, 255)
     assert page.getpixel((101, 147)) == colour  # the label's ground, above the box
-
-
-@pytest.mark.parametrize(("text", "message"), [("{", "be JSON"), ("[]", "meaning}")])
-def test_answers_that_cannot_be_read_name_their_file(tmp_path, text, message):
-    assert read_answers(tmp_path) == {}
-    (tmp_path / "assets.extra").mkdir()
-    path = tmp_path / "assets.extra" / "answers.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=rf"answers.json' must .*{message}"):
-        read_answers(tmp_path)
-    path.write_text(json.dumps({"rooms": CLASSES}))
-    assert read_answers(tmp_path) == {"rooms": CLASSES}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from export.client.protocol import read_answers
+from export import meanings
 from export.client.regions import Pictures
 from export.make.inputs import load_images
 from export.make.savedmodel import export
@@ -96,7 +96,7 @@ def test_real_boxes_are_recorded_and_replayed(region_version, region_model):
     expected = region_model.predict(given, verbose=0)["detection"]
     np.testing.assert_allclose(outputs["scores"], expected["scores"], atol=1e-5)
     assert len(recorded.read(region_version / recorded.WARMUP)) == 3
-    assert read_answers(region_version)["detection"]["names"] == ["red", "green"]
+    assert meanings.of_version(region_version)["detection"]["names"] == ["red", "green"]
 
 
 def test_from_jpeg_is_refused_before_anything_is_written(region_model_file, tmp_path):

@@ -1,15 +1,13 @@
-import concurrent.futures
-
-import grpc
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+from export.client import ServingError
 from export.inspect import bench
+from export.preview.served_model import ServedModel
 from export.version import timing
 from export.version.signatures import signatures
+from tests.export.conftest import running
 
 TASKS = {"kind", "age", "normals"}
 
@@ -77,48 +75,16 @@ def test_unstitched_towers_are_the_same_without_units(model, images):
     )
 
 
-class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
-    def __init__(self, version):
-        self.loaded = tf.saved_model.load(str(version))
-        self.asked = []
-
-    def Predict(self, request, context):
-        spec = request.model_spec
-        if spec.name != "cross_stitch":
-            context.abort(grpc.StatusCode.NOT_FOUND, f"no model {spec.name}")
-        image = tf.make_ndarray(request.inputs["image"])
-        self.asked.append((spec.signature_name, len(image)))
-        response = predict_pb2.PredictResponse()
-        run = self.loaded.signatures[spec.signature_name]
-        for name, output in run(image=tf.constant(image)).items():
-            response.outputs[name].CopyFrom(tf.make_tensor_proto(output.numpy()))
-        return response
-
-
-@pytest.fixture
-def served(version):
-    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
-    service = Service(version)
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield service, f"127.0.0.1:{port}"
-    server.stop(None).wait()
-
-
-def test_a_server_is_asked_beside_the_process(version, served):
-    service, address = served
-    report = bench.bench(
-        version, address=address, name="cross_stitch", rounds=2, batches=(3,)
-    )
+@pytest.mark.parametrize("way", ["gRPC", "REST"])
+def test_a_server_is_asked_beside_the_process(version, way):
+    with running(ServedModel("rooms", version.parent)) as (grpc_port, rest_port):
+        scheme, port = ("", grpc_port) if way == "gRPC" else ("http://", rest_port)
+        address = f"{scheme}127.0.0.1:{port}"
+        report = bench.bench(
+            version, address=address, name="rooms", rounds=2, batches=(3,)
+        )
+        with pytest.raises(ServingError, match=rf"'other' not found.*from {address}"):
+            bench.bench(version, address=address, name="other", rounds=2)
     ways = {(row.signature, row.way) for row in report.rows}
     signatures = TASKS | {"serving_default"}
-    assert ways == {(x, way) for x in signatures for way in ("in process", "gRPC")}
-    assert set(service.asked) == {(signature, 3) for signature in signatures}
-
-
-def test_a_server_without_the_model_is_an_error_that_names_both(version, served):
-    _, address = served
-    message = f"{address} does not answer for model 'other': no model other"
-    with pytest.raises(RuntimeError, match=message):
-        bench.bench(version, address=address, name="other", rounds=2, batches=(1,))
+    assert ways == {(x, each) for x in signatures for each in ("in process", way)}

@@ -95,10 +95,6 @@ def empty_folder(version):
     version.mkdir()
 
 
-def answers_that_are_no_json(version):
-    (version / "assets.extra" / "answers.json").write_text("{")
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -107,7 +103,6 @@ def answers_that_are_no_json(version):
         no_variables,
         half_the_variables,
         empty_folder,
-        answers_that_are_no_json,
     ],
 )
 def test_a_broken_version_leaves_the_old_one_and_is_served_once_mended(folder, damage):
@@ -184,3 +179,11 @@ def test_a_version_knows_what_its_answers_mean(folder):
     directory, _ = folder
     answers = json.loads((directory / "1/assets.extra/answers.json").read_text())
     assert ServedModel("m", directory).find(SPEC).answers == answers
+
+
+def test_answers_that_cannot_be_read_are_told_where_they_are_needed(folder):
+    directory, _ = folder
+    (directory / "1/assets.extra/answers.json").write_text("{")
+    version = ServedModel("m", directory).find(SPEC)
+    with pytest.raises(ServingError, match=r"answers\.json' must be JSON"):
+        _ = version.answers
