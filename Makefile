@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN = .venv/bin
 # Warnings are errors in the tests, so versions are pinned. The newest of all instead:
 # make install CONSTRAINTS=/dev/null
-CONSTRAINTS ?= constraints.txt
+CONSTRAINTS ?= .ci/constraints.txt
 
 .PHONY: install demo quick test lint docs guides speed compatibility
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[tensorflow]' \

@@ -18,7 +18,11 @@ import numpy as np
 
 from keras_cross_stitch import versions
 from keras_cross_stitch.networks import check_task_names
-from keras_cross_stitch.trial_input import from_sample, layer_named, tried
+from keras_cross_stitch.trial_input import (
+    first_accepted_input,
+    from_sample,
+    layer_named,
+)
 
 _TOLERANCE = 1e-5  # relative to the largest output
 
@@ -52,10 +56,9 @@ def export_saved_model(
         sample: A batch of inputs to compare the models on, as the model is called
             with: an array, or a list or dict of them. For a `tf.data.Dataset` of
             `(inputs, labels)` it is `next(iter(dataset))[0]`. With `from_jpeg` it
-            is rounded to whole pixel values. Defaults to random input: words of
-            the vocabulary and indices in the range of the layers that read them,
-            whole numbers to 255 for other floats, or 0 and 1 where these are
-            refused, as for other integers.
+            is rounded to whole pixel values. Must be given for inputs of text.
+            Defaults to random input, the same in every export: whole numbers to
+            255 for floats, or 0 and 1 where these are refused, as for integers.
         finish: Optional function of the version's folder and of the inputs that it
             was compared on, `{name in the signatures: array}`. Called before the
             version gets its name: to add to `assets.extra/` what is served with the
@@ -126,7 +129,7 @@ def export_saved_model(
     local = _local(directory)
     with _unfinished(local, version) as temporary:
         run = _traced(model, model)
-        inputs, outputs = tried(run, model, inputs)
+        inputs, outputs = first_accepted_input(run, model, inputs)
         _check_dense(outputs)
         _write(run, model, temporary, from_jpeg, progress or (lambda line: None))
         compared_on = _compare(temporary, inputs, outputs, model, from_jpeg)

@@ -12,18 +12,21 @@ from typing import Any
 import keras
 import numpy as np
 
-SIDES = (64, 32, 16, 8, 4, 2, 1)  # tried for unknown sizes, in pixels or words
+SIDES = (64, 32, 16, 8, 4, 2, 1)  # drawn for unknown sizes, in pixels or words
 
 
-def tried(run: Callable, model: keras.Model, inputs: Any) -> tuple[Any, dict[str, Any]]:
+def first_accepted_input(
+    run: Callable, model: keras.Model, inputs: Any
+) -> tuple[Any, dict[str, Any]]:
     """Input to compare on, drawn where none is given, and the model's outputs."""
     import tensorflow as tf
 
     trials: Iterable = [inputs]
     if inputs is None:
+        _check_drawable(model)
         unknown = any(None in x.shape[1:] for x in model.inputs)
         sides = SIDES if unknown else SIDES[:1]
-        # Floats may be indices, of which 0 and 1 are there for sure.
+        # A float input may feed an Embedding; only 0 and 1 are always valid.
         trials = (_drawn(model, *x) for x in itertools.product((256, 2), sides))
     for trial in trials:
         inputs = trial if inputs is None else inputs
@@ -50,7 +53,7 @@ def from_sample(sample: Any, model: keras.Model, from_jpeg: bool) -> Any:
         raise ValueError(
             "`sample` must be one array for each input of the model, in the same list "
             f"or dict: {keras.tree.map_structure(lambda x: x.name, model.input)}. "
-            f"{str(error).splitlines()[0]}"
+            f"{' '.join(str(error).splitlines()[:1])}"
         ) from error
     for x, array in zip(model.inputs, arrays, strict=True):
         if not array.shape[1:].is_compatible_with(x.shape[1:]) or not len(array):
@@ -64,74 +67,32 @@ def from_sample(sample: Any, model: keras.Model, from_jpeg: bool) -> Any:
     return keras.tree.pack_sequence_as(model.input, arrays)
 
 
+def _check_drawable(model: keras.Model) -> None:
+    for x in model.inputs:
+        if x.dtype == "string":
+            raise ValueError(
+                f"Input '{x.name}' takes text, of which no random one says anything: "
+                "give a batch of inputs to compare the models on as `sample=`"
+            )
+
+
 def _drawn(model: keras.Model, high: int, side: int) -> Any:
-    """Random input: whole numbers below `high` for floats, `side` for unknown sizes."""
+    """Random input: whole numbers below `high` for floats, `side` for unknown sizes.
+
+    Pixels are whole numbers; of other integers, such as indices, only 0 and 1 are
+    always valid. Seeded, so that an export that fails can be repeated.
+    """
     import tensorflow as tf
 
-    values = _accepted_values(model, high)
+    rng = np.random.default_rng(0)
 
     def draw(x: Any) -> Any:
         shape = [n or (2 if axis == 0 else side) for axis, n in enumerate(x.shape)]
-        drawn = np.random.default_rng().choice(values[x.name], shape)
-        dtype = str if x.dtype == "string" else x.dtype
-        return tf.convert_to_tensor(drawn.astype(dtype))
+        pixels = "float" in x.dtype or x.dtype == "uint8"
+        drawn = rng.integers(high if pixels else 2, size=shape)
+        return tf.convert_to_tensor(drawn.astype(x.dtype))
 
     return keras.tree.map_structure(draw, model.input)
-
-
-def _accepted_values(model: keras.Model, high: int) -> dict[str, np.ndarray]:
-    """The values to draw from for each input: {name: array}."""
-    # Pixels are whole numbers; of indices and masks only 0 and 1 are sure.
-    values = {
-        x.name: np.arange(high if "float" in x.dtype or x.dtype == "uint8" else 2)
-        for x in model.inputs
-    }
-    narrowed: dict[str, Any] = {}
-    for layer, names in _readers(model, {id(x): {x.name} for x in model.inputs}):
-        accepted = _accepted_by(layer)
-        for name in names if accepted is not None and len(accepted) else ():
-            narrowed[name] = min(narrowed.get(name, accepted), accepted, key=len)
-    return {**values, **narrowed}
-
-
-def _accepted_by(layer: Any) -> Any:
-    """The values that a layer can look up, or None where it does not look up."""
-    if isinstance(layer, keras.layers.Embedding):
-        return np.arange(layer.input_dim)
-    if isinstance(layer, keras.layers.CategoryEncoding):
-        return np.arange(layer.num_tokens)
-    lookups = ("StringLookup", "IntegerLookup", "TextVectorization")
-    kinds: Any = tuple(getattr(keras.layers, name) for name in lookups)
-    if isinstance(layer, kinds):
-        if getattr(layer, "invert", False):
-            return np.arange(layer.vocabulary_size())
-        return np.array(layer.get_vocabulary(include_special_tokens=False))
-    return None
-
-
-def _readers(
-    model: keras.Model, reached: dict[int, set[str]]
-) -> Iterator[tuple[Any, set[str]]]:
-    """Yields (layer, names of the inputs whose values it reads).
-
-    A layer reads what an input holds if only layers without weights, such as a
-    `Reshape`, stand between. `reached` is {id of a tensor: names}; it grows.
-    """
-    for depth in sorted(model._nodes_by_depth, reverse=True):
-        for node in model._nodes_by_depth[depth]:
-            layer, tensors = node.operation, node.input_tensors
-            names = set().union(*(reached.get(id(x), ()) for x in tensors))
-            if isinstance(layer, keras.Model) and names:
-                inner = keras.Model(layer.inputs, layer.outputs)
-                pairs = zip(inner.inputs, tensors, strict=True)
-                reached |= {id(x): reached.get(id(y), set()) for x, y in pairs}
-                yield from _readers(inner, reached)
-                pairs = zip(node.outputs, inner.outputs, strict=True)
-                reached |= {id(x): reached.get(id(y), set()) for x, y in pairs}
-            elif names:
-                yield layer, names
-                if _accepted_by(layer) is None and not getattr(layer, "weights", None):
-                    reached |= dict.fromkeys(map(id, node.outputs), names)
 
 
 @contextlib.contextmanager
@@ -146,9 +107,10 @@ def layer_named(problem: str) -> Iterator[None]:
         called = [frame.f_locals.get("self") for frame in frames]
         layers = [x for x in called if isinstance(x, keras.layers.Layer)]
         names = [x.name for x in layers if not isinstance(x, keras.Model)]
+        said = str(error).strip().splitlines()[:1] or ["no message"]
         raise ValueError(
             f"Layer '{names[0] if names else '?'}' {problem}. It raised "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"{type(error).__name__}: {said[0]}"
         ) from error
     finally:
         if filtered:

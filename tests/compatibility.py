@@ -109,16 +109,69 @@ def keras_hub_vit():
     )
 
 
-KERAS_HUB = {
+def keras_cv_resnet(version):
+    import keras_cv
+
+    return getattr(keras_cv.models, f"ResNet{version}Backbone")(
+        stackwise_filters=[64, 64],
+        stackwise_blocks=[2, 2],
+        stackwise_strides=[1, 2],
+        block_type="block",
+        include_rescaling=True,
+        input_shape=(32, 32, 3),
+    )
+
+
+def keras_cv_mobilenet():
+    import keras_cv
+
+    return keras_cv.models.MobileNetV3Backbone(
+        stackwise_expansion=[1, 4],
+        stackwise_filters=[16, 24],
+        stackwise_kernel_size=[3, 3],
+        stackwise_stride=[2, 2],
+        stackwise_se_ratio=[0.25, None],
+        stackwise_activation=["relu", "hard_swish"],
+        include_rescaling=True,
+        input_shape=(32, 32, 3),
+    )
+
+
+def keras_cv_efficientnet():
+    import keras_cv
+
+    return keras_cv.models.EfficientNetV2Backbone(
+        stackwise_kernel_sizes=[3, 3],
+        stackwise_num_repeats=[2, 2],
+        stackwise_input_filters=[16, 16],
+        stackwise_output_filters=[16, 24],
+        stackwise_expansion_ratios=[1, 4],
+        stackwise_squeeze_and_excite_ratios=[0, 0.25],
+        stackwise_strides=[1, 2],
+        stackwise_conv_types=["fused", "unfused"],
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        skip_connection_dropout=0.0,
+        include_rescaling=True,
+        input_shape=(32, 32, 3),
+    )
+
+
+# Small ones: the classes named after presets (ResNet18Backbone) want a download.
+BACKBONES = {
     "keras_hub BertBackbone": keras_hub_bert,
     "keras_hub ResNetBackbone": keras_hub_resnet,
     "keras_hub ViTBackbone": keras_hub_vit,
+    "keras_cv ResNetBackbone": lambda: keras_cv_resnet(""),
+    "keras_cv ResNetV2Backbone": lambda: keras_cv_resnet("V2"),
+    "keras_cv MobileNetV3Backbone": keras_cv_mobilenet,
+    "keras_cv EfficientNetV2Backbone": keras_cv_efficientnet,
 }
 
 
 def tower(name, way, outputs):
     """The model with a head, flat (on its output) or nested (called as a layer)."""
-    backbone = KERAS_HUB[name]() if name in KERAS_HUB else application(name)
+    backbone = BACKBONES[name]() if name in BACKBONES else application(name)
     # The first third is frozen, as a user would who has few labels.
     for layer in backbone.layers[: len(backbone.layers) // 3]:
         layer.trainable = False
@@ -293,7 +346,7 @@ def main():
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(",".join(HEADER) + "\n")
     there = {(row["model"], row["way"]) for row in rows()}
-    for name in [*KERAS_HUB, *applications()]:
+    for name in [*BACKBONES, *applications()]:
         for way in ("nested", "flat"):
             if (name, way) in there:
                 continue

@@ -46,3 +46,16 @@ def test_formulas_are_drawn_without_a_script(site):
     page = (site / "how_it_works.html").read_text()
     assert page.count("<math") > 10
     assert "arithmatex" not in page
+
+
+def test_what_the_design_draws_is_there():
+    page = (ROOT / "docs" / "design.md").read_text()
+    (tree,) = re.findall(r"```text\n(.*?)```", page, re.S)
+    folder = ROOT
+    for line in tree.splitlines():
+        names = re.match(r" *((?:[\w./]+, )*[\w./]+)", line)[1].split(", ")
+        if not line.startswith(" "):
+            folder = ROOT / names[0]
+            assert folder.is_dir(), line
+        else:
+            assert all((folder / name).exists() for name in names), line

@@ -95,7 +95,7 @@ def test_what_the_project_names_is_pinned_within_its_bounds():
         *chain(*project["project"]["optional-dependencies"].values()),
         *chain(*project["dependency-groups"].values()),
     ]
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / ".ci/constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
 
@@ -136,12 +136,27 @@ def test_what_the_workflows_run_is_there():
                 assert (ROOT / file).is_file(), file
 
 
+@pytest.mark.parametrize(
+    ("schema", "files"),
+    [
+        ("vendor.github-workflows", ".github/workflows/*.yml"),
+        ("vendor.github-issue-forms", ".github/ISSUE_TEMPLATE/*.yml"),
+    ],
+)
+def test_github_takes_its_files(schema, files):
+    command = ["check_jsonschema", "--builtin-schema", schema, *ROOT.glob(files)]
+    run = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout
+
+
 def test_a_commit_is_linted_by_the_version_that_make_lint_runs():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     (ruff,) = hooks["repos"]
     assert (
         f"\nruff=={ruff['rev'].removeprefix('v')}\n"
-        in (ROOT / "constraints.txt").read_text()
+        in (ROOT / ".ci/constraints.txt").read_text()
     )
 
 

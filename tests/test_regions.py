@@ -139,6 +139,29 @@ def test_what_is_kept_is_what_the_greedy_way_keeps(rng, threshold):
     assert 0 < kept.mean() < 1
 
 
+def test_what_is_kept_is_what_keras_cv_keeps(rng):
+    keras_cv = pytest.importorskip("keras_cv")
+    rois = random_boxes(rng, 2, 40)
+    score = rng.uniform(0.1, 1, (2, 40)).astype("float32")
+    suppress = keras_cv.layers.NonMaxSuppression(
+        "xyxy", from_logits=False, iou_threshold=0.4, confidence_threshold=0.5
+    )
+    expected = suppress(rois, score[..., None])
+
+    scores = np.stack([1 - score, score], axis=-1)
+    nothing_moves = np.zeros((2, 40, 4), "float32")
+    found = Detections((64, 64), iou_threshold=0.4, score_threshold=0.5)(
+        [scores, nothing_moves, rois]
+    )
+
+    counts = keras.ops.convert_to_numpy(found["num_detections"])
+    np.testing.assert_array_equal(counts, expected["num_detections"])
+    for n, count in enumerate(counts):
+        assert 0 < count < 40
+        actual = keras.ops.convert_to_numpy(found["boxes"])[n, :count]
+        np.testing.assert_allclose(actual, expected["boxes"][n, :count], atol=1e-3)
+
+
 def test_a_chain_of_overlaps_is_settled_from_its_start(rng):
     """Each box overlaps the next alone: every other one stays."""
     left = 6.0 * np.arange(30)

@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from keras_cross_stitch import export_saved_model, stitch
 from keras_cross_stitch.saved_model import _check_equal
-from keras_cross_stitch.trial_input import _accepted_values
 
 # Else the first export does this, which puts another module in the place of
 # `tf.saved_model`, and what a test has patched there is lost.
@@ -601,8 +600,10 @@ def lookup(kind, **kwargs):
 )
 def test_layers_that_look_up_are_exported(tmp_path, read, model, inputs):
     model = read_by(*read(), **model)
+    sample = model.inputs[0].dtype == "string" or "lookup" in model.layers[1].name
     inputs = tf.constant(inputs, model.inputs[0].dtype)
-    loaded = tf.saved_model.load(str(export_saved_model(model, tmp_path)))
+    path = export_saved_model(model, tmp_path, sample=inputs if sample else None)
+    loaded = tf.saved_model.load(str(path))
     served = loaded.signatures["a"](x=inputs)["a"].numpy()
     expected = model(inputs)["a"].numpy()
     assert served.dtype == expected.dtype
@@ -612,32 +613,45 @@ def test_layers_that_look_up_are_exported(tmp_path, read, model, inputs):
         np.testing.assert_array_equal(served, expected)
 
 
-def test_input_is_drawn_from_what_the_layers_read():
-    # Through layers without weights and nested models; the smallest table counts.
-    ids, other = keras.Input((6,), name="ids"), keras.Input((6,), name="other")
-    image = keras.Input((4,), name="image")
-    mask = keras.Input((4,), dtype="bool", name="mask")
-    word = keras.Input((1,), dtype="string", name="word")
-    nested = keras.Input((3, 2))
-    reshape = keras.Model(nested, layers.Reshape((6,))(nested))
-    embed = keras.Sequential([keras.Input((6,)), layers.Embedding(5, 3)])
-    outputs = {
-        "small": embed(reshape(layers.Reshape((3, 2))(ids))),
-        "large": layers.Embedding(50, 3)(ids),
-        "word": lookup(layers.StringLookup)(word),
-        # What a layer with weights makes of an input does not bound it.
-        "other": layers.Embedding(50, 3)(layers.Dense(6)(other)),
-        "image": layers.Multiply()([image, mask]),
-    }
-    model = keras.Model([ids, other, image, mask, word], outputs)
-    values = {name: x.tolist() for name, x in _accepted_values(model, 256).items()}
-    assert values == {
-        "ids": [0, 1, 2, 3, 4],
-        "word": ["x", "y"],
-        "mask": [0, 1],
-        "other": list(range(256)),
-        "image": list(range(256)),
-    }
+def test_an_input_of_text_needs_a_sample(tmp_path):
+    model = read_by(lookup(layers.StringLookup), dtype="string")
+    with pytest.raises(ValueError, match=r"^Input 'x' takes text.*`sample=`$"):
+        export_saved_model(model, tmp_path / "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_numbers_that_a_lookup_refuses_need_a_sample(tmp_path):
+    numbers = lookup(layers.IntegerLookup, num_oov_indices=0, name="numbers")
+    with pytest.raises(ValueError, match=r"'numbers' does not accept.*`sample=`"):
+        export_saved_model(read_by(numbers), tmp_path)
+
+
+class Silent(layers.Layer):
+    def call(self, x):
+        raise NotImplementedError
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+def test_an_error_without_a_message_names_the_layer(tmp_path):
+    model = read_by(Silent(name="silent"), dtype="float32")
+    with pytest.raises(
+        ValueError, match=r"'silent' cannot be exported.*NotImplementedError: no mess"
+    ):
+        export_saved_model(model, tmp_path)
+
+
+def test_two_exports_are_compared_on_the_same_input(tmp_path):
+    compared_on = []
+    model = read_by(layers.Dense(3), shape=(None, 4), dtype="float32")
+    for _ in range(2):
+        export_saved_model(
+            model, tmp_path, finish=lambda _, inputs: compared_on.append(inputs["x"])
+        )
+    np.testing.assert_array_equal(*compared_on)
+    assert compared_on[0].shape == (2, 64, 4)
+    assert len(np.unique(compared_on[0])) > 50
 
 
 def test_input_that_a_layer_refuses_is_an_error_that_names_both(tmp_path):
@@ -778,7 +792,9 @@ def test_sparse_and_ragged_inputs_are_served_as_dense(tmp_path, kwargs):
 def test_a_sparse_output_is_an_error(tmp_path):
     one_hot = lookup(layers.StringLookup, output_mode="multi_hot", sparse=True)
     with pytest.raises(ValueError, match=r"'a' must be dense.*SparseTensor"):
-        export_saved_model(read_by(one_hot, dtype="string"), tmp_path)
+        export_saved_model(
+            read_by(one_hot, dtype="string"), tmp_path, sample=np.array([["x", "y"]])
+        )
     assert os.listdir(tmp_path) == []
 
 

@@ -144,6 +144,7 @@ def fit(
     if not chief:
         return
     _print_table(*comparison.rows(experiment, methods, seed))
+    console.print(comparison.LEGEND)
     console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
 
@@ -168,9 +169,13 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List what is missing, and how long.")
     ] = False,
-    results: Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")] = Path(
-        "docs/results"
-    ),
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the tidy CSV files; docs/results is the published ones'.",
+            show_default="RUNS/results",
+        ),
+    ] = None,
     dtype: Dtype = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
@@ -208,7 +213,7 @@ def study(
                     progress=progress,
                 )
         if distribution.is_chief(strategy):
-            for path in studies.write(planned, results):
+            for path in studies.write(planned, results or runs / "results"):
                 console.print(f"Wrote {path}")
 
 

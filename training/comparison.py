@@ -2,16 +2,29 @@
 
 import shutil
 import textwrap
+from pathlib import Path
 
 import keras
 import numpy as np
 
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
-from training.study import figures
-from training.study.results import label, metric
+from training.study import delta_m, figures
+from training.study.results import (
+    by_seed,
+    label,
+    metric,
+    prediction_interval,
+    read_csv,
+)
 
 PICTURES = 5
+PUBLISHED = Path(__file__).parents[1] / "docs" / "results"
+LEGEND = (
+    "↑: higher is better, ↓: lower is. In brackets: where 95 % of all seeds are, by "
+    "the published ones. Δm: the mean over tasks and their metrics of the change "
+    "relative to the compute-matched baseline"
+)
 
 
 def compare(experiment, methods, seed):
@@ -54,17 +67,57 @@ def compare(experiment, methods, seed):
     return target
 
 
-def rows(experiment, methods, seed):
-    """The table's header and rows: one row per metric, one column per method."""
-    of_methods = [runs.metrics(experiment.folder(method, seed)) for method in methods]
-    header = ["", *map(label, methods)]
-    body = [
-        [f"{task}: {metric(name).title}"]
-        + [f"{of_method[task][name]:.1f}" for of_method in of_methods]
-        for task, of_task in of_methods[0].items()
-        for name in of_task
+def rows(experiment, methods, seed, published=PUBLISHED):
+    """The table's header and rows: one row per metric, one column per method.
+
+    Behind a value stand the ends of the interval in which it usually is, where values
+    of the same recipe are published. The last row is Delta_m.
+
+    Args:
+        experiment: The `Experiment`.
+        methods: List of methods whose runs are finished.
+        seed: Integer.
+        published: Path of the folder of published raw values.
+    """
+    of_runs = [
+        row
+        for method in methods
+        for row in runs.rows(
+            method, seed, runs.metrics(experiment.folder(method, seed))
+        )
     ]
-    return header, body
+    values: dict = {}
+    for row in (*of_runs, *delta_m.rows(of_runs)):
+        values.setdefault((row.task, row.metric), {})[row.method] = row.value
+    usual = _usual(experiment, published)
+    body = [
+        [
+            f"{task}: {metric(name).title}",
+            *(_shown(name, of, usual.get((task, name)), x) for x in methods),
+        ]
+        for (task, name), of in values.items()
+    ]
+    return ["", *map(label, methods)], body
+
+
+def _shown(name, of_metric, usual, method):
+    if method not in of_metric:
+        return ""
+    digits = metric(name).digits
+    value = f"{of_metric[method]:.{digits}f}"
+    interval = prediction_interval((usual or {}).get(method, {}).values())
+    if interval is None:
+        return value
+    low, high = interval
+    return f"{value} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _usual(experiment, published):
+    """{(task, metric): {method: {seed: value}}} that are published of this recipe."""
+    path = published / experiment.recipe.name / "methods.csv"
+    if not path.exists():
+        return {}
+    return by_seed(row for row, by in read_csv(path) if by.recipe == experiment.digest)
 
 
 def _spread(test, count):

@@ -17,7 +17,7 @@ from keras_cross_stitch import (
     LearningRateGroups,
     weigh_losses,
 )
-from training import batches, distribution, methods, runs, towers
+from training import batches, distribution, methods, provenance, runs, towers
 from training.callbacks import Backup, History, ShowProgress, StopAtNaN, at_sigterm
 from training.locks import lock
 
@@ -213,6 +213,8 @@ def _save(model, tasks, run):
         np.savez(run / "alpha.npz", **units)
     answers = {name: task.describe() for name, task in tasks.items()}
     runs.write(run / "answers.json", json.dumps(answers, indent=2))
+    made_by = json.dumps(provenance.of_this_process(), indent=2)
+    runs.write(run / "made_by.json", made_by)
     model.save(run / "unfinished.keras")
     os.replace(run / "unfinished.keras", run / "model.keras")
 

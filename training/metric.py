@@ -5,11 +5,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric's name as prose, its unit, and whether higher is better."""
+    """A metric's name as prose, its unit, whether higher is better, and its digits."""
 
     label: str
     unit: str
     higher_is_better: bool | None  # `None` for neither
+    digits: int = 1  # behind the point, of one value; one more of a mean over seeds
 
     @property
     def title(self):

@@ -5,6 +5,7 @@
     recipe.json    what the result depends on, and no more
     history.csv    losses, mean alphas and seconds by epoch
     alpha.npz      the units' alphas, where there are units
+    made_by.json   commit, versions and processor that made it
     answers.json   what each task's answers mean: names, colours, units
     model.keras    the trained model, which answers as it does when served
     per_class.csv  scores by class, of the tasks that have classes
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from training import batches, methods, towers
+from training import batches, methods, provenance, towers
 from training.datasets import prepared, proposals
 from training.recipes import Recipe, RegionData
 from training.tasks import TASKS
@@ -71,6 +72,14 @@ class Experiment:
             found["proposals"] = proposals.digest(self.builder, splits)
         return found
 
+    @property
+    def digest(self):
+        """What tells the recipe from any other, but for names, its own and files'."""
+        content = _said(self.recipe)
+        del content["name"]
+        content["tower"] |= towers.identity(self.recipe.tower)
+        return provenance.digest(content)
+
     def folder(self, method, seed):
         return self.runs / self.recipe.name / method / f"seed{seed}"
 
@@ -90,6 +99,10 @@ class Experiment:
         if starts:
             depends["starts_from"] = starts
         return json.loads(json.dumps(depends))
+
+    def claim(self, method, seed):
+        """Checks that the run is of this recipe, see `claim`."""
+        claim(self.folder(method, seed), self.depends_on(method, seed))
 
 
 def open_experiment(recipe, data, runs):
@@ -145,6 +158,20 @@ def write(path, text):
     unfinished = path.with_name(f"unfinished-{path.name}")
     unfinished.write_text(text)
     os.replace(unfinished, path)
+
+
+def _said(part: Any) -> Any:
+    """A recipe's part as JSON, without what is as it is by default.
+
+    So a setting that is new changes nothing for recipes that do not use it.
+    """
+    if not dataclasses.is_dataclass(part):
+        return part
+    return {
+        field.name: _said(getattr(part, field.name))
+        for field in dataclasses.fields(part)
+        if getattr(part, field.name) != field.default
+    }
 
 
 def _differences(begun: Any, now: Any, at: str = "") -> list[str]:

@@ -1,9 +1,13 @@
+import dataclasses
 import os
+import shutil
 
 import matplotlib.image
 import pytest
 
-from training import comparison
+from training import comparison, runs
+from training.provenance import Made
+from training.runs import Row, write_csv
 
 TASKS = ("segmentation", "normals")
 
@@ -67,3 +71,34 @@ def test_the_table_has_a_row_a_metric_and_a_column_a_method(finished, cross_stit
     assert header == ["", "single-task", "cross-stitch"]
     assert len(body) == 8
     assert {len(row) for row in body} == {3}
+
+
+def test_the_table_ends_in_delta_m_and_says_where_values_usually_are(
+    finished, single_task, tmp_path
+):
+    """Of values that are published of the same recipe, and of no other."""
+    miou = runs.metrics(single_task)["segmentation"]["miou"]
+    experiment = dataclasses.replace(finished, runs=tmp_path)
+    methods = ["single_task", "ensemble"]
+    for method in methods:
+        shutil.copytree(single_task, experiment.folder(method, 0))
+
+    def shown(digest):
+        made = Made(recipe=digest)
+        published = [
+            (*Row("ensemble", seed, "segmentation", "miou", value), *made)
+            for seed, value in enumerate([20.0, 21.0, 22.0])
+        ]
+        path = tmp_path / "published" / "tiny" / "methods.csv"
+        write_csv(path, (*Row._fields, *Made._fields), published)
+        _, body = comparison.rows(experiment, methods, 0, tmp_path / "published")
+        return {name: values for name, *values in body}
+
+    body = shown(finished.digest)
+    # 21 -+ t(2, 0.975) * 1 * sqrt(4 / 3)
+    assert body["segmentation: mIoU, % ↑"] == [
+        f"{miou:.1f}",
+        f"{miou:.1f} (16.0 to 26.0)",
+    ]
+    assert body["all tasks: Δm, % ↑"] == ["", "0.0"]
+    assert shown("another")["segmentation: mIoU, % ↑"] == 2 * [f"{miou:.1f}"]

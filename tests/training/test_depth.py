@@ -60,7 +60,7 @@ def test_the_scores_agree_with_scikit_learn(measured):
         mean_absolute_percentage_error(truth, answer)
     )
     assert values["rmse"] == pytest.approx(root_mean_squared_error(truth, answer))
-    for name, power in (("delta_1.25", 1), ("delta_1.25_2", 2), ("delta_1.25_3", 3)):
+    for name, power in (("delta_1", 1), ("delta_2", 2), ("delta_3", 3)):
         share = 100 * np.mean(ratio < 1.25**power)
         assert values[name] == pytest.approx(share)
         assert 10 < share < 99
@@ -76,9 +76,9 @@ def test_scores_worked_out_by_hand():
         "abs_error": pytest.approx(3.2 / 3),
         "rel_error": pytest.approx((0.2 + 0.5 + 0.5) / 3),
         "rmse": pytest.approx(np.sqrt(5.04 / 3)),
-        "delta_1.25": pytest.approx(100 / 3),
-        "delta_1.25_2": pytest.approx(200 / 3),  # 1.5 is below 1.5625
-        "delta_1.25_3": pytest.approx(200 / 3),  # 2 is not below 1.953
+        "delta_1": pytest.approx(100 / 3),
+        "delta_2": pytest.approx(200 / 3),  # 1.5 is below 1.5625
+        "delta_3": pytest.approx(200 / 3),  # 2 is not below 1.953
     }
 
 

@@ -205,6 +205,30 @@ def as_coco(target, answers):
     return 100 * evaluation.eval["precision"][0, :, :, 0, -1].mean(axis=0)
 
 
+def test_mean_average_precision_agrees_with_keras_cv(rng):
+    keras_cv = pytest.importorskip("keras_cv")
+    target, answers = made_up(rng)
+    truth, found = padded(target, answers)
+    scores = Detection(CLASSES).scores()
+    scores.update(truth, found)
+
+    metric = keras_cv.metrics.BoxCOCOMetrics("xyxy", evaluate_freq=1)
+    there = np.arange(found["scores"].shape[1]) < found["num_detections"][:, None]
+    metric.update_state(
+        {"boxes": truth[..., :4], "classes": truth[..., 4]},
+        {
+            "boxes": found["boxes"],
+            "classes": np.where(there, found["classes"], -1),
+            "confidence": found["scores"],
+        },
+    )
+    expected = 100 * float(metric.result()["MaP@[IoU=50]"])
+
+    assert 20 < expected < 90
+    # COCO samples the precision at 101 recalls; ours is the area.
+    assert scores.result()["mean_ap"] == pytest.approx(expected, abs=1)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_average_precision_agrees_with_pycocotools(seed):
     target, answers = made_up(np.random.default_rng(seed))

@@ -3,16 +3,19 @@
 import csv
 import dataclasses
 import json
+import platform
 
+import keras
 import numpy as np
 import pytest
 
-from training import recipes, runs
+from training import provenance, recipes, runs
 from training.study import studies
 
 
 @pytest.fixture
-def scenes(tmp_path):
+def scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Experiment, "_data", {"examples": "digest"})
     return runs.Experiment(recipes.find("scenes"), None, tmp_path / "runs")
 
 
@@ -138,25 +141,91 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
     path = results / "scenes/splits.csv"
 
     assert studies.write(first, results) == [path]
-    assert path.read_text().splitlines()[:3] == [
-        "method,seed,task,metric,value",
-        "single_task_as_long,0,segmentation,miou,50.0",
-        "single_task_as_long,0,normals,mean_angle,20",
+    made = f"{scenes.digest},float32,unknown,unknown,unknown"
+    assert path.read_text().splitlines()[:6] == [
+        "method,seed,task,metric,value,recipe,dtype,commit,versions,processor",
+        f"single_task_as_long,0,segmentation,miou,50.0,{made}",
+        f"single_task_as_long,0,normals,mean_angle,20,{made}",
+        f"split@conv2,0,segmentation,miou,50.0,{made}",
+        f"split@conv2,0,normals,mean_angle,20,{made}",
+        f"split@conv2,0,all tasks,delta_m,0.0,{made}",
     ]
-    assert len(rows(path)) == 3 * 2
+    assert len(rows(path)) == 3 * 2 + 2
     # Another machine, which has none of those runs, adds one and repeats one.
     other = dataclasses.replace(scenes, runs=tmp_path / "other")
     second = studies.plan(other, "splits", [0, 7])
     finish(second[0], value=60.0)
     finish(second[-1])
     studies.write(second, results)
-    found = {(row["method"], row["seed"]): row["value"] for row in rows(path)[::2]}
+    found = {
+        (row["method"], row["seed"]): row["value"]
+        for row in rows(path)
+        if row["metric"] == "miou"
+    }
     assert found == {
         ("single_task_as_long", "0"): "60.0",
         ("split@conv2", "0"): "50.0",
         ("split@conv3", "0"): "50.0",
         ("split@score", "7"): "50.0",
     }
+    # Of the baseline that has changed, too; and seed 7 lacks one.
+    found = {x["method"]: x["value"] for x in rows(path) if x["metric"] == "delta_m"}
+    assert found == {"split@conv2": "-8.333", "split@conv3": "-8.333"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda recipe: recipes.change(recipe, "training", dtype="mixed_bfloat16"),
+        lambda recipe: recipes.change(recipe, "finetuning", epochs=7),
+    ],
+)
+def test_rows_of_another_recipe_or_dtype_are_not_mixed(scenes, tmp_path, change):
+    first = studies.plan(scenes, "splits", [0, 1])
+    for run in first[:2]:
+        finish(run)
+    (path,) = studies.write(first, tmp_path)
+    before = path.read_text()
+    other = dataclasses.replace(
+        scenes, runs=tmp_path / "other", recipe=change(scenes.recipe)
+    )
+    second = studies.plan(other, "splits", [0])
+    finish(second[0])
+
+    with pytest.raises(ValueError, match=r"another are: split@conv2, seed 0\. Make"):
+        studies.write(second, tmp_path)
+    assert path.read_text() == before
+    finish(second[1])
+    studies.write(second, tmp_path)  # both anew
+    assert len({row["recipe"] for row in rows(path)}) == 1
+
+
+def test_a_run_of_another_recipe_is_not_written(scenes, tmp_path):
+    """It was finished before the recipe changed."""
+    planned = studies.plan(scenes, "splits", [0])
+    finish(planned[0])
+    studies.write(planned, tmp_path)
+    changed = recipes.change(scenes.recipe, "data", smallest_crop=0.5)
+    planned = studies.plan(dataclasses.replace(scenes, recipe=changed), "splits", [0])
+
+    with pytest.raises(
+        ValueError, match=r"another recipe: data\.smallest_crop changed"
+    ):
+        studies.write(planned, tmp_path)
+
+
+def test_a_row_says_what_made_it(scenes, tmp_path):
+    planned = studies.plan(scenes, "splits", [0])
+    finish(planned[0])
+    by = provenance.of_this_process()
+    (planned[0].folder / "made_by.json").write_text(json.dumps(by))
+    (path,) = studies.write(planned, tmp_path)
+    (row, *_) = rows(path)
+
+    assert {name: row[name] for name in by} == by
+    assert f"keras={keras.__version__}" in by["versions"]
+    assert platform.machine() in by["processor"]
+    assert len(by["commit"].removesuffix("-dirty")) == 12
 
 
 def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):

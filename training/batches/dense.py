@@ -155,10 +155,10 @@ def _augment(image, targets, data, tasks, draws):
     }
     if data.smallest_crop < 1:
         image = _crop(image, boxes, "bilinear")
-        targets = {
-            name: tf.cast(_crop(target, boxes, "nearest"), target.dtype)
-            for name, target in targets.items()
-        }
+        shares = boxes[:, 2] - boxes[:, 0]
+        for name, target in targets.items():
+            cropped = tf.cast(_crop(target, boxes, "nearest"), target.dtype)
+            targets[name] = tasks[name].enlarge(cropped, shares)
     image = tf.cast(image, "float32")
     if data.colour:
         image = _tint(image, tints)

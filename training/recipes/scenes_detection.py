@@ -1,9 +1,8 @@
 """Rendered rooms: detection and attributes, the paper's second pair, in minutes.
 
 Data: the rooms of `scenes`, 16 classes and 16 attributes, doubled to 192x256;
-proposals by selective search, whose recall is 0.86. Fast R-CNN on an AlexNet of a
-quarter of the width, from scratch. One_task, seed 0: mean AP 30.1 % in detection, and
-57.9 % in attributes.
+proposals by selective search. Fast R-CNN on an AlexNet of a quarter of the width, from
+scratch.
 
     python -m training fit scenes_detection
 """

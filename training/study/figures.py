@@ -267,7 +267,7 @@ def _gain(values, baseline, higher_is_better):
         ]
         mean = low = high = only[0] if only else np.nan
     else:
-        mean, low, high, _ = known
+        mean, low, high, *_ = known
     return (mean, low, high) if higher_is_better else (-mean, -high, -low)
 
 

@@ -1,5 +1,7 @@
 """The paper's figures, to stand beside ours (Misra et al., CVPR 2016).
 
+They stand beside the recipes with the paper's tower, at full size and with all labels.
+
 By data set and study; the methods under the names that they have here.
 """
 
@@ -76,13 +78,12 @@ _SPLITS = {
 }
 
 
-def table(recipe, study):
-    """The paper's table as `{method: {(task, metric): value}}`; empty without one.
+_DATASETS = {"nyuv2": "nyuv2", "voc2008_alexnet": "voc2008"}  # by recipe
 
-    A recipe is of the data set that its name begins with (`nyuv2_pretrained`), and
-    the paper's only at full size, with all labels.
-    """
-    dataset = recipe.split("_")[0]
+
+def table(recipe, study):
+    """The paper's table as `{method: {(task, metric): value}}`; empty without one."""
+    dataset = _DATASETS.get(recipe)
     columns = {"nyuv2": _NYUV2, "voc2008": _VOC2008}.get(dataset, ())
     return {
         method: dict(zip(columns, values, strict=True))
@@ -95,5 +96,5 @@ def splits(recipe):
     columns = {"nyuv2": [("segmentation", "miou")], "voc2008": _VOC2008}
     return {
         (task, metric): dict(zip(_LAYERS, _SPLITS[task], strict=True))
-        for task, metric in columns.get(recipe.split("_")[0], ())
+        for task, metric in columns.get(_DATASETS.get(recipe), ())
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 
 from training.methods import METHODS
-from training.study import figures, paper, recorded
+from training.study import delta_m, figures, paper, recorded
 from training.study.results import baseline, label, metric, statistics
 from training.study.tables import notes
 
@@ -62,7 +62,8 @@ def write_report(runs, target):
 def _recipe(folder, methods):
     """What the page says of one recipe, for the template."""
     rows = _rows(methods)
-    tables = statistics(rows, paper.table(folder.name, "methods"))
+    with_delta_m = [*rows, *delta_m.rows(rows)]
+    tables = statistics(with_delta_m, paper.table(folder.name, "methods"))
     stopped = recorded.by_method(folder, finished=False).values()
     first = next(iter(methods.values()))[0]
     return {

@@ -12,26 +12,27 @@ from scipy.stats import t as student_t
 
 from training.methods import METHODS
 from training.metric import Metric
+from training.provenance import Made
 from training.runs import Row
 from training.tasks import TASKS
 
 METRICS = {
     **{name: x for task in TASKS.values() for name, x in task.metrics.items()},
     "alpha": Metric("alpha", "", None),
+    "delta_m": Metric("Δm", "%", True),
 }
+ALL_TASKS = "all tasks"  # what Delta_m is of
+LEVEL = 0.05  # at which a difference is certain
 
 
 class Difference(NamedTuple):
-    """A mean paired difference with the ends of its 95 % t-interval."""
+    """A mean paired difference, the ends of its 95 % t-interval, and its p-value."""
 
     mean: float
     low: float
     high: float
     seeds: int
-
-    @property
-    def excludes_zero(self):
-        return self.low > 0 or self.high < 0
+    p: float  # of the paired t-test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +42,35 @@ class Cell:
     mean: float
     deviation: float | None  # `None` with one seed
     seeds: int
+    metric: Metric
     difference: Difference | None = None  # to the baseline
-    best: bool = False  # of all methods, by more than chance
+    certain: bool = False  # that there is a difference, by Holm over the table
+    best: bool = False  # certainly better than the baseline and all other methods
 
     @property
     def value(self):
+        sign = "+" if self.is_change else ""
+        digits = self.metric.digits
         if self.deviation is None:
-            return f"{self.mean:.1f}"
-        return f"{self.mean:.2f} ± {self.deviation:.2f}"
+            return f"{self.mean:{sign}.{digits}f}"
+        digits += 1
+        return f"{self.mean:{sign}.{digits}f} ± {self.deviation:.{digits}f}"
 
     @property
     def gain(self):
         if self.difference is None:
             return ""
-        mean, low, high, seeds = self.difference
+        mean, low, high, seeds, _ = self.difference
+        digits = self.metric.digits + 1
         pairs = f"; {seeds} seeds" if seeds != self.seeds else ""
-        return f"{mean:+.2f} ({low:+.2f} to {high:+.2f}{pairs})"
+        interval = f"({low:+.{digits}f} to {high:+.{digits}f}{pairs})"
+        change = "" if self.is_change else f"{mean:+.{digits}f} "
+        return f"{change}{interval}{' †' if self.certain else ''}"
+
+    @property
+    def is_change(self):
+        """Whether the value is a change to the baseline itself, as Delta_m is."""
+        return self.metric == METRICS["delta_m"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,26 +98,33 @@ class Table:
 
 
 def read_csv(path):
-    """The rows of a tidy CSV file.
+    """The rows of a tidy CSV file, each with what it was made by.
+
+    Returns:
+        List of `(Row, Made)`.
 
     Raises:
         ValueError: For a file with other columns, or a value that is no number.
     """
-    with open(path, newline="") as file:
+    expected = (*Row._fields, *Made._fields)
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != Row._fields:
+        if tuple(reader.fieldnames or ()) != expected:
             raise ValueError(
-                f"Expected the columns {','.join(Row._fields)} in {path}. "
+                f"Expected the columns {','.join(expected)} in {path}. "
                 f"Received: {','.join(reader.fieldnames or ())}"
             )
         try:
             return [
-                Row(
-                    x["method"],
-                    int(x["seed"]),
-                    x["task"],
-                    x["metric"],
-                    float(x["value"]),
+                (
+                    Row(
+                        x["method"],
+                        int(x["seed"]),
+                        x["task"],
+                        x["metric"],
+                        float(x["value"]),
+                    ),
+                    Made(*(x[name] for name in Made._fields)),
                 )
                 for x in reader
             ]
@@ -174,61 +195,149 @@ def paired_difference(values, of_baseline):
         return None
     differences = np.array([values[seed] - of_baseline[seed] for seed in seeds])
     mean = float(differences.mean())
-    error = differences.std(ddof=1) / np.sqrt(len(seeds))
+    error = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
     half = float(student_t.ppf(0.975, len(seeds) - 1) * error)
-    return Difference(mean, mean - half, mean + half, len(seeds))
+    if error:
+        p = float(2 * student_t.sf(abs(mean) / error, len(seeds) - 1))
+    else:
+        p = 0.0 if mean else 1.0
+    return Difference(mean, mean - half, mean + half, len(seeds), p)
+
+
+def prediction_interval(values):
+    """Where one more seed is with 95 % chance, by those before; `None` for few.
+
+    Args:
+        values: The values of the seeds before. Of fewer than three, it says nothing.
+    """
+    known = np.array(list(values))
+    if len(known) < 3:
+        return None
+    spread = known.std(ddof=1) * np.sqrt(1 + 1 / len(known))
+    half = float(student_t.ppf(0.975, len(known) - 1) * spread)
+    return float(known.mean()) - half, float(known.mean()) + half
+
+
+def holm(p_values):
+    """Which of several hypotheses are rejected, at 5 % for all together (Holm, 1979).
+
+    Args:
+        p_values: Dict of hypothesis to its p-value.
+
+    Returns:
+        Set of hypotheses.
+
+    Example:
+
+    >>> sorted(holm({"a": 0.012, "b": 0.6, "c": 0.024}))
+    ['a', 'c']
+    >>> holm({"a": 0.02, "b": 0.6, "c": 0.024})
+    set()
+    """
+    rejected = set()
+    for k, (hypothesis, p) in enumerate(sorted(p_values.items(), key=lambda x: x[1])):
+        if p > LEVEL / (len(p_values) - k):
+            break
+        rejected.add(hypothesis)
+    return rejected
 
 
 def statistics(rows, of_paper=None):
     """One `Table` per task; methods, tasks and metrics in the order of the rows.
 
+    The last column of each is Delta_m, where the rows have it. Which differences are
+    certain is decided over all of these tables together.
+
     Args:
-        rows: List of `Row`.
+        rows: List of `Row`, see `delta_m.rows`.
         of_paper: The paper's values, as `paper.table` gives them.
     """
     values = by_seed(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
+    columns = {key: _column(key, of_metric) for key, of_metric in values.items()}
+    columns = _marked(columns, values)
     tables = []
-    for task in dict.fromkeys(row.task for row in rows):
-        metrics = [name for of, name in values if of == task]
-        columns = [
-            _column(values[task, name], metric(name).higher_is_better)
-            for name in metrics
-        ]
+    for task in dict.fromkeys(row.task for row in rows if row.task != ALL_TASKS):
+        keys = [key for key in values if key[0] == task]
+        keys += [key for key in values if key[0] == ALL_TASKS]
         cells = {
-            method: [column.get(method) for column in columns]
+            method: [columns[key].get(method) for key in keys]
             for method in methods
-            if any(method in column for column in columns)
+            if any(method in columns[key] for key in keys)
         }
         reference = {
-            method: [known.get((task, name)) for name in metrics]
+            method: [known.get(key) for key in keys]
             for method, known in (of_paper or {}).items()
-            if any((task, name) in known for name in metrics)
+            if any(key in known for key in keys)
         }
-        tables.append(Table(task, metrics, cells, reference))
+        tables.append(Table(task, [name for _, name in keys], cells, reference))
     return tables
 
 
-def _column(of_metric, higher_is_better):
-    """{method: Cell}. The best one is marked where its interval excludes zero."""
+def _column(key, of_metric):
+    """{method: Cell}, without marks."""
     cells = {}
     for method, values in of_metric.items():
         known = np.array(list(values.values()))
-        deviation = float(known.std(ddof=1)) if len(known) > 1 else None
-        difference = None
-        if higher_is_better is not None:
-            difference = paired_difference(values, of_metric.get(baseline(method), {}))
-        cells[method] = Cell(float(known.mean()), deviation, len(known), difference)
-    if higher_is_better is None:
-        return cells
-    best = (max if higher_is_better else min)(
-        cells, key=lambda method: cells[method].mean
-    )
-    difference = cells[best].difference
-    if (
-        difference
-        and difference.excludes_zero
-        and (difference.mean > 0) == higher_is_better
-    ):
-        cells[best] = dataclasses.replace(cells[best], best=True)
+        cells[method] = Cell(
+            float(known.mean()),
+            float(known.std(ddof=1)) if len(known) > 1 else None,
+            len(known),
+            metric(key[1]),
+            _difference(key, method, of_metric),
+        )
     return cells
+
+
+def _difference(key, method, of_metric):
+    """To the method's baseline, or of Delta_m, which has it in it, to zero."""
+    task, name = key
+    if task == ALL_TASKS:
+        return paired_difference(of_metric[method], dict.fromkeys(of_metric[method], 0))
+    if metric(name).higher_is_better is None:
+        return None
+    return paired_difference(of_metric[method], of_metric.get(baseline(method), {}))
+
+
+def _marked(columns, values):
+    """The columns' cells with what is certain, over all of them, and what is best.
+
+    The best is certainly better than its baseline, and differs from each other method
+    of its column, by Holm over these.
+    """
+    p_values = {
+        (key, method): cell.difference.p
+        for key, column in columns.items()
+        for method, cell in column.items()
+        if cell.difference
+    }
+    certain = holm(p_values)
+    marked = {}
+    for key, column in columns.items():
+        best = _best(key, column, values[key])
+        marked[key] = {
+            method: dataclasses.replace(
+                cell,
+                certain=(key, method) in certain,
+                best=method == best and (key, method) in certain,
+            )
+            for method, cell in column.items()
+        }
+    return marked
+
+
+def _best(key, column, of_metric):
+    """The method that is better than its baseline and differs from all others."""
+    higher = metric(key[1]).higher_is_better
+    if higher is None or len(column) < 2:
+        return None
+    best = (max if higher else min)(column, key=lambda method: column[method].mean)
+    others = {
+        method: paired_difference(of_metric[best], values)
+        for method, values in of_metric.items()
+        if method != best
+    }
+    apart = holm({x: known.p if known else 1.0 for x, known in others.items()})
+    difference = column[best].difference
+    gains = difference and (difference.mean > 0) == higher
+    return best if gains and apart == set(others) else None

@@ -3,11 +3,15 @@
 import csv
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 
 from training import methods, recipes, runs
+from training.provenance import Made
 from training.runs import Experiment
+from training.study import delta_m
+from training.study.results import ALL_TASKS, read_csv
 
 LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
 
@@ -175,23 +179,57 @@ def write(planned, results):
 
     A file per recipe and study, `<results>/<recipe>/<study>.csv`. What it holds of
     other runs, of other seeds or from other machines, it keeps.
+
+    Raises:
+        ValueError: If a run is of another recipe than the study's, or if a file holds
+            rows of another recipe or dtype: what is to be made anew.
     """
     files = {}
     for run in planned:
         path = results / run.experiment.recipe.name / f"{run.study}.csv"
         if run.finished:
+            run.experiment.claim(run.method, run.seed)
             files.setdefault(path, []).append(run)
-    for path, finished in files.items():
-        values = {}
-        for row in _read(path) if path.exists() else ():
-            values.setdefault((row["method"], int(row["seed"])), []).append(
-                tuple(row.values())
-            )
-        for run in finished:
-            values[run.method, run.seed] = _rows(run)
-        rows = itertools.chain.from_iterable(values.values())
-        runs.write_csv(path, runs.Row._fields, rows)
+    lines = {path: _merged(path, finished) for path, finished in files.items()}
+    for path, of_runs in lines.items():
+        header = (*runs.Row._fields, *Made._fields)
+        runs.write_csv(path, header, itertools.chain.from_iterable(of_runs.values()))
     return list(files)
+
+
+def _merged(path, finished):
+    """{(method, seed): lines} of the file and of the runs, with each run's Delta_m."""
+    known = read_csv(path) if path.exists() else []
+    made = {(row.method, row.seed): by for row, by in known}
+    made |= {(run.method, run.seed): _made(run) for run in finished}
+    new = {(run.method, run.seed): _rows(run) for run in finished}
+    kept = [
+        row
+        for row, _ in known
+        if (row.method, row.seed) not in new and row.task != ALL_TASKS
+    ]
+    rows = [*kept, *itertools.chain.from_iterable(new.values())]
+    experiment = finished[0].experiment
+    now = experiment.digest, experiment.recipe.training.dtype
+    others = [f"{x}, seed {seed}" for (x, seed), by in made.items() if by[:2] != now]
+    if others:
+        raise ValueError(
+            f"Expected the rows of {path} to be of the recipe {now[0]} in {now[1]}, as "
+            f"those of this study. Of another are: {'; '.join(others)}. Make these "
+            "anew, all of their seeds, or give another folder with --results"
+        )
+    lines = {of_run: [] for of_run in made}  # in the order of the file
+    for row in (*rows, *delta_m.rows(rows)):
+        of_run = row.method, row.seed
+        lines[of_run].append((*row, *made[of_run]))
+    return lines
+
+
+def _made(run):
+    recipe, dtype = run.experiment.digest, run.experiment.recipe.training.dtype
+    path = run.folder / "made_by.json"
+    by = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return Made(recipe, dtype, **by)
 
 
 def _rows(run):

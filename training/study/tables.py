@@ -65,7 +65,8 @@ def _of(recipe, study, results):
             f"There are no raw values {path} for the table {recipe}/{study}: "
             f"`python -m training study {recipe} {study}` makes them"
         )
-    return markdown(statistics(read_csv(path), paper.table(recipe, study)))
+    rows = [row for row, _ in read_csv(path)]
+    return markdown(statistics(rows, paper.table(recipe, study)))
 
 
 def markdown(tables):
@@ -121,10 +122,18 @@ def notes(tables):
         sentences.append("One seed: a difference may be chance.")
     if baselines:
         pairs = (f"{label(x)} against {label(y)}" for x, y in baselines.items())
+        count = len({id(cell) for cell in cells if cell.difference})
         sentences.append(
             "Below it the mean difference to the baseline over the same seeds, with "
-            f"its 95 % t-interval ({'; '.join(pairs)}). Bold: the best method in that "
-            "metric, where the interval excludes zero."
+            f"its 95 % t-interval ({'; '.join(pairs)}). †: certain at 5 % over all "
+            f"{count} differences together (Holm); of so many intervals some exclude "
+            "zero by chance. Bold: the best method in that metric, which is certainly "
+            "better than its baseline, and differs from each other method."
+        )
+    if any("delta_m" in table.metrics for table in tables):
+        sentences.append(
+            "Δm: the mean over tasks of the mean over their metrics of the change "
+            "relative to the baseline, in percent, more being better."
         )
     if any(table.paper for table in tables):
         sentences.append(

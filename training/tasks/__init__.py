@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from training.metric import Metric
 from training.tasks.attributes import Attributes
+from training.tasks.depth import Depth
 from training.tasks.detection import Detection
 from training.tasks.normals import Normals
 from training.tasks.segmentation import Segmentation
@@ -61,6 +62,12 @@ class DenseTask(Task, Protocol):
     def flip(self, target: Any) -> Any:
         """The target, (N, H, W, ...), of the horizontally flipped image."""
 
+    def enlarge(self, target: Any, shares: Any) -> Any:
+        """The target of parts of images, enlarged to the size of the whole.
+
+        `shares`, (N,), are the sides of the parts, as shares of the images'.
+        """
+
 
 class RegionTask(Task, Protocol):
     """A task with an answer for each RoI."""
@@ -75,6 +82,7 @@ class RegionTask(Task, Protocol):
 TASKS: dict[str, type[Any]] = {
     "segmentation": Segmentation,
     "normals": Normals,
+    "depth": Depth,
     "detection": Detection,
     "attributes": Attributes,
 }
@@ -83,6 +91,7 @@ __all__ = [
     "TASKS",
     "Attributes",
     "DenseTask",
+    "Depth",
     "Detection",
     "Normals",
     "RegionTask",

@@ -16,7 +16,7 @@ from keras_cross_stitch import MaskedLoss
 from training.metric import Metric
 
 FARTHEST = 10.0  # metres, where the colours end
-THRESHOLDS = {"delta_1.25": 1.25, "delta_1.25_2": 1.25**2, "delta_1.25_3": 1.25**3}
+THRESHOLDS = {"delta_1": 1.25, "delta_2": 1.25**2, "delta_3": 1.25**3}
 _COLOURS = matplotlib.colormaps["viridis_r"]  # near is bright
 
 
@@ -30,12 +30,12 @@ class Depth:
     outputs = 1
     metrics = types.MappingProxyType(
         {
-            "abs_error": Metric("absolute error", "m", False),
-            "rel_error": Metric("relative error", "", False),
-            "rmse": Metric("RMSE", "m", False),
-            "delta_1.25": Metric("pixels with δ < 1.25", "%", True),
-            "delta_1.25_2": Metric("pixels with δ < 1.25²", "%", True),
-            "delta_1.25_3": Metric("pixels with δ < 1.25³", "%", True),
+            "abs_error": Metric("absolute error", "m", False, 3),
+            "rel_error": Metric("relative error", "", False, 3),
+            "rmse": Metric("RMSE", "m", False, 3),
+            "delta_1": Metric("pixels with δ < 1.25", "%", True),
+            "delta_2": Metric("pixels with δ < 1.25²", "%", True),
+            "delta_3": Metric("pixels with δ < 1.25³", "%", True),
         }
     )
 

@@ -59,6 +59,10 @@ class Normals:
         """Mirrors the map and, with it, the x axis that the normals refer to."""
         return tf.reverse(target, axis=[2]) * tf.constant([-1.0, 1.0, 1.0])
 
+    def enlarge(self, target, shares):
+        """As they are: as a longer lens would see them."""
+        return target
+
     def loss(self):
         return CodewordCrossentropy(self.codewords, name="normals_loss")
 

@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from training.provenance import Made
 from training.runs import Row, write_csv
 from training.study.results import (
+    holm,
     paired_difference,
     read_csv,
     statistics,
 )
+
+HEADER = (*Row._fields, *Made._fields)
 
 
 def rows_of(values, metric="miou", task="segmentation"):
@@ -31,13 +35,15 @@ def cells(values, metric="miou"):
 @pytest.mark.parametrize("seeds", [2, 3, 5, 11])
 def test_the_paired_difference_is_that_of_the_paired_t_test(seeds):
     ours, theirs = np.random.default_rng(seeds).normal(20, 1, (2, seeds))
-    expected = ttest_rel(ours, theirs).confidence_interval(0.95)
+    test = ttest_rel(ours, theirs)
+    expected = test.confidence_interval(0.95)
 
     known = paired_difference(dict(enumerate(ours)), dict(enumerate(theirs)))
 
     assert known.mean == pytest.approx(np.mean(ours) - np.mean(theirs))
     assert (known.low, known.high) == pytest.approx((expected.low, expected.high))
     assert known.seeds == seeds
+    assert known.p == pytest.approx(test.pvalue)
 
 
 def test_an_interval_by_hand():
@@ -45,7 +51,7 @@ def test_an_interval_by_hand():
     known = paired_difference({0: 11, 1: 22, 2: 33}, {0: 10, 1: 20, 2: 30})
 
     half = 4.302653 / np.sqrt(3)
-    assert known == pytest.approx((2, 2 - half, 2 + half, 3))
+    assert known[:4] == pytest.approx((2, 2 - half, 2 + half, 3))
 
 
 def test_only_seeds_of_both_are_paired():
@@ -107,6 +113,73 @@ def test_a_method_that_another_one_beats_is_not_marked():
     assert marked == ["cross_stitch@same_task=0.5"]
 
 
+def test_a_method_that_does_not_differ_from_another_is_not_marked():
+    values = {
+        "single_task_longer": [20, 21, 22],
+        "cross_stitch": [22, 23.1, 24],
+        "cross_stitch@same_task=0.5": [22.1, 22.9, 24.1],
+    }
+
+    known = cells(values)
+
+    assert not any(cell.best for cell in known.values())
+    assert known["cross_stitch"].certain
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_holms_correction_is_that_of_statsmodels(count):
+    """Against its adjusted p-values: the largest of (n - k) p_k so far."""
+    rng = np.random.default_rng(count)
+    p_values = dict(enumerate(rng.uniform(0, 4 / count, count) ** 3))
+    ordered = sorted(p_values, key=p_values.get)
+    adjusted = np.maximum.accumulate(
+        [(count - k) * p_values[x] for k, x in enumerate(ordered)]
+    )
+
+    expected = {x for x, p in zip(ordered, adjusted, strict=True) if p <= 0.05}
+
+    assert holm(p_values) == expected
+
+
+def test_what_is_certain_alone_may_not_be_so_among_many():
+    """Of twenty methods that differ from their baseline by chance, some by 5 %."""
+    rng = np.random.default_rng(0)
+    chance = {
+        f"cross_stitch@same_task={k}": rng.normal(20, 1, 5).tolist() for k in range(99)
+    }
+    known = cells({"single_task_longer": rng.normal(20, 1, 5).tolist(), **chance})
+    differences = [cell.difference for cell in known.values() if cell.difference]
+
+    assert sum(x.p < 0.05 for x in differences) > 2
+    assert not any(cell.certain or cell.best for cell in known.values())
+
+
+def test_delta_m_is_the_last_column_and_compared_with_zero():
+    rows = [
+        *rows_of({"single_task_longer": [20, 21], "cross_stitch": [22, 23]}),
+        *rows_of({"cross_stitch": [1.5, 2.5]}, "delta_m", "all tasks"),
+    ]
+
+    (table,) = statistics(rows)
+
+    assert table.metrics == ["miou", "delta_m"]
+    assert table.cells["single_task_longer"][1] is None
+    cell = table.cells["cross_stitch"][1]
+    assert (cell.value, cell.difference.mean) == ("+2.00 ± 0.71", 2)
+    assert cell.gain == "(-4.35 to +8.35)"
+
+
+def test_metres_have_the_digits_that_they_need():
+    known = cells(
+        {"single_task_longer": [0.512, 0.534], "cross_stitch": [0.5, 0.53]}, "rmse"
+    )
+    alone = cells({"single_task": [0.51249]}, "rel_error")["single_task"]
+
+    assert known["cross_stitch"].value == "0.5150 ± 0.0212"
+    assert known["cross_stitch"].gain.startswith("-0.0080 (")
+    assert alone.value == "0.512"
+
+
 def test_a_method_with_the_best_mean_and_worse_pairs_is_not_marked():
     (table,) = statistics(
         [
@@ -143,14 +216,18 @@ def test_each_method_is_compared_with_its_own_baseline(method, baseline):
 def test_raw_values_are_read_as_they_were_written(tmp_path):
     rng = np.random.default_rng(0)
     written = [
-        Row(method, seed, task, "miou", float(rng.normal()))
+        (
+            Row(method, seed, task, "miou", float(rng.normal())),
+            Made("digest", "float32", "commit", f"keras={seed}, numpy=2", "x86_64"),
+        )
         for method, seed, task in itertools.product(("a@b=1,c=2", "d"), (0, 9), "xy")
     ]
-    write_csv(tmp_path / "new" / "methods.csv", Row._fields, written)
+    path = tmp_path / "new" / "methods.csv"
+    write_csv(path, HEADER, ((*row, *made) for row, made in written))
 
-    assert read_csv(tmp_path / "new" / "methods.csv") == written
-    first, second = (tmp_path / "new" / "methods.csv").read_text().split("\n")[:2]
-    assert first == "method,seed,task,metric,value"
+    assert read_csv(path) == written
+    first, second = path.read_text().split("\n")[:2]
+    assert first == ",".join(HEADER)
     assert second.startswith('"a@b=1,c=2",0,x,miou,')
 
 
@@ -172,9 +249,9 @@ def test_a_write_that_is_stopped_leaves_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("method,seed\na,1\n", "Expected the columns method,seed,task,metric,value"),
-        ("method,seed,task,metric,value\na,0,b,c,d\n", r"line 2: could not convert"),
-        ("method,seed,task,metric,value\na,0,b\n", "line 2"),
+        ("method,seed\na,1\n", "Expected the columns method,seed,.*,value,recipe"),
+        (f"{','.join(HEADER)}\na,0,b,c,d\n", r"line 2: could not convert"),
+        (f"{','.join(HEADER)}\na,0,b\n", "line 2"),
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path, text, message):

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from training.provenance import Made
 from training.runs import Row, write_csv
 from training.study import paper
 from training.study.results import statistics
@@ -24,8 +25,8 @@ def rows(methods, seeds=3, task="segmentation", metrics=("miou",)):
 def results(tmp_path):
     write_csv(
         tmp_path / "nyuv2" / "methods.csv",
-        Row._fields,
-        rows({"single_task": 0, "hard_sharing": -1}),
+        (*Row._fields, *Made._fields),
+        ((*row, *Made()) for row in rows({"single_task": 0, "hard_sharing": -1})),
     )
     return tmp_path
 
@@ -49,7 +50,7 @@ def test_a_table_of_several_seeds():
         "| segmentation | seeds | mIoU, % ↑ |",
         "| --- | ---: | ---: |",
         "| single-task, trained on | 3 | 21.00 ± 1.00 |",
-        "| cross-stitch | 3 | **22.01 ± 1.01**<br>+1.01 (+0.99 to +1.03) |",
+        "| cross-stitch | 3 | **22.01 ± 1.01**<br>+1.01 (+0.99 to +1.03) † |",
         "| *paper: cross-stitch* |  | *19.3* |",
     ]
     assert (
@@ -142,13 +143,17 @@ def test_a_bad_mark_is_refused_and_the_file_left(results, tmp_path, text, messag
 
 
 def test_the_paper_s_values_are_of_the_tasks_and_methods_that_they_name():
-    table = paper.table("nyuv2_pretrained", "methods")
+    table = paper.table("nyuv2", "methods")
 
     assert table["single_task"]["normals", "mean_angle"] == 34.8
     assert table["cross_stitch"]["segmentation", "miou"] == 19.3
-    voc = paper.table("voc2008", "methods")["hard_sharing"]
+    voc = paper.table("voc2008_alexnet", "methods")["hard_sharing"]
     assert voc == {("detection", "mean_ap"): 42.7, ("attributes", "mean_ap"): 54.1}
-    assert paper.splits("voc2008")["attributes", "mean_ap"]["fc7"] == -2.2
-    assert (
-        paper.table("scenes", "methods") == paper.table("nyuv2-labels10", "init") == {}
-    )
+    assert paper.splits("voc2008_alexnet")["attributes", "mean_ap"]["fc7"] == -2.2
+
+
+@pytest.mark.parametrize(
+    "recipe", ["scenes", "nyuv2-toy", "nyuv2-labels10", "nyuv2_pretrained", "voc2008"]
+)
+def test_the_paper_s_values_stand_beside_no_other_tower_size_or_labels(recipe):
+    assert paper.table(recipe, "methods") == paper.splits(recipe) == {}
