@@ -1,21 +1,28 @@
-"""What MkDocs does not do: optional pages, links into the repository, formulas."""
+"""What MkDocs does not do: pages of the root, links into the repository, formulas."""
 
 import html
 import re
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md")
 
 
-def on_config(config):
-    """Leaves out the pages of the navigation that are not there (yet)."""
+def on_files(files, config):
+    """Adds the pages that stand in the repository's root."""
 
-    def is_there(entry):
-        (page,) = entry.values()
-        return isinstance(page, list) or (Path(config.docs_dir) / page).exists()
+    def from_docs(match):
+        target = match[1].removeprefix("docs/")
+        on_site = target in ROOT_PAGES or files.get_file_from_path(target)
+        return f"]({target})" if on_site else f"](../{match[1]})"
 
-    config.nav = [entry for entry in config.nav if is_there(entry)]
-    return config
+    for name in ROOT_PAGES:
+        text = (Path(config.docs_dir).parent / name).read_text("utf-8")
+        text = re.sub(r"\]\((?!https?://)([^)#]+)\)", from_docs, text)
+        files.append(File.generated(config, name, content=text))
+    return files
 
 
 def on_page_markdown(markdown, page, config, files):
