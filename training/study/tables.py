@@ -1,7 +1,8 @@
 """Markdown tables of the raw values, and the files that they stand in.
 
 The table of `docs/results/<recipe>/<study>.csv` stands in a Markdown file between
-`<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`.
+`<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`. With ` brief` behind `STUDY` it is
+one table for all tasks, of the first metric of each.
 """
 
 import os
@@ -13,7 +14,9 @@ from training.study.results import label, metric, read_csv, statistics
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
-_TABLE = re.compile(r"(<!-- table: (\S+)/(\S+) -->\n).*?(?=<!-- /table -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- table: (\S+)/(\S+)( brief)? -->\n).*?(?=<!-- /table -->)", re.DOTALL
+)
 _MARK = re.compile(r"<!-- */?table\b.*?-->")
 _MOST_COLUMNS = 8  # that fit on a page; a table of more is turned on its side
 
@@ -55,10 +58,10 @@ def filled(text, results=RESULTS):
             )
     if len(marks) % 2:
         raise ValueError(f"Expected '<!-- /table -->' after '{marks[-1]}'")
-    return _TABLE.sub(lambda match: match[1] + _of(match[2], match[3], results), text)
+    return _TABLE.sub(lambda match: match[1] + _of(*match.groups()[1:], results), text)
 
 
-def _of(recipe, study, results):
+def _of(recipe, study, is_brief, results):
     path = results / recipe / f"{study}.csv"
     if not path.exists():
         raise ValueError(
@@ -66,7 +69,40 @@ def _of(recipe, study, results):
             f"`python -m training study {recipe} {study}` makes them"
         )
     rows = [row for row, _ in read_csv(path)]
+    if is_brief:
+        return brief(statistics(rows))
     return markdown(statistics(rows, paper.table(recipe, study)))
+
+
+def brief(tables):
+    """The first metric of each task and Delta_m, of all tasks in one Markdown table.
+
+    Args:
+        tables: List of `Table`, see `results.statistics`.
+    """
+    titles = [f"{table.task}: {metric(table.metrics[0]).title}" for table in tables]
+    lines = [["", "seeds", *titles, metric("delta_m").title]]
+    for method in tables[0].cells:
+        of_tasks = [table.cells[method] for table in tables]
+        cells = [*(of_task[0] for of_task in of_tasks), of_tasks[0][-1]]
+        shown = [_change(cell) if cell else "" for cell in cells]
+        lines.append([label(method), tables[0].seeds(method), *shown])
+    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
+    note = (
+        "The baseline: mean and standard deviation over the seeds. The others: their "
+        "mean difference to it, with its 95 % t-interval. Δm: the mean change of all "
+        "metrics of all tasks in percent, more being better. †: certain at 5 % over "
+        "all metrics together (Holm)."
+    )
+    return "\n".join(["", "".join(f"| {' | '.join(x)} |\n" for x in lines), note, ""])
+
+
+def _change(cell):
+    """The difference to the baseline, or the value of what has none."""
+    if not cell.difference:
+        return cell.value
+    mean = f"{cell.mean:+.{cell.metric.digits + 1}f} " if cell.is_change else ""
+    return f"{mean}{cell.gain}"
 
 
 def markdown(tables):

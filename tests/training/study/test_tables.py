@@ -6,7 +6,7 @@ from training.provenance import Made
 from training.runs import Row, write_csv
 from training.study import paper
 from training.study.results import statistics
-from training.study.tables import filled, markdown, update_tables
+from training.study.tables import brief, filled, markdown, update_tables
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,6 +38,32 @@ def test_the_tables_are_those_of_the_raw_values(path):
     text = path.read_text()
 
     assert text == filled(text), f"{path.name} is not up to date: update_tables"
+
+
+def test_a_brief_table_has_one_row_a_method_for_all_tasks():
+    methods = {"single_task_as_long": 0, "hard_sharing": 1}
+    known = [
+        row
+        for task, metrics in {
+            "segmentation": ("miou", "fwiou"),
+            "normals": ("mean_angle", "median_angle"),
+        }.items()
+        for row in rows(methods, task=task, metrics=metrics)
+    ]
+    known += [
+        Row("hard_sharing", seed, "all tasks", "delta_m", seed) for seed in (1, 2)
+    ]
+
+    lines = brief(statistics(known)).splitlines()
+
+    assert lines[1:5] == [
+        "|  | seeds | segmentation: mIoU, % ↑ | normals: mean angle, degrees ↓ "
+        "| Δm, % ↑ |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| single-task, as long | 3 | 21.00 ± 1.00 | 21.00 ± 1.00 |  |",
+        "| hard sharing | 2 or 3 | +1.01 (+0.99 to +1.03) † "
+        "| +1.01 (+0.99 to +1.03) † | +1.50 (-4.85 to +7.85) |",
+    ]
 
 
 def test_a_table_of_several_seeds():
