@@ -133,7 +133,7 @@ def test_several_nets_answer_with_their_mean(rng):
     np.testing.assert_allclose(both["scores"][0, :18], best, rtol=1e-5)
 
 
-def made_up(rng, images=12, side=200):
+def made_up(rng, images=12, side=200, hard=0.0):
     """Objects that do not overlap, and detections near them, doubled, and elsewhere."""
     target, answers = [], []
     for _ in range(images):
@@ -142,7 +142,8 @@ def made_up(rng, images=12, side=200):
         sizes = rng.uniform(20, 48, (len(cells), 2))
         boxes = np.concatenate([corner, corner + sizes], 1)
         labels = rng.integers(0, len(CLASSES), len(cells))
-        target.append(np.concatenate([boxes, labels[:, None]], 1))
+        difficult = rng.random(len(cells)) < hard
+        target.append(np.concatenate([boxes, labels[:, None], difficult[:, None]], 1))
         near = np.repeat(boxes, 2, 0) + rng.normal(0, 5, (2 * len(boxes), 4))
         far = np.sort(rng.uniform(0, side, (9, 2, 2)), 1).reshape(9, 4)
         wrong = rng.random(2 * len(boxes)) < 0.2
@@ -153,7 +154,7 @@ def made_up(rng, images=12, side=200):
 
 
 def padded(target, answers, most=40):
-    truth = np.full((len(target), most, 5), -1, "float32")
+    truth = np.full((len(target), most, 6), -1, "float32")
     found = {
         "boxes": np.zeros((len(target), most, 4), "float32"),
         "classes": np.full((len(target), most), -1),
@@ -251,7 +252,7 @@ def test_average_precision_agrees_with_pycocotools(seed):
 
 def test_a_second_detection_of_an_object_is_wrong():
     """By hand: right, a duplicate, and the other object: precisions 1, 1/2, 2/3."""
-    truth = np.float32([[[0, 0, 10, 10, 1], [50, 50, 60, 60, 1], [-1] * 5]])
+    truth = np.float32([[[0, 0, 10, 10, 1, 0], [50, 50, 60, 60, 1, 0], [-1] * 6]])
     boxes = np.float32([[[0, 0, 10, 9], [0, 0, 10, 10], [50, 50, 60, 59]]])
     found = {
         "boxes": boxes,
@@ -262,13 +263,100 @@ def test_a_second_detection_of_an_object_is_wrong():
     scores = BoxPrecision(CLASSES)
     scores.update(truth, found)
 
-    assert scores.per_class() == {"dog": {"ap": pytest.approx(250 / 3), "objects": 2}}
+    assert scores.per_class() == {
+        "dog": {
+            "ap": pytest.approx(250 / 3),
+            # 1 at the recalls up to 0.5, 2/3 at the five above
+            "ap_voc2008": pytest.approx(100 * (6 + 5 * 2 / 3) / 11),
+            "objects": 2,
+        }
+    }
     # Nothing found, and a class that is not there, are no errors.
     scores.update(truth, {**found, "num_detections": np.array([0])})
-    scores.update(np.full((1, 1, 5), -1), {**found, "classes": np.array([[0, 0, 2]])})
+    scores.update(np.full((1, 1, 6), -1), {**found, "classes": np.array([[0, 0, 2]])})
     assert list(scores.per_class()) == ["dog"]
     assert scores.result()["mean_ap"] == pytest.approx(125 / 3)
-    assert BoxPrecision(CLASSES).result() == {"mean_ap": 0.0}
+    assert BoxPrecision(CLASSES).result() == {"mean_ap": 0.0, "mean_ap_voc2008": 0.0}
+
+
+def devkits_ap(target, answers, c):
+    """VOCevaldet.m and VOCap of the devkit of 2008, line by line, at IoU 0.5."""
+    rows = [
+        (score, n, box)
+        for n, (boxes, classes, scores) in enumerate(answers)
+        for box, of, score in zip(boxes, classes, scores, strict=True)
+        if of == c
+    ]
+    truth = {
+        n: [[*x[:4], bool(x[5]), False] for x in objects if x[4] == c]
+        for n, objects in enumerate(target)
+    }
+    positives = sum(not x[4] for of_image in truth.values() for x in of_image)
+    tp, fp = [], []
+    for _, n, bb in sorted(rows, key=lambda row: -row[0]):
+        ovmax, jmax = -np.inf, None
+        for j, gt in enumerate(truth[n]):
+            bi = [
+                max(bb[0], gt[0]),
+                max(bb[1], gt[1]),
+                min(bb[2], gt[2]),
+                min(bb[3], gt[3]),
+            ]
+            iw, ih = bi[2] - bi[0] + 1, bi[3] - bi[1] + 1
+            if iw > 0 and ih > 0:
+                area = (bb[2] - bb[0] + 1) * (bb[3] - bb[1] + 1)
+                area += (gt[2] - gt[0] + 1) * (gt[3] - gt[1] + 1) - iw * ih
+                if iw * ih / area > ovmax:
+                    ovmax, jmax = iw * ih / area, j
+        right = wrong = 0
+        if ovmax >= 0.5:
+            gt = truth[n][jmax]
+            if not gt[4]:
+                right, wrong = (0, 1) if gt[5] else (1, 0)
+                gt[5] = True
+        else:
+            wrong = 1
+        tp.append(right)
+        fp.append(wrong)
+    tp, fp = np.cumsum(tp), np.cumsum(fp)
+    recall = tp / positives
+    precision = tp / np.maximum(tp + fp, 1e-12)
+    best = [max(precision[recall >= t - 1e-12], default=0) for t in np.arange(11) / 10]
+    return 100 * np.mean(best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_average_precision_of_2008_is_the_devkits(seed):
+    target, answers = made_up(np.random.default_rng(seed), hard=0.3 * (seed % 2))
+    scores = Detection(CLASSES).scores()
+    scores.update(*padded(target, answers))
+    by_class = scores.per_class()
+
+    for c, name in enumerate(CLASSES):
+        expected = devkits_ap(target, answers, c)
+        assert by_class[name]["ap_voc2008"] == pytest.approx(expected)
+        assert by_class[name]["objects"] == sum(
+            ((x[:, 4] == c) & (x[:, 5] == 0)).sum() for x in target
+        )
+    assert scores.result()["mean_ap_voc2008"] == pytest.approx(
+        np.mean([x["ap_voc2008"] for x in by_class.values()])
+    )
+
+
+def test_difficult_objects_count_neither_as_found_nor_as_missed():
+    truth = np.float32([[[0, 0, 10, 10, 1, 0], [50, 50, 60, 60, 1, 1]]])
+    found = {
+        "boxes": np.float32([[[50, 50, 60, 60], [0, 0, 10, 10], [51, 50, 60, 60]]]),
+        "classes": np.array([[1, 1, 1]]),
+        "scores": np.array([[0.9, 0.8, 0.7]]),
+        "num_detections": np.array([3]),
+    }
+    scores = BoxPrecision(CLASSES)
+    scores.update(truth, found)
+
+    assert scores.per_class() == {
+        "dog": {"ap": 100.0, "ap_voc2008": pytest.approx(100.0), "objects": 1}
+    }
 
 
 def average_precision(truth, scores):
@@ -328,7 +416,7 @@ def test_boxes_are_drawn_where_they_are():
         "scores": np.array([0.9, 0.1]),  # the second is not sure enough
         "num_detections": 2,
     }
-    truth = np.float32([[10, 20, 50, 50, 1], [0, 0, 0, 0, -1]])
+    truth = np.float32([[10, 20, 50, 50, 1, 0], [0, 0, 0, 0, -1, -1]])
     drawn = Detection(CLASSES).draw(answer, inputs)
 
     np.testing.assert_array_equal(drawn, Detection(CLASSES).draw(truth, inputs))

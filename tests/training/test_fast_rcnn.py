@@ -343,7 +343,7 @@ def test_a_run_is_trained_judged_compared_and_served(experiment, train):
     folder = experiment.folder("cross_stitch", 0)
     answers = json.loads((folder / "answers.json").read_text())
 
-    assert list(metrics["detection"]) == ["mean_ap"]
+    assert list(metrics["detection"]) == ["mean_ap", "mean_ap_voc2008"]
     assert list(metrics["attributes"]) == [
         "mean_ap",
         "mean_ap_rarest_10",

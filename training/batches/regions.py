@@ -21,7 +21,8 @@ def load(builder, split, data, tasks):
 
     Returns:
         `(images, regions)`: a uint8 tensor (N, H, W, 3), and a dict of tensors: `boxes`
-        (N, G, 4), `labels` (N, G), `attributes` (N, G, A), `proposals` (N, P, 4).
+        (N, G, 4), `labels` (N, G), `attributes` (N, G, A), `difficult` (N, G),
+        `proposals` (N, P, 4).
     """
     examples = _examples(builder, split, data)
     fill = {**dict.fromkeys(examples.element_spec[1]), "labels": -1}
@@ -173,6 +174,8 @@ def _examples(builder, split, data):
             "boxes": _pixels(objects["bbox"], size),
             "labels": tf.cast(objects["label"], "int32"),
             "attributes": objects["attributes"],
+            # Where the data set does not say it, none is.
+            "difficult": objects.get("difficult", tf.zeros_like(objects["label"])),
             "proposals": _pixels(found, size),
         }
 

@@ -15,7 +15,7 @@ _NYUV2 = [
     ("segmentation", "miou"),
     ("segmentation", "fwiou"),
 ]
-_VOC2008 = [("detection", "mean_ap"), ("attributes", "mean_ap")]
+_VOC2008 = [("detection", "mean_ap_voc2008"), ("attributes", "mean_ap")]
 
 TABLES = {
     # Table 1: what alpha starts at

@@ -2,11 +2,13 @@
 
 Boxes are left, top, right, bottom in pixels. A target has a row for each RoI: its
 class (0 is background, -1 counts nowhere) and the deltas that move it to its object.
-The truth of a test image has a row for each object: its box and its class.
+The truth of a test image has a row for each object: its box, its class, and 1 where it
+is difficult.
 """
 
 import dataclasses
 import types
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -30,8 +32,10 @@ class Detection:
     metrics = types.MappingProxyType(
         {
             "mean_ap": Metric("mean AP", "%", True),
+            "mean_ap_voc2008": Metric("mean AP as VOC 2008's devkit", "%", True),
             # By class:
             "ap": Metric("AP", "%", True),
+            "ap_voc2008": Metric("AP as VOC 2008's devkit", "%", True),
             "objects": Metric("true objects", "", None),
         }
     )
@@ -59,8 +63,10 @@ class Detection:
         return tf.concat([tf.cast(classes, "float32"), deltas], axis=-1)
 
     def truth(self, objects):
-        labels = tf.cast(objects["labels"], "float32")
-        return tf.concat([objects["boxes"], labels[..., None]], axis=-1)
+        columns = [objects["boxes"]]
+        for name in ("labels", "difficult"):
+            columns.append(tf.cast(objects[name], "float32")[..., None])
+        return tf.concat(columns, axis=-1)
 
     def loss(self):
         return DetectionLoss(len(self.classes), name="detection_loss")
@@ -169,21 +175,32 @@ class BoxPrecision:
     """Average precision of each class at IoU 0.5, as VOC's devkit judges detections.
 
     A detection is right if the object that it overlaps most, by half at least, is not
-    taken by a likelier one; AP is the area under precision's envelope over recall.
+    taken by a likelier one; where that object is difficult, it is neither right nor
+    wrong. Taken twice: `ap` is the area under precision's envelope over recall, of
+    boxes as they are; `ap_voc2008` is that of VOC's devkit of 2008: the mean of the
+    envelope at the recalls 0, 0.1 ... 1, with an IoU of boxes that hold their last
+    pixels. Published figures of 2008 are of the second kind.
     """
+
+    # How many pixels longer than right - left a box's side is taken to be
+    SURPLUS: ClassVar = {"ap": 0.0, "ap_voc2008": 1.0}
 
     def __init__(self, classes):
         self.classes = classes
         self.objects = np.zeros(len(classes), "int64")
-        # Of each class, arrays of scores and of whether they are right.
-        self.found = [[(np.zeros(0), np.zeros(0, bool))] for _ in classes]
+        # Of each way and class, arrays of scores and of whether they are right.
+        self.found = {
+            name: [[(np.zeros(0), np.zeros(0, bool))] for _ in classes]
+            for name in self.SURPLUS
+        }
 
     def update(self, target, answer):
-        """Adds a batch: objects (N, G, 5), and detections as `Detections` gives."""
+        """Adds a batch: objects (N, G, 6), and detections as `Detections` gives."""
         for n, objects in enumerate(target):
             objects = objects[objects[:, 4] >= 0]
+            counted = objects[objects[:, 5] == 0]
             self.objects += np.bincount(
-                objects[:, 4].astype(int), minlength=len(self.classes)
+                counted[:, 4].astype(int), minlength=len(self.classes)
             )
             count = answer["num_detections"][n]
             classes = answer["classes"][n, :count]
@@ -191,40 +208,66 @@ class BoxPrecision:
                 mine = classes == c
                 boxes = answer["boxes"][n, :count][mine]
                 scores = answer["scores"][n, :count][mine]
-                right = _right(boxes, scores, objects[objects[:, 4] == c, :4])
-                self.found[c].append((scores, right))
+                of_class = objects[objects[:, 4] == c]
+                for name, surplus in self.SURPLUS.items():
+                    right, counts = _judged(boxes, scores, of_class, surplus)
+                    self.found[name][c].append((scores[counts], right[counts]))
 
     def result(self):
         """In percent. Classes without an object do not count."""
-        values = [x["ap"] for x in self.per_class().values()]
-        return {"mean_ap": np.mean(values) if values else 0.0}
+        by_class = self.per_class().values()
+        return {
+            f"mean_{name}": np.mean([x[name] for x in by_class]) if by_class else 0.0
+            for name in self.SURPLUS
+        }
 
     def per_class(self):
-        """{class: {"ap": percent, "objects": in the truth}} of those that occur."""
+        """{class: {"ap", "ap_voc2008": percent, "objects": in the truth}}."""
         return {
-            name: {"ap": 100 * self._ap(c), "objects": int(self.objects[c])}
+            name: {
+                "ap": 100 * self._area(c),
+                "ap_voc2008": 100 * self._at_11_recalls(c),
+                "objects": int(self.objects[c]),
+            }
             for c, name in enumerate(self.classes)
             if self.objects[c]
         }
 
-    def _ap(self, c):
-        scores, right = map(np.concatenate, zip(*self.found[c], strict=True))
-        right = right[np.argsort(-scores, kind="stable")].cumsum()
-        precision = right / np.arange(1, len(right) + 1)
-        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    def _area(self, c):
+        right, envelope = self._curve("ap", c)
         return np.sum(np.diff(right, prepend=0) * envelope) / self.objects[c]
 
+    def _at_11_recalls(self, c):
+        right, envelope = self._curve("ap_voc2008", c)
+        # The first detection at which the recall is reached; beyond the last it is 0.
+        # In tenths of an object, which are whole numbers: 0.3 as a float is not.
+        first = np.searchsorted(10 * right, np.arange(11) * self.objects[c])
+        return np.append(envelope, 0.0)[first].sum() / 11
 
-def _right(boxes, scores, objects):
-    """Whether each of an image's detections of a class is right, (D,) bool."""
-    right = np.zeros(len(boxes), bool)
+    def _curve(self, name, c):
+        """Right ones among the likeliest, and the best precision from there on."""
+        scores, right = map(np.concatenate, zip(*self.found[name][c], strict=True))
+        right = right[np.argsort(-scores, kind="stable")].cumsum()
+        precision = right / np.arange(1, len(right) + 1)
+        return right, np.maximum.accumulate(precision[::-1])[::-1]
+
+
+def _judged(boxes, scores, objects, surplus):
+    """Of an image's detections of a class, which are right, and which count: (D,)."""
+    right, counts = np.zeros(len(boxes), bool), np.ones(len(boxes), bool)
     if not len(objects):
-        return right
-    overlaps = keras.utils.bounding_boxes.compute_iou(boxes, objects, "xyxy")
+        return right, counts
+    longer = np.array([0, 0, surplus, surplus])
+    overlaps = keras.utils.bounding_boxes.compute_iou(
+        boxes + longer, objects[:, :4] + longer, "xyxy"
+    )
     overlaps = ops.convert_to_numpy(overlaps)
+    difficult = objects[:, 5] > 0
     taken = set()
     for d in np.argsort(-scores, kind="stable"):
         best = overlaps[d].argmax()
-        right[d] = overlaps[d, best] >= 0.5 and best not in taken
+        overlapping = overlaps[d, best] >= 0.5
+        counts[d] = not (overlapping and difficult[best])
+        right[d] = counts[d] and overlapping and best not in taken
         taken |= {best} if right[d] else set()
-    return right
+    return right, counts
