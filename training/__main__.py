@@ -13,6 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from training import recipes
+from training.methods import METHODS
+from training.preemption import Preempted, at_sigterm
+
 console = Console()
 app = typer.Typer(
     add_completion=False,
@@ -25,27 +29,38 @@ prepare_app = typer.Typer(
 )
 app.add_typer(prepare_app, name="prepare")
 
+
+def path(text: str | Path) -> Path:
+    """What every path is read by: a shell leaves the ~ of --runs=~/runs as it is."""
+    return Path(text).expanduser()
+
+
 RecipeName = Annotated[
     str,
     typer.Argument(
-        help="scenes, nyuv2, nyuv2_pretrained, scenes_detection, voc2008 or "
-        "voc2008_alexnet; scenes-labels10 is the recipe with segmentation labels on "
-        "10 % of the train images."
+        help=f"{', '.join(recipes.names())}; scenes-labels10 is the recipe with "
+        "segmentation labels on 10 % of the train images."
     ),
 ]
-Runs = Annotated[Path, typer.Option(help="Folder of all runs and prepared data.")]
+Runs = Annotated[
+    Path, typer.Option(parser=path, help="Folder of all runs and prepared data.")
+]
 Data = Annotated[
-    Path | None, typer.Option(help="Folder with the data set's files (nyuv2, voc2008).")
+    Path | None,
+    typer.Option(
+        parser=path, help="Folder with the data set's files (nyuv2, voc2008)."
+    ),
 ]
 Backbone = Annotated[
     Path | None,
-    typer.Option(help="A saved Keras model (nyuv2_pretrained, voc2008)."),
+    typer.Option(parser=path, help="A saved Keras model (nyuv2_pretrained, voc2008)."),
 ]
 Weights = Annotated[
     Path | None,
     typer.Option(
+        parser=path,
         help="AlexNet's weights to start from, .npy, or .npz with torchvision's names "
-        "(voc2008_alexnet)."
+        "(voc2008_alexnet).",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, order and flips.")]
@@ -61,10 +76,12 @@ Replicas = Annotated[
     int | None, typer.Option(min=2, help="Mirror over N logical CPUs, for testing.")
 ]
 
-Results = Annotated[Path, typer.Option(help="Folder of the tidy CSV files.")]
+Results = Annotated[
+    Path, typer.Option(parser=path, help="Folder of the tidy CSV files.")
+]
 
 DEMO = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")
-METHODS = ("single_task", "single_task_longer", "cross_stitch")
+COMPARED = ("single_task", "single_task_longer", "cross_stitch")
 
 
 @app.callback(invoke_without_command=True)
@@ -96,10 +113,10 @@ def fit(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="single_task, single_task_longer, single_task_as_long, ensemble, "
-            "hard_sharing, split@LAYER, cross_stitch, cross_stitch_from_start, or one "
-            "of the last two with options, as in cross_stitch@same_task=0.5; repeat "
-            f"for several. Without it: {', '.join(METHODS)}."
+            help=f"{', '.join(METHODS).replace('split', 'split@LAYER')}. Those with "
+            "units or towers of their own take options, as in "
+            "cross_stitch@same_task=0.5,at=pool1+pool5. Repeat for several. Without "
+            f"it: {', '.join(COMPARED)}."
         ),
     ] = None,
     seed: Seed = 0,
@@ -122,7 +139,7 @@ def fit(
         from training.study.report import write_report
 
         strategy = distribution.strategy(replicas)
-        methods = list(dict.fromkeys(method or METHODS))
+        methods = list(dict.fromkeys(method or COMPARED))
         chosen = _recipe(
             recipe, toy, methods, backbone=backbone, weights=weights, dtype=dtype
         )
@@ -172,6 +189,7 @@ def study(
     results: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             help="Folder of the tidy CSV files; docs/results is the published ones'.",
             show_default="RUNS/results",
         ),
@@ -193,7 +211,14 @@ def study(
         from training.study import studies
 
         strategy = distribution.strategy()
-        chosen = _recipe(recipe, toy, backbone=backbone, weights=weights, dtype=dtype)
+        chosen = _recipe(
+            recipe,
+            toy,
+            backbone=backbone,
+            weights=weights,
+            dtype=dtype,
+            trains=not dry_run,
+        )
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
         if dry_run:
@@ -219,10 +244,14 @@ def study(
 
 @app.command()
 def report(
-    runs: Annotated[Path, typer.Argument(help="Folder of all runs.")] = Path("runs"),
+    runs: Annotated[
+        Path, typer.Argument(parser=path, help="Folder of all runs.")
+    ] = Path("runs"),
     page: Annotated[
         Path | None,
-        typer.Option(help="The file to write.", show_default="RUNS/report.html"),
+        typer.Option(
+            parser=path, help="The file to write.", show_default="RUNS/report.html"
+        ),
     ] = None,
 ):
     """Write one self-contained HTML page of all finished runs."""
@@ -236,7 +265,9 @@ def report(
 def tables(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(help="Markdown files. Without: README.md and docs/*.md."),
+        typer.Argument(
+            parser=path, help="Markdown files. Without: README.md and docs/*.md."
+        ),
     ] = None,
     results: Results = Path("docs/results"),
 ):
@@ -308,10 +339,12 @@ def traffic(
 
 @prepare_app.command("nyuv2")
 def prepare_nyuv2(
-    directory: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
-    mat: Annotated[Path, typer.Option(help="nyu_depth_v2_labeled.mat")],
-    splits: Annotated[Path, typer.Option(help="splits.mat")],
-    mapping: Annotated[Path, typer.Option(help="classMapping40.mat")],
+    directory: Annotated[
+        Path, typer.Argument(parser=path, help="Folder to write, new or empty.")
+    ],
+    mat: Annotated[Path, typer.Option(parser=path, help="nyu_depth_v2_labeled.mat")],
+    splits: Annotated[Path, typer.Option(parser=path, help="splits.mat")],
+    mapping: Annotated[Path, typer.Option(parser=path, help="classMapping40.mat")],
 ):
     """Convert the official NYU Depth v2 release to the folder that `fit` reads."""
     with _errors_in_a_line():
@@ -323,9 +356,13 @@ def prepare_nyuv2(
 
 @prepare_app.command("voc2008")
 def prepare_voc2008(
-    directory: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
-    devkit: Annotated[Path, typer.Option(help="VOCdevkit/VOC2008")],
-    apascal: Annotated[Path, typer.Option(help="aPascal's attribute_data")],
+    directory: Annotated[
+        Path, typer.Argument(parser=path, help="Folder to write, new or empty.")
+    ],
+    devkit: Annotated[Path, typer.Option(parser=path, help="VOCdevkit/VOC2008")],
+    apascal: Annotated[
+        Path, typer.Option(parser=path, help="aPascal's attribute_data")
+    ],
 ):
     """Convert VOC 2008 and aPascal's attributes to the folder that `fit` reads."""
     with _errors_in_a_line():
@@ -335,9 +372,11 @@ def prepare_voc2008(
     console.print(f"Now: python -m training fit voc2008 --data {directory}")
 
 
-def _recipe(name, toy, spelled=(), *, backbone=None, weights=None, dtype=None):
+def _recipe(
+    name, toy, spelled=(), *, backbone=None, weights=None, dtype=None, trains=True
+):
     """The recipe, checked with its methods before any data are prepared, and shown."""
-    from training import methods, recipes, towers
+    from training import methods
 
     recipe = recipes.find(name, toy)
     if backbone is not None:
@@ -350,7 +389,10 @@ def _recipe(name, toy, spelled=(), *, backbone=None, weights=None, dtype=None):
         recipe = recipes.change(recipe, "tower", weights=weights)
     if dtype is not None:
         recipe = recipes.change(recipe, "training", dtype=dtype)
-    towers.identity(recipe.tower)
+    if trains:
+        from training import towers
+
+        towers.identity(recipe.tower)
     for method in spelled:
         methods.plan(method, recipe)
     _print_recipe(recipe)
@@ -409,7 +451,6 @@ def _errors_in_a_line():
 
     SIGTERM ends it with one line and `Preempted.EXIT_CODE`.
     """
-    from training.callbacks import Preempted, at_sigterm
 
     def stop():
         raise Preempted("Stopped, as asked. What is done is kept")

@@ -1,31 +1,19 @@
 """What happens between a run's epochs: backup, history, progress."""
 
-import contextlib
-import csv
-import os
 import re
-import signal
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import h5py
 import keras
 import numpy as np
+from rich.progress import Progress
 
+from training import files
+from training.preemption import Preempted
 
-class Preempted(Exception):
-    """The program was asked to end (SIGTERM): what is begun can go on later."""
-
-    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
-
-
-@contextlib.contextmanager
-def at_sigterm(call):
-    """Calls a function of no arguments when SIGTERM comes, until the block ends."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: call())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+Logs = dict[str, Any] | None
 
 
 class Backup(keras.callbacks.Callback):
@@ -37,35 +25,39 @@ class Backup(keras.callbacks.Callback):
     `stop` the state is kept at the end of the step, with what the epoch has so far.
 
     Args:
-        path: Path of the file, `*.weights.h5`.
-        steps: Integer, steps of an epoch.
-        seed: Integer.
-        writes: Boolean, whether this worker writes the file.
+        path: The file, `*.npz`. HDF5, when it cannot write for want of space, ends the
+            process with a segmentation fault when that closes its files.
+        steps: Steps of an epoch.
+        seed: Seed of the run.
+        writes: Whether this worker writes the file.
     """
 
-    def __init__(self, path, steps, seed, writes=True):
+    def __init__(self, path: Path, steps: int, seed: int, writes: bool = True) -> None:
         super().__init__()
         self.path = path
         self.steps = steps
         self.seed = seed
         self.writes = writes
-        self.in_epoch = None
+        self.in_epoch: list[np.ndarray] = []
         self.must_stop = False
 
-    def restore(self, model):
+    def restore(self, model: keras.Model) -> int:
         """Loads the last backup, if any, and returns the step to go on with."""
         model.optimizer.build(model.trainable_variables)
         if self.path.exists():
-            model.load_weights(self.path)
-            with h5py.File(self.path) as file:
-                self.in_epoch = [x[()] for x in file.get("in_epoch", {}).values()]
+            with np.load(self.path) as file:
+                kept = [file[f"arr_{index}"] for index in range(len(file))]
+            state = _state(model)
+            for variable, value in zip(state, kept, strict=False):
+                variable.assign(value)
+            self.in_epoch = kept[len(state) :]
         return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
 
-    def stop(self):
+    def stop(self) -> None:
         """Asks for a last backup, and then a `Preempted`."""
         self.must_stop = True
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         states = self._random_states()
         for index, state in enumerate(states):
             rng = np.random.default_rng([self.seed, 4, epoch, index])
@@ -74,40 +66,38 @@ class Backup(keras.callbacks.Callback):
             variables = states + self.model.metrics_variables
             for variable, value in zip(variables, self.in_epoch, strict=True):
                 variable.assign(value)
-        self.in_epoch = None
+        self.in_epoch = []
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         # The last step of an epoch is kept with the epoch.
         if self.must_stop and self._step() % self.steps:
             self._save(self._random_states() + self.model.metrics_variables)
             self._end()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._save()
         if self.must_stop:
             self._end()
 
-    def _end(self):
+    def _end(self) -> None:
         raise Preempted(f"Stopped, as asked, after step {self._step()}, which is kept")
 
-    def _step(self):
+    def _step(self) -> int:
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
-    def _random_states(self):
+    def _random_states(self) -> list[keras.Variable]:
         return [x for x in self.model.variables if x.name == "seed_generator_state"]
 
-    def _save(self, in_epoch=()):
-        if not self.writes:
-            return
-        self.path.parent.mkdir(exist_ok=True)
-        unfinished = self.path.with_name("unfinished.weights.h5")
-        self.model.save_weights(unfinished)
-        with h5py.File(unfinished, "a") as file:
-            for index, variable in enumerate(in_epoch):
-                # Groups are read in the order of their names.
-                value = keras.ops.convert_to_numpy(variable)
-                file[f"in_epoch/{index:04}"] = value
-        os.replace(unfinished, self.path)
+    def _save(self, in_epoch: Sequence[keras.Variable] = ()) -> None:
+        if self.writes:
+            kept = [*_state(self.model), *in_epoch]
+            with files.unfinished(self.path) as temporary:
+                np.savez(temporary, *map(keras.ops.convert_to_numpy, kept))
+
+
+def _state(model: keras.Model) -> list[keras.Variable]:
+    """What training goes on from."""
+    return [*model.variables, *model.optimizer.variables]
 
 
 class History(keras.callbacks.Callback):
@@ -117,41 +107,36 @@ class History(keras.callbacks.Callback):
     backup, are replaced.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.rows = []
+        self.rows: list[dict[str, Any]] = []
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         if not self.rows and epoch:
-            with open(self.path, newline="") as file:
-                self.rows = list(csv.DictReader(file))[:epoch]
+            self.rows = [*files.read_csv(self.path)[:epoch]]
         self.began = time.monotonic()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         seconds = round(time.monotonic() - self.began, 1)
-        self.rows.append({"epoch": epoch, **logs, "seconds": seconds})
-        unfinished = self.path.with_name(f"unfinished-{self.path.name}")
-        with open(unfinished, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.rows[-1], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(unfinished, self.path)
+        self.rows.append({"epoch": epoch, **(logs or {}), "seconds": seconds})
+        body = [tuple(row.values()) for row in self.rows]
+        files.write_csv(self.path, self.rows[-1], body)
 
 
 class StopAtNaN(keras.callbacks.Callback):
     """Ends a diverging run at once, before its state is backed up."""
 
-    def on_train_batch_end(self, batch, logs=None):
-        if not np.isfinite(logs["loss"]):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        if logs and not np.isfinite(logs["loss"]):
             self._stop(f"The loss became {logs['loss']} at step {batch} of the epoch")
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         # No loss has seen the last step's update.
         if self._bad():
             self._stop(f"The last step of epoch {epoch} was too large")
 
-    def _bad(self):
+    def _bad(self) -> list[keras.Variable]:
         """The variables that are not finite."""
         return [
             variable
@@ -159,14 +144,14 @@ class StopAtNaN(keras.callbacks.Callback):
             if not np.isfinite(keras.ops.convert_to_numpy(variable)).all()
         ]
 
-    def _stop(self, what):
+    def _stop(self, what: str) -> None:
         first = next(map(self._named, self._bad()), "none yet")
         raise FloatingPointError(
             f"{what}: a learning rate is too high. The first variable that is not "
             f"finite: {first}. The last epoch's backup is kept"
         )
 
-    def _named(self, variable):
+    def _named(self, variable: keras.Variable) -> str:
         """A variable's path, and the group that its learning rate is of."""
         optimizer = self.model.optimizer
         groups = getattr(optimizer, "multipliers", {})
@@ -182,19 +167,23 @@ class StopAtNaN(keras.callbacks.Callback):
 class ShowProgress(keras.callbacks.Callback):
     """Shows the run on a rich progress bar, with the time that is left."""
 
-    def __init__(self, bar, description, epochs, steps, done):
+    def __init__(
+        self, bar: Progress, description: str, epochs: int, steps: int, done: int
+    ) -> None:
         super().__init__()
         self.bar = bar
         self.description = description
         self.epochs = epochs
         self.line = bar.add_task(description, total=epochs * steps, completed=done)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self.bar.advance(self.line)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         losses = ", ".join(
-            f"{key} {value:.3f}" for key, value in logs.items() if key.endswith("loss")
+            f"{key} {value:.3f}"
+            for key, value in (logs or {}).items()
+            if key.endswith("loss")
         )
         text = f"{self.description}, epoch {epoch + 1}/{self.epochs}"
         if self.bar.console.is_terminal:

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from matplotlib.figure import Figure
 
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
+from training.files import unfinished
 from training.study import delta_m, figures
 from training.study.results import (
     by_seed,
     label,
     metric,
     prediction_interval,
-    read_csv,
+    read_rows,
 )
 
 PICTURES = 5
@@ -44,11 +46,9 @@ def compare(experiment, methods, seed):
     folders = [experiment.folder(method, seed) / "model.keras" for method in methods]
     models = [keras.models.load_model(path, compile=False) for path in folders]
     target = experiment.folder("comparison", seed)
-    target.mkdir(parents=True, exist_ok=True)
     names = [textwrap.fill(label(method), 14) for method in methods]
     titles = ["image", "truth", *names, "change"]
     gallery = target.parents[1] / "gallery"
-    gallery.mkdir(exist_ok=True)
     builder, recipe, tasks = experiment.builder, experiment.recipe, experiment.tasks
     count = builder.info.splits[recipe.data.test_split].num_examples
     for together, test in batches.test_passes(builder, recipe, tasks):
@@ -60,9 +60,9 @@ def compare(experiment, methods, seed):
             columns = _columns(task, inputs, truth, of_task)
             # `strict` is off where there is no change to show.
             figure = figures.gallery(dict(zip(titles, columns, strict=False)))
-            figure.savefig(gallery / f"{name}_seed{seed}.png", dpi=150)
+            _save(figure, gallery / f"{name}_seed{seed}.png", dpi=150)
     if any(isinstance(layer, CrossStitch) for layer in models[-1].layers):
-        plot_alpha(models[-1]).savefig(target / "alpha.png", dpi=110)
+        _save(plot_alpha(models[-1]), target / "alpha.png", dpi=110)
         _export(models[-1], folders[-1], target / "serving")
     return target
 
@@ -117,7 +117,12 @@ def _usual(experiment, published):
     path = published / experiment.recipe.name / "methods.csv"
     if not path.exists():
         return {}
-    return by_seed(row for row, by in read_csv(path) if by.recipe == experiment.digest)
+    return by_seed(row for row, by in read_rows(path) if by.recipe == experiment.digest)
+
+
+def _save(figure: Figure, path: Path, *, dpi: int) -> None:
+    with unfinished(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
 
 
 def _spread(test, count):

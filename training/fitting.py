@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-import os
 import shutil
 
 import keras
@@ -18,8 +16,10 @@ from keras_cross_stitch import (
     weigh_losses,
 )
 from training import batches, distribution, methods, provenance, runs, towers
-from training.callbacks import Backup, History, ShowProgress, StopAtNaN, at_sigterm
+from training.callbacks import Backup, History, ShowProgress, StopAtNaN
+from training.files import remove_unfinished, unfinished, write_csv, write_json
 from training.locks import lock
+from training.preemption import at_sigterm
 
 
 def check(experiment, spelled):
@@ -32,7 +32,7 @@ def check(experiment, spelled):
             plan.join(fresh)
 
 
-def fit(experiment, method, seed, *, strategy, progress):
+def fit(experiment, method, seed, *, strategy, progress, wait=False):
     """Trains and evaluates a run, and first those that it starts from.
 
     What is finished is not run again; what was stopped goes on where it was.
@@ -43,6 +43,7 @@ def fit(experiment, method, seed, *, strategy, progress):
         seed: Integer.
         strategy: A `tf.distribute` strategy, see `distribution.strategy`.
         progress: A started `rich.progress.Progress`.
+        wait: Boolean, whether to wait for another process that trains the run.
 
     Returns:
         Dict `{task: {metric: value}}` on the test split.
@@ -56,15 +57,21 @@ def fit(experiment, method, seed, *, strategy, progress):
     if plan.method.start:
         for offset in plan.method.seeds:
             before = (plan.method.start, seed + offset)
-            fit(experiment, *before, strategy=strategy, progress=progress)
+            fit(experiment, *before, strategy=strategy, progress=progress, wait=True)
             starts.append(experiment.folder(*before) / "model.keras")
     writes = distribution.is_chief(strategy)
-    if distribution.from_chief(strategy, runs.metrics(run) is not None):
-        runs.claim(run, depends)
-        return runs.metrics(run)
-    with lock(run / ".lock", wait=False) if writes else contextlib.nullcontext():
-        if writes or (run / "recipe.json").exists():
+    with contextlib.ExitStack() as stack:
+        finished = runs.metrics(run) is not None
+        if writes and not finished:
+            stack.enter_context(lock(run / ".lock", wait=wait))
+            finished = runs.metrics(run) is not None  # meanwhile, by another process
+        if distribution.from_chief(strategy, finished):
             runs.claim(run, depends)
+            return runs.metrics(run)
+        if writes:
+            remove_unfinished(run)
+        if writes or (run / "recipe.json").exists():
+            runs.claim(run, depends, _made_with(strategy))
         if not distribution.from_chief(strategy, (run / "model.keras").exists()):
             keras.backend.clear_session()
             if plan.schedule:
@@ -78,6 +85,15 @@ def fit(experiment, method, seed, *, strategy, progress):
             _evaluate(experiment, run)
         distribution.from_chief(strategy, True)
     return runs.metrics(run)
+
+
+def _made_with(strategy):
+    """What changes a run's numbers, though the recipe says nothing of it."""
+    return {
+        # Batch normalisation is over a replica's part of the batch.
+        "replicas": strategy.num_replicas_in_sync,
+        "versions": provenance.versions(),
+    }
 
 
 def evaluate(model, tasks, test):
@@ -132,7 +148,7 @@ def _train(experiment, plan, seed, starts, strategy, progress):
         return make(examples, recipe, tasks, seed, left, rows)
 
     run, writes = experiment.folder(plan.spelled, seed), distribution.is_chief(strategy)
-    backup = Backup(run / "backup" / "latest.weights.h5", steps, seed, writes)
+    backup = Backup(run / "backup" / "latest.npz", steps, seed, writes)
     with strategy.scope():
         joined = _joined(plan, tasks, seed, starts)
         schedule = keras.optimizers.schedules.CosineDecay(
@@ -210,13 +226,13 @@ def _averaged(starts, tasks):
 def _save(model, tasks, run):
     units = {x.name: x.alpha for x in model.layers if isinstance(x, CrossStitch)}
     if units:
-        np.savez(run / "alpha.npz", **units)
+        with unfinished(run / "alpha.npz") as temporary:
+            np.savez(temporary, **units)
     answers = {name: task.describe() for name, task in tasks.items()}
-    runs.write(run / "answers.json", json.dumps(answers, indent=2))
-    made_by = json.dumps(provenance.of_this_process(), indent=2)
-    runs.write(run / "made_by.json", made_by)
-    model.save(run / "unfinished.keras")
-    os.replace(run / "unfinished.keras", run / "model.keras")
+    write_json(run / "answers.json", answers)
+    write_json(run / "made_by.json", provenance.of_this_process())
+    with unfinished(run / "model.keras") as temporary:
+        model.save(temporary)
 
 
 def _evaluate(experiment, run):
@@ -235,9 +251,9 @@ def _evaluate(experiment, run):
     ]
     if per_class:
         header = ("task", "class", "metric", "value")
-        runs.write_csv(run / "per_class.csv", header, per_class)
+        write_csv(run / "per_class.csv", header, per_class)
     metrics = {
         task: {name: round(float(value), 3) for name, value in of_task.result().items()}
         for task, of_task in scores.items()
     }
-    runs.write(run / "metrics.json", json.dumps(metrics, indent=2))
+    write_json(run / "metrics.json", metrics)

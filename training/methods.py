@@ -1,16 +1,23 @@
 """What each method starts from, how it joins the towers, and how long it trains.
 
 A method is spelled `cross_stitch`, `split@conv4`, or, with other values of the
-recipe's units or tower, `cross_stitch@same_task=0.5,per=layer`.
+recipe's units or tower, `cross_stitch@same_task=0.5,per=layer,at=pool1+pool5`.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from keras_cross_stitch import split, stitch
 from training import recipes
+
+# What methods there are is told without Keras, which takes seconds to import: `--help`
+# and tables do so. What joins towers imports it.
+if TYPE_CHECKING:
+    import keras
+
+Towers = dict[str, "keras.Model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +36,29 @@ class Method:
     baseline: str | None = None
 
 
-def side_by_side(towers, recipe, layer):
-    """Towers that share nothing, which is each net trained alone."""
+def side_by_side(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
+    """Towers that share nothing, which is each network trained alone."""
+    from keras_cross_stitch import stitch
+
     return stitch(towers, at=())
 
 
-def stitched(towers, recipe, layer):
+def stitched(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
+    from keras_cross_stitch import stitch
+
     units = recipe.units
     return stitch(towers, at=units.at, per=units.per, same_task=units.same_task)
 
 
-def split_at(towers, recipe, layer):
+def split_at(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
+    from keras_cross_stitch import split
+
     return split(towers, at=layer)
 
 
-def hard_sharing(towers, recipe, layer):
-    """All but the last layer."""
-    return split(towers, at="score")
+def hard_sharing(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
+    """All but the last layer, `score`."""
+    return split_at(towers, recipe, "score")
 
 
 METHODS = {
@@ -120,18 +133,20 @@ class Plan:
     spelled: str
     method: Method
     recipe: recipes.Recipe
-    layer: str | None
+    layer: str  # behind the @, of `split`
 
-    def join(self, towers):
+    def join(self, towers: Towers) -> "keras.Model":
+        if self.method.join is None:
+            raise ValueError(f"'{self.spelled}' trains nothing: there are no towers")
         return self.method.join(towers, self.recipe, self.layer)
 
     @property
-    def schedule(self):
+    def schedule(self) -> recipes.Schedule | None:
         name = self.method.schedule
         return getattr(self.recipe, name) if name else None
 
     @property
-    def depends_on(self):
+    def depends_on(self) -> dict[str, Any]:
         """The parts of the recipe that the result depends on, JSON-like.
 
         What the runs that it starts from depend on comes to it.
@@ -149,7 +164,7 @@ class Plan:
         return depends
 
 
-def plan(spelled, recipe):
+def plan(spelled: str, recipe: recipes.Recipe) -> Plan:
     """What a spelled method is in a recipe; a ValueError if it is none."""
     name, at, options = spelled.partition("@")
     if name not in METHODS:
@@ -166,10 +181,10 @@ def plan(spelled, recipe):
         return Plan(spelled, method, recipe, options)
     for option in options.split(",") if at else ():
         recipe = _with_option(recipe, method, option, spelled)
-    return Plan(spelled, method, recipe, None)
+    return Plan(spelled, method, recipe, "")
 
 
-def spell(name, recipe, **options):
+def spell(name: str, recipe: recipes.Recipe, **options: Any) -> str:
     """How the method is spelled with these options; the recipe's own go unsaid."""
     other = {
         key: value
@@ -180,7 +195,9 @@ def spell(name, recipe, **options):
     return f"{name}@{text}" if other else name
 
 
-def _with_option(recipe, method, option, spelled):
+def _with_option(
+    recipe: recipes.Recipe, method: Method, option: str, spelled: str
+) -> recipes.Recipe:
     key, _, text = option.partition("=")
     # A method that goes on from trained towers cannot have others.
     parts = [*method.parts, *([] if method.start else ["tower"])]
@@ -188,6 +205,8 @@ def _with_option(recipe, method, option, spelled):
         field.name: part
         for part in parts
         for field in dataclasses.fields(getattr(recipe, part))
+        # Files are options of the command line.
+        if not isinstance(getattr(getattr(recipe, part), field.name), Path | None)
     }
     if key not in known:
         raise ValueError(
@@ -198,6 +217,8 @@ def _with_option(recipe, method, option, spelled):
         value = json.loads(text)
     except ValueError:
         value = text
+    if isinstance(now, tuple):  # names, as in at=pool1+pool5
+        value = tuple(text.split("+"))
     if _kind(value) != _kind(now):
         raise ValueError(
             f"Expected another {key} like {now!r} in '{spelled}'. Received: {text!r}"
@@ -205,5 +226,5 @@ def _with_option(recipe, method, option, spelled):
     return recipes.change(recipe, known[key], **{key: value})
 
 
-def _kind(value):
+def _kind(value: Any) -> object:
     return "number" if type(value) in (int, float) else type(value)

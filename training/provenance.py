@@ -27,7 +27,7 @@ class Made(NamedTuple):
 
 def of_this_process() -> dict[str, str]:
     """Commit, versions and kind of processor, as they are kept beside a run."""
-    return {"commit": _commit(), "versions": _versions(), "processor": _processor()}
+    return {"commit": _commit(), "versions": versions(), "processor": _processor()}
 
 
 def digest(content: Any) -> str:
@@ -46,7 +46,8 @@ def _commit() -> str:
     return told.stdout.decode().strip()
 
 
-def _versions() -> str:
+def versions() -> str:
+    """The packages that results depend on."""
     return " ".join(f"{x}={importlib.metadata.version(x)}" for x in PACKAGES)
 
 

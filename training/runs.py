@@ -15,30 +15,21 @@
 and, while the run is going on, `backup/`, from which it resumes.
 """
 
-import csv
 import dataclasses
 import functools
+import hashlib
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow_datasets as tfds
 
 from training import batches, methods, provenance, towers
 from training.datasets import prepared, proposals
+from training.files import Row, read_json, write_json
 from training.recipes import Recipe, RegionData
-from training.tasks import TASKS
-
-
-class Row(NamedTuple):
-    """One raw value, as a line of a tidy CSV file."""
-
-    method: str
-    seed: int
-    task: str
-    metric: str
-    value: float
+from training.tasks import TASKS, Task
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,10 +41,11 @@ class Experiment:
     runs: Path
 
     @functools.cached_property
-    def tasks(self):
+    def tasks(self) -> dict[str, Task]:
+        data = self.recipe.data
         return {
-            name: TASKS[name].for_dataset(self.builder)
-            for name in self.recipe.data.tasks
+            name: TASKS[name].for_dataset(self.builder, data.train_split)
+            for name in data.tasks
         }
 
     @functools.cached_property
@@ -63,27 +55,31 @@ class Experiment:
         return kind.load(self.builder, data.train_split, data, self.tasks)
 
     @functools.cached_property
-    def _data(self):
-        """What identifies the prepared data."""
-        found = {"examples": prepared.digest(self.builder)}
+    def _data(self) -> dict[str, Any]:
+        """What identifies the prepared data, and what the tasks took from them."""
         data = self.recipe.data
+        features = batches.pipeline(self.recipe).features(self.tasks)
+        found: dict[str, Any] = {
+            "examples": prepared.digest(self.builder, features),
+            "tasks": {name: _digest(task) for name, task in self.tasks.items()},
+        }
         if isinstance(data, RegionData):
             splits = (data.train_split, data.test_split)
             found["proposals"] = proposals.digest(self.builder, splits)
         return found
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         """What tells the recipe from any other, but for names, its own and files'."""
         content = _said(self.recipe)
         del content["name"]
         content["tower"] |= towers.identity(self.recipe.tower)
         return provenance.digest(content)
 
-    def folder(self, method, seed):
+    def folder(self, method: str, seed: int) -> Path:
         return self.runs / self.recipe.name / method / f"seed{seed}"
 
-    def depends_on(self, method, seed):
+    def depends_on(self, method: str, seed: int) -> dict[str, Any]:
         """What the result of a run depends on, as JSON has it."""
         plan = methods.plan(method, self.recipe)
         depends = {**plan.depends_on, "seed": seed}
@@ -100,12 +96,12 @@ class Experiment:
             depends["starts_from"] = starts
         return json.loads(json.dumps(depends))
 
-    def claim(self, method, seed):
+    def claim(self, method: str, seed: int) -> None:
         """Checks that the run is of this recipe, see `claim`."""
         claim(self.folder(method, seed), self.depends_on(method, seed))
 
 
-def open_experiment(recipe, data, runs):
+def open_experiment(recipe: Recipe, data: Path | None, runs: Path) -> Experiment:
     """The recipe with its data prepared under `<runs>/datasets`, once.
 
     Args:
@@ -113,16 +109,39 @@ def open_experiment(recipe, data, runs):
         data: Path of the folder with the original files, or `None`.
         runs: Path of all runs.
     """
-    return Experiment(recipe, prepared.prepare(recipe, data, runs / "datasets"), runs)
+    directory = runs / "datasets"
+    builder = prepared.prepare(recipe, data, directory)
+    train, test = recipe.data.train_split, recipe.data.test_split
+    # Of two processes the second waits, and finds what the first has made.
+    with prepared.locked(recipe, directory):
+        if isinstance(recipe.data, RegionData):
+            proposals.prepare(builder, (train, test))
+        for name in recipe.data.tasks:
+            if hasattr(TASKS[name], "prepare"):
+                TASKS[name].prepare(builder, train)
+    return Experiment(recipe, builder, runs)
 
 
-def claim(folder, depends):
-    """Writes down what the run depends on, or checks that it is as it was begun."""
+def claim(
+    folder: Path,
+    depends: Mapping[str, Any],
+    made_with: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes down what the run depends on, or checks that it is as it was begun.
+
+    Args:
+        folder: The run's folder.
+        depends: What its result depends on, see `Experiment.depends_on`.
+        made_with: With what it is trained: a run that goes on must go on with the
+            same. `None` for a finished run, which keeps what it was made with.
+    """
     path = folder / "recipe.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(depends, indent=2))
-    changed = _differences(json.loads(path.read_text()), depends)
+        write_json(path, {**depends, "made_with": made_with})
+    begun, now = read_json(path), {**depends, "made_with": made_with}
+    if made_with is None:
+        begun["made_with"] = None
+    changed = _differences(begun, now)
     if changed:
         raise ValueError(
             f"{folder} was begun with another recipe: {', '.join(changed)} changed. "
@@ -130,13 +149,15 @@ def claim(folder, depends):
         )
 
 
-def metrics(folder):
+def metrics(folder: Path) -> dict[str, dict[str, float]] | None:
     """`{task: {metric: value}}` of a finished run, `None` of any other."""
     path = folder / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
-def rows(method, seed, of_run):
+def rows(
+    method: str, seed: int, of_run: Mapping[str, Mapping[str, float]]
+) -> list[Row]:
     """A run's metrics as tidy rows."""
     return [
         Row(method, seed, task, metric, value)
@@ -145,19 +166,10 @@ def rows(method, seed, of_run):
     ]
 
 
-def write_csv(path, header, body):
-    """Writes a CSV file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    with open(unfinished, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *body])
-    os.replace(unfinished, path)
-
-
-def write(path, text):
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+def _digest(task: Any) -> str:
+    """What identifies a task's classes, codewords or whatever else it has."""
+    fields = json.dumps(dataclasses.asdict(task), default=lambda array: array.tolist())
+    return hashlib.sha256(fields.encode()).hexdigest()
 
 
 def _said(part: Any) -> Any:

@@ -3,14 +3,15 @@ import math
 import os
 import shutil
 import signal
+from typing import Annotated, get_origin, get_type_hints
 
 import keras
 import pytest
 import tensorflow as tf
 from typer.testing import CliRunner
 
-from training import benchmark, fitting
-from training.__main__ import app
+from training import benchmark, fitting, methods, recipes
+from training.__main__ import app, path, prepare_app
 
 
 def training(*arguments):
@@ -89,7 +90,8 @@ def test_a_study_uses_the_runs_that_there_are(demo, tmp_path, monkeypatch):
     assert "Missing: 4 runs, time: about 0 minutes" in listed.stdout
     assert "single_task_as_long" not in listed.stdout
     assert result.exit_code == 0, result.output
-    assert trained[0] == "single_task_longer"
+    # What others start from comes first.
+    assert trained[:2] == ["single_task", "single_task_longer"]
     table = (tmp_path / "scenes-toy-labels10/tower-init.csv").read_text()
     assert table.count("\nsingle_task_as_long,0,") == 8
 
@@ -225,6 +227,32 @@ def test_bad_input_ends_in_one_line(arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("runs/*/*/seed0"))
 
 
+def test_every_path_begins_at_home_where_it_says_so(monkeypatch, tmp_path):
+    commands = [x.callback for x in (*app.registered_commands, app.registered_callback)]
+    commands += [x.callback for x in prepare_app.registered_commands]
+    paths = [
+        (command.__name__, name, hint.__metadata__[0].parser)
+        for command in commands
+        for name, hint in get_type_hints(command, include_extras=True).items()
+        if get_origin(hint) is Annotated and "Path" in str(hint.__origin__)
+    ]
+    assert len(paths) > 20
+    assert {parser for _, _, parser in paths} == {path}, paths
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = training("report", "~/runs")
+    assert f"no finished run in {tmp_path}/runs" in result.stderr
+
+
+def test_what_is_missing_is_listed_without_the_backbone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = training("study", "nyuv2_pretrained", "methods", "--dry-run")
+
+    assert result.exit_code == 0, result.output
+    assert "Missing: 9 runs, time: unknown" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_says_what_there_is():
     result = training("--help")
 
@@ -240,3 +268,7 @@ def test_help_says_what_there_is():
         "SavedModel",
     ):
         assert command in result.stdout
+    fit = "".join(training("fit", "--help").stdout.replace("│", "").split())
+    assert ",".join(recipes.names()) in fit
+    for method in methods.METHODS:
+        assert method in fit

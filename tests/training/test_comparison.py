@@ -6,8 +6,8 @@ import matplotlib.image
 import pytest
 
 from training import comparison, runs
+from training.files import Row, write_csv
 from training.provenance import Made
-from training.runs import Row, write_csv
 
 TASKS = ("segmentation", "normals")
 

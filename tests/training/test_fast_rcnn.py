@@ -23,6 +23,7 @@ from training import (
     runs,
     towers,
 )
+from training.preemption import Preempted
 from training.runs import open_experiment
 from training.study.report import write_report
 from training.tasks import Attributes, Detection
@@ -398,7 +399,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(
         patch.setattr(
             callbacks.ShowProgress, "on_train_batch_begin", on_train_batch_begin
         )
-        with pytest.raises(callbacks.Preempted):
+        with pytest.raises(Preempted):
             train(again, "single_task")
     assert not (again.folder("single_task", 0) / "model.keras").exists()
     train(again, "single_task")

@@ -1,18 +1,22 @@
 import contextlib
 import csv
 import dataclasses
-import errno
 import json
 import os
+import resource
 import shutil
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-import h5py
 import keras
 import numpy as np
 import pytest
 
-from training import callbacks, fitting, methods, recipes, runs, towers
+from training import callbacks, files, fitting, methods, recipes, runs, towers
+from training.locks import lock
+from training.preemption import Preempted
 
 
 def rows(path):
@@ -160,15 +164,15 @@ def stop_in_a_step(monkeypatch):
 
 def stop_in_a_backup(monkeypatch):
     """When the second epoch's is half written, its row in the history is."""
-    replace = callbacks.os.replace
+    replace = files.os.replace
 
     def stop(unfinished, path):
-        if path.name == "latest.weights.h5" and path.exists():
+        if path.name == "latest.npz" and path.exists():
             unfinished.write_bytes(unfinished.read_bytes()[:1000])
             raise Stopped
         replace(unfinished, path)
 
-    monkeypatch.setattr(callbacks.os, "replace", stop)
+    monkeypatch.setattr(files.os, "replace", stop)
 
 
 def stop_by_sigterm(monkeypatch):
@@ -187,15 +191,20 @@ def stop_by_sigterm(monkeypatch):
 
 def stop_by_a_full_disk(monkeypatch):
     """When the second epoch's backup is half written."""
-    save = keras.Model.save_weights
+    save = np.savez
 
-    def save_weights(self, path):
-        save(self, path)
-        if path.with_name("latest.weights.h5").exists():
-            path.write_bytes(path.read_bytes()[:1000])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    def savez(path, *arrays):
+        if not path.parent.joinpath("latest.npz").exists():
+            return save(path, *arrays)
+        # Files end there, for this process: the nearest thing to a full disk.
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            return save(path, *arrays)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(keras.Model, "save_weights", save_weights)
+    monkeypatch.setattr(np, "savez", savez)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,7 @@ def stop_by_a_full_disk(monkeypatch):
     [
         (stop_in_a_step, Stopped, 4),
         (stop_in_a_backup, Stopped, 2),
-        (stop_by_sigterm, callbacks.Preempted, 5),
+        (stop_by_sigterm, Preempted, 5),
         (stop_by_a_full_disk, OSError, 2),
     ],
 )
@@ -215,8 +224,9 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(
         stop(patch)
         with pytest.raises(error):
             train(experiment, "single_task")
-    with h5py.File(run / "backup/latest.weights.h5") as file:
-        assert file["optimizer/vars/0"][()] == kept  # steps
+    assert os.listdir(run / "backup") == ["latest.npz"]
+    with np.load(run / "backup/latest.npz") as file:
+        assert kept in [x for x in file.values() if x.ndim == 0]  # the steps
     assert not (run / "model.keras").exists()
     train(experiment, "single_task")
 
@@ -257,7 +267,7 @@ def test_an_evaluation_that_is_stopped_is_done_again(
         replace(unfinished, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.os, "replace", stop)
+        patch.setattr(files.os, "replace", stop)
         with pytest.raises(Stopped):
             train(experiment, "single_task")
     assert runs.metrics(run) is None
@@ -394,6 +404,66 @@ def test_a_part_that_came_later_voids_no_run_unless_it_is_used(finished, tmp_pat
     message = r"starts_from\[0\]\.training\.loss_weighting changed"
     with pytest.raises(ValueError, match=message):
         runs.claim(tmp_path, now)
+
+
+def test_a_run_that_goes_on_goes_on_with_what_it_was_begun_with(finished, tmp_path):
+    depends = finished.depends_on("single_task", 0)
+    begun = {"replicas": 1, "versions": {"keras": "3.15.1"}}
+    runs.claim(tmp_path, depends, begun)
+    runs.claim(tmp_path, depends, begun)
+    for other, place in (
+        ({**begun, "replicas": 2}, "made_with.replicas"),
+        ({**begun, "versions": {"keras": "3.15.2"}}, "made_with.versions.keras"),
+    ):
+        with pytest.raises(ValueError, match=rf"another recipe: {place} changed"):
+            runs.claim(tmp_path, depends, other)
+    # One that is finished stays what it is.
+    runs.claim(tmp_path, depends)
+
+
+def test_a_run_depends_on_its_codewords(finished, tmp_path):
+    """Another clustering would leave a stopped run with other classes half-way."""
+    before = finished.depends_on("single_task", 0)
+    shutil.copytree(finished.runs / "datasets", tmp_path / "datasets")
+    (path,) = (tmp_path / "datasets").rglob("codewords-train.npy")
+    np.save(path, np.load(path)[::-1])
+    other = runs.open_experiment(finished.recipe, None, tmp_path)
+
+    changed = runs._differences(before, other.depends_on("single_task", 0))
+    assert changed == ["tasks.normals"]
+
+
+def test_a_run_depends_on_the_features_that_it_reads(finished):
+    depends = finished.depends_on("single_task", 0)
+    assert set(depends["examples"]) == {"image", "normals", "segmentation"}
+
+
+def test_a_run_that_another_process_trains_is_waited_for_where_others_start_from_it(
+    experiment, single_task, train, monkeypatch
+):
+    run = experiment.folder("single_task", 0)
+    taken = threading.Event()
+
+    def other():
+        with lock(run / ".lock", wait=False):
+            taken.set()
+            time.sleep(1)
+            shutil.copytree(single_task, run, dirs_exist_ok=True)
+
+    with ThreadPoolExecutor() as executor:
+        executor.submit(other)
+        taken.wait()
+        trained = []
+        real = fitting._train
+        monkeypatch.setattr(
+            fitting,
+            "_train",
+            lambda experiment, plan, *rest: (
+                trained.append(plan.spelled) or real(experiment, plan, *rest)
+            ),
+        )
+        train(experiment, "single_task_longer")
+    assert trained == ["single_task_longer"]
 
 
 def test_a_diverging_run_stops_with_a_message(experiment, train):

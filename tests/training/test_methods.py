@@ -36,6 +36,8 @@ def test_what_is_spelled_is_what_is_planned(scenes):
     planned = methods.plan(spelled, scenes).recipe
     assert planned.units.alpha_multiplier == 1000
     assert planned.tower.common_start is False
+    taps = methods.plan("cross_stitch@at=pool1+pool5,per=layer", scenes).recipe.units
+    assert (taps.at, taps.per) == (("pool1", "pool5"), "layer")
     # The recipe's own value is no other method.
     assert methods.spell("cross_stitch", scenes, same_task=0.9) == "cross_stitch"
 
@@ -46,6 +48,7 @@ def test_what_is_spelled_is_what_is_planned(scenes):
         ("stich", "There is no method 'stich'. There are: single_task, "),
         ("split", "as in 'split@conv4'. Received: 'split'"),
         ("split@", "as in 'split@conv4'"),
+        ("cross_stitch_from_start@weights=3", "no option 'weights'"),
         ("cross_stitch@rate=3", "no option 'rate' in .* There are: at, per, same_task"),
         ("cross_stitch@width=0.5", "no option 'width'"),  # has its towers already
         ("single_task_longer@same_task=0.5", "no option 'same_task'"),

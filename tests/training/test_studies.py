@@ -80,19 +80,23 @@ def test_label_fractions_are_recipes_of_their_own(scenes):
     assert run.folder == scenes.runs / "scenes-labels5/hard_sharing/seed1"
 
 
-def test_shards_are_a_partition_that_keeps_a_seeds_runs_together(scenes):
-    planned = studies.plan(scenes, "label-fraction", range(3))
-    shards = [studies.shard(planned, f"{k}/4") for k in (1, 2, 3, 4)]
+@pytest.mark.parametrize("study", ["methods", "label-fraction", "alpha"])
+@pytest.mark.parametrize("machines", [1, 4, 8])
+def test_shards_give_every_machine_runs_and_start_with_what_others_need(
+    scenes, study, machines
+):
+    planned = studies.plan(scenes, study, range(3))
+    shards = [studies.shard(planned, f"{k + 1}/{machines}") for k in range(machines)]
+    dealt = [run.folder for shard in shards for run in shard]
+    needed = {run.folder for of in planned for run in studies._starts(of)}
 
-    assert sorted(x.folder for shard in shards for x in shard) == sorted(
-        x.folder for x in planned
-    )
+    assert len(dealt) == len(set(dealt))
+    assert set(dealt) == {run.folder for run in planned} | needed
+    sizes = [len(shard) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
     for shard in shards:
-        # Every folder of a recipe and seed is in one shard.
-        others = [x for other in shards if other is not shard for x in other]
-        assert not {(x.experiment.recipe.name, x.seed) for x in shard} & {
-            (x.experiment.recipe.name, x.seed) for x in others
-        }
+        is_needed = [run.folder in needed for run in shard]
+        assert is_needed == sorted(is_needed, reverse=True)
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/x", "-1/2", "1/0"])
@@ -123,9 +127,10 @@ def test_the_time_of_a_run_is_estimated_from_those_before(scenes):
 
     assert studies.duration(by_method["cross_stitch"]) is None
     finish(by_method["single_task"])
-    other = scenes.runs / "scenes_detection/single_task/seed0"
-    other.mkdir(parents=True)
-    (other / "history.csv").write_text("epoch,loss,seconds\n0,2,99\n1,1,99\n")
+    for name in ("scenes_detection", "scenes-toy", "scenes-toy-labels10"):
+        other = scenes.runs / name / "single_task/seed0"
+        other.mkdir(parents=True)
+        (other / "history.csv").write_text("epoch,loss,seconds\n0,2,99\n1,1,99\n")
     history = by_method["single_task"].folder / "history.csv"
     history.write_text("epoch,loss,seconds\n0,2,9\n1,1,7\n2,1,8\n")
     assert studies.duration(by_method["cross_stitch"]) == 6 * 8

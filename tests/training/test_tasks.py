@@ -257,7 +257,7 @@ def test_normals_decode_to_unit_vectors_and_undefined_ones_to_zero(rng):
 
 
 def test_the_codewords_are_unit_directions_spread_over_the_data(finished, rng):
-    codewords = Normals.for_dataset(finished.builder).codewords
+    codewords = Normals.for_dataset(finished.builder, "train").codewords
     train = finished.builder.as_dataset(split="train")
     stored = next(iter(train))["normals"].numpy()
     normals = stored[stored.any(-1)] / 127.5 - 1
@@ -269,13 +269,25 @@ def test_the_codewords_are_unit_directions_spread_over_the_data(finished, rng):
     assert nearest.mean() > max(0.95, at_random.mean())
 
 
-def test_the_codewords_are_kept_with_the_data(finished, monkeypatch):
-    first = Normals.for_dataset(finished.builder).codewords
+def test_the_codewords_are_of_the_split_and_kept_with_the_data(finished, monkeypatch):
+    first = Normals.for_dataset(finished.builder, "train").codewords
+    Normals.prepare(finished.builder, "train[:50%]")
+    part = Normals.for_dataset(finished.builder, "train[:50%]").codewords
+    assert np.abs(part - first).max() > 0.01
     monkeypatch.setattr(normals, "cluster", None)
+    Normals.prepare(finished.builder, "train")
 
     np.testing.assert_array_equal(
-        Normals.for_dataset(finished.builder).codewords, first
+        Normals.for_dataset(finished.builder, "train").codewords, first
     )
+
+
+def test_angles_are_undefined_where_no_normal_is(rng):
+    nowhere = [(np.zeros((2, 5, 9, 3)), rng.normal(size=(2, 5, 9, 3)))]
+    values = results(Normals(some_codewords(rng)), nowhere)
+
+    assert set(values) == set(Normals.metrics)
+    assert all(np.isnan(x) for x in values.values())
 
 
 @pytest.mark.parametrize("name", ["segmentation", "normals"])

@@ -5,6 +5,11 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 
+def features(tasks):
+    """What is read of the stored examples."""
+    return {"image", *(task.feature for task in tasks.values())}
+
+
 def load(builder, split, data, tasks):
     """All examples of a split, small enough for memory.
 
@@ -81,9 +86,15 @@ def labelled_images(data, count, seed):
 
     Those of a small fraction are among those of any larger one.
     """
-    _, share = data.label_fraction
+    task, share = data.label_fraction
     rank = np.random.default_rng([seed, 1]).permutation(count)
-    return rank < round(share * count)
+    labelled = rank < round(share * count)
+    if not labelled.any():
+        raise ValueError(
+            f"Labels of {task} on {100 * share:g} % of {count} train images are on "
+            "none: give a larger label fraction"
+        )
+    return labelled
 
 
 def _order(labelled, batch_size, steps, seed):
@@ -112,7 +123,6 @@ def passes(items, steps, size, seed):
 
 def _examples(builder, split, data, tasks):
     """(image uint8, {task: target}) of each example, not yet in batches."""
-    wanted = {"image", *(task.feature for task in tasks.values())}
     height, width = builder.info.features["image"].shape[:2]
     rows, columns = height // data.target_size[0], width // data.target_size[1]
 
@@ -129,7 +139,7 @@ def _examples(builder, split, data, tasks):
 
     return builder.as_dataset(
         split=split,
-        decoders=tfds.decode.PartialDecoding(dict.fromkeys(wanted, True)),
+        decoders=tfds.decode.PartialDecoding(dict.fromkeys(features(tasks), True)),
     ).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
 

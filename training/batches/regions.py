@@ -16,6 +16,11 @@ from training.datasets import proposals
 ON_OBJECT = 0.5  # the IoU from which a RoI is an object's
 
 
+def features(tasks):
+    """What is read of the stored examples."""
+    return {"image", "objects"}
+
+
 def load(builder, split, data, tasks):
     """All examples of a split, small enough for memory.
 
@@ -162,7 +167,7 @@ def _mirror(image, regions, seed):
 
 def _examples(builder, split, data):
     """(image uint8, regions) of each example, not yet in batches."""
-    wanted = tfds.decode.PartialDecoding({"image": True, "objects": True})
+    wanted = tfds.decode.PartialDecoding(dict.fromkeys(features({}), True))
     stored = builder.as_dataset(split=split, decoders=wanted)
     found = proposals.load(builder, split, data.proposals)
 

@@ -1,21 +1,29 @@
 """Prepared data: built once, tied to the files that they were built from."""
 
+import collections
+import contextlib
 import hashlib
 import importlib
-import json
 import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from training.datasets import proposals
 from training.datasets.files import files_in
+from training.files import read_json, write_json
 from training.locks import lock
-from training.recipes import RegionData
+from training.recipes import Recipe
 
 
-def prepare(recipe, source, directory):
+def prepare(
+    recipe: Recipe, source: Path | None, directory: Path
+) -> tfds.core.DatasetBuilder:
     """Builds the recipe's data set, once.
 
     Args:
@@ -44,26 +52,53 @@ def prepare(recipe, source, directory):
                 f"The recipe '{recipe.name}' needs the folder with the data set's "
                 f"files: give it with --data DIR{_other_versions(folder)}"
             )
-        with lock(directory / f".{recipe.data.dataset}.lock", wait=True):
+        with locked(recipe, directory):
             if not stamp.exists():
                 _build(builder, source if reads_files else None, stamp)
         # Another process may have prepared what this builder has not seen.
         builder = _builder(module, recipe, directory)
-    before = json.loads(stamp.read_text())
+    before = read_json(stamp)
+    if "digests" not in before:  # prepared when features were not told apart
+        write_json(stamp, {**before, "digests": _digests(folder)})
     _check_whole(folder, before.get("sizes", {}))
     if reads_files and source is not None:
         _check_same(folder, before["source"], source)
-    if isinstance(recipe.data, RegionData):
-        proposals.prepare(builder, (recipe.data.train_split, recipe.data.test_split))
     return builder
 
 
-def digest(builder):
-    """What identifies the prepared examples."""
-    return json.loads(_stamp(builder).read_text())["digest"]
+def locked(recipe: Recipe, directory: Path) -> contextlib.AbstractContextManager[None]:
+    """One process at a time prepares a data set, or what is derived from it."""
+    return lock(directory / f".{recipe.data.dataset}.lock", wait=True)
 
 
-def fingerprint(folder):
+def digest(
+    builder: tfds.core.DatasetBuilder, features: Iterable[str]
+) -> dict[str, str]:
+    """What identifies these features of the prepared examples, with what is in them.
+
+    Raises:
+        ValueError: For a feature that the data were prepared without.
+    """
+    known = read_json(_stamp(builder))["digests"]
+    found: dict[str, str] = {}
+    for feature in features:
+        parts = [x for x in known if x == feature or x.startswith(f"{feature}/")]
+        if not parts:
+            raise ValueError(
+                f"The data in {builder.data_path} were prepared without '{feature}'. "
+                "Remove that folder to prepare them anew"
+            )
+        found |= {part: known[part] for part in parts}
+    return dict(sorted(found.items()))
+
+
+def kept_with(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Path:
+    """The file of what is derived from a split's examples, such as proposals."""
+    quoted = urllib.parse.quote(split, safe="")  # "train[:80%]", say
+    return Path(builder.data_path) / f"{name}-{quoted}.npy"
+
+
+def fingerprint(folder: Path) -> dict[str, list[float]]:
     """Each file's size and time of change, by its path in the folder."""
     return {
         path.relative_to(folder).as_posix(): [path.stat().st_size, path.stat().st_mtime]
@@ -71,13 +106,16 @@ def fingerprint(folder):
     }
 
 
-def _stamp(builder):
+def _stamp(builder: tfds.core.DatasetBuilder) -> Path:
     return Path(builder.data_path) / "prepared_from.json"
 
 
-def _builder(module, recipe, directory):
+def _builder(
+    module: ModuleType, recipe: Recipe, directory: Path
+) -> tfds.core.DatasetBuilder:
     try:
-        return module.BUILDER(config=recipe.data.config, data_dir=str(directory))
+        with _temporary_files_removed():
+            return module.BUILDER(config=recipe.data.config, data_dir=str(directory))
     except AssertionError as error:  # TFDS's, for a folder under another version's name
         raise ValueError(
             f"The data set '{recipe.data.dataset}' in {directory} cannot be read: "
@@ -85,27 +123,36 @@ def _builder(module, recipe, directory):
         ) from error
 
 
-def _build(builder, source, stamp):
+@contextlib.contextmanager
+def _temporary_files_removed() -> Iterator[None]:
+    """TFDS makes a folder for what it might load from elsewhere, and leaves it."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+def _build(builder: tfds.core.DatasetBuilder, source: Path | None, stamp: Path) -> None:
     # Without the stamp, it is not known what they were made of.
     shutil.rmtree(stamp.parent, ignore_errors=True)
     files = fingerprint(source) if source is not None else {}
     config = tfds.download.DownloadConfig(manual_dir=str(source or ""))
     builder.download_and_prepare(download_config=config)
     content = {
-        "digest": _content(stamp.parent),
+        "digests": _digests(stamp.parent),
         "sizes": _sizes(stamp.parent),
         "source": files,
     }
-    unfinished = stamp.with_name("unfinished.json")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(stamp)
+    write_json(stamp, content)
 
 
-def _sizes(folder):
+def _sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.glob("*.tfrecord*")}
 
 
-def _check_whole(folder, sizes):
+def _check_whole(folder: Path, sizes: dict[str, int]) -> None:
     """A file that lost its end is only seen when an epoch comes to it."""
     now = _sizes(folder)
     for name, size in sizes.items():
@@ -116,7 +163,7 @@ def _check_whole(folder, sizes):
             )
 
 
-def _other_versions(folder):
+def _other_versions(folder: Path) -> str:
     versions = {path.name for path in folder.parent.glob("*.*.*")} - {folder.name}
     if not versions:
         return ""
@@ -124,18 +171,18 @@ def _other_versions(folder):
     return f". In {folder.parent} is version {found}, and {folder.name} is needed"
 
 
-def _content(folder):
-    total = hashlib.sha256()
+def _digests(folder: Path) -> dict[str, str]:
+    """What identifies each feature's content, over all examples of all splits."""
+    totals: dict[str, Any] = collections.defaultdict(hashlib.sha256)
     for path in sorted(folder.glob("*.tfrecord*")):
         for record in tf.data.TFRecordDataset(str(path)):
-            # Of the record's bytes, the order is by chance: the features are a map.
             features = tf.train.Example.FromString(record.numpy()).features.feature
-            for name in sorted(features):
-                total.update(name.encode() + features[name].SerializeToString())
-    return total.hexdigest()
+            for name in features:
+                totals[name].update(features[name].SerializeToString())
+    return {name: total.hexdigest() for name, total in sorted(totals.items())}
 
 
-def _check_same(prepared, before, source):
+def _check_same(prepared: Path, before: dict, source: Path) -> None:
     now = fingerprint(source)
     changed = [x for x in {**before, **now} if before.get(x) != now.get(x)]
     if changed:

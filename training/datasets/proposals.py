@@ -5,9 +5,7 @@ Any data set with an `image` has proposals, and with `objects` a recall.
 
 import hashlib
 import os
-import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -16,12 +14,17 @@ from rich.console import Console
 from rich.progress import track
 
 from keras_cross_stitch import selective_search
+from training.datasets.prepared import kept_with
+from training.files import unfinished
 
 MOST = 1000  # of an image
 
 
 def prepare(builder, splits):
-    """Searches the images of each split, once, and prints the recall that results."""
+    """Searches the images of each split, once, and prints the recall that results.
+
+    One process at a time, see `prepared.locked`.
+    """
     for split in splits:
         path = _path(builder, split)
         if path.exists():
@@ -32,9 +35,8 @@ def prepare(builder, splits):
             found = executor.map(search, images)
             total = builder.info.splits[split].num_examples
             boxes = list(track(found, f"Proposals, {split}", total=total))
-        unfinished = path.with_name("unfinished.npy")
-        np.save(unfinished, pad(boxes))
-        unfinished.replace(path)
+        with unfinished(path) as temporary:
+            np.save(temporary, pad(boxes))
         Console().print(
             f"Proposals of {builder.name}, {split}: {np.mean([*map(len, boxes)]):.0f} "
             f"an image, recall at IoU 0.5: {recall(builder, split):.3f}"
@@ -101,5 +103,4 @@ def _stored(builder, split, feature):
 
 
 def _path(builder, split):
-    name = urllib.parse.quote(split, safe="")  # "train[:80%]", say
-    return Path(builder.data_path) / f"proposals-{name}.npy"
+    return kept_with(builder, "proposals", split)

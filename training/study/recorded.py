@@ -3,14 +3,12 @@
 Reads files and trains nothing; opens no model and no data set.
 """
 
-import csv
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 
-from training.runs import Row
+from training.files import Row, read_csv, read_json
 from training.study.results import baseline, metric
 
 
@@ -66,15 +64,12 @@ class Run:
         return {k: v for k, v in flat.items() if k.rpartition(".")[2] != "seed"}
 
     def json(self, name):
-        return json.loads((self.folder / f"{name}.json").read_text())
+        return read_json(self.folder / f"{name}.json")
 
     def csv(self, name):
         """The lines of a CSV file, none where the run has no such file."""
         path = self.folder / f"{name}.csv"
-        if not path.exists():
-            return []
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+        return read_csv(path) if path.exists() else []
 
 
 def by_method(folder, finished=True):

@@ -5,11 +5,11 @@ The page asks for nothing: its pictures are in it, and it has no script.
 
 import base64
 import io
-import os
 from pathlib import Path
 
 import jinja2
 
+from training.files import write_text
 from training.methods import METHODS
 from training.study import delta_m, figures, paper, recorded
 from training.study.results import baseline, label, metric, statistics
@@ -53,9 +53,7 @@ def write_report(runs, target):
         label_fractions=_label_fractions(recipes),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"unfinished-{target.name}")
-    unfinished.write_text(html)
-    os.replace(unfinished, target)
+    write_text(target, html)
     return target
 
 

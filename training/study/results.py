@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
+from training.files import Row
 from training.methods import METHODS
 from training.metric import Metric
 from training.provenance import Made
-from training.runs import Row
 from training.tasks import TASKS
 
 METRICS = {
@@ -97,7 +97,7 @@ class Table:
         return " or ".join(map(str, counts))
 
 
-def read_csv(path):
+def read_rows(path):
     """The rows of a tidy CSV file, each with what it was made by.
 
     Returns:

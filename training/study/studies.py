@@ -1,17 +1,16 @@
 """The paper's tables and figures, each as a set of runs, and their raw values."""
 
-import csv
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 
 from training import methods, recipes, runs
+from training.files import Row, read_csv, read_json, write_csv
 from training.provenance import Made
 from training.runs import Experiment
 from training.study import delta_m
-from training.study.results import ALL_TASKS, read_csv
+from training.study.results import ALL_TASKS, read_rows
 
 LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
 
@@ -140,23 +139,27 @@ def plan(experiment, study, seeds):
 
 
 def shard(planned, part):
-    """The k-th of n parts, `"k/n"`, runs that start from the same ones together."""
+    """The k-th of n parts, `"k/n"`, of the runs and of those that they start from.
+
+    Dealt out like cards, those that others start from first: so all n machines have
+    work, and whoever needs what another trains waits for it the least.
+    """
     k, slash, n = part.partition("/")
     if not (slash and k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
         raise ValueError(f"--shard must be k/n, as in 1/4. Received: {part!r}")
-
-    def together(run):
-        return run.experiment.recipe.name, run.seed
-
-    groups = list(dict.fromkeys(map(together, planned)))[int(k) - 1 :: int(n)]
-    return [run for run in planned if together(run) in groups]
+    starts = {run.folder: run for of in planned for run in _starts(of)}
+    return list((starts | _by_folder(planned)).values())[int(k) - 1 :: int(n)]
 
 
 def missing(planned):
     """The runs that are not finished, those that others start from among them."""
     wanted = itertools.chain.from_iterable((*_starts(run), run) for run in planned)
-    by_folder = {run.folder: run for run in wanted if not run.finished}
-    return list(by_folder.values())
+    return [run for run in _by_folder(wanted).values() if not run.finished]
+
+
+def _by_folder(wanted):
+    """Each run once: two studies may have it."""
+    return {run.folder: run for run in wanted}
 
 
 def duration(run):
@@ -167,9 +170,9 @@ def duration(run):
     recipe = run.experiment.recipe.name.partition("-labels")[0]
     seconds = [
         float(row["seconds"])
-        for folder in (recipe, f"{recipe}-*")
+        for folder in (recipe, f"{recipe}-labels*")
         for path in run.experiment.runs.glob(f"{folder}/*/seed*/history.csv")
-        for row in _read(path)
+        for row in read_csv(path)
     ]
     return schedule.epochs * float(np.median(seconds)) if seconds else None
 
@@ -192,14 +195,14 @@ def write(planned, results):
             files.setdefault(path, []).append(run)
     lines = {path: _merged(path, finished) for path, finished in files.items()}
     for path, of_runs in lines.items():
-        header = (*runs.Row._fields, *Made._fields)
-        runs.write_csv(path, header, itertools.chain.from_iterable(of_runs.values()))
+        header = (*Row._fields, *Made._fields)
+        write_csv(path, header, itertools.chain.from_iterable(of_runs.values()))
     return list(files)
 
 
 def _merged(path, finished):
     """{(method, seed): lines} of the file and of the runs, with each run's Delta_m."""
-    known = read_csv(path) if path.exists() else []
+    known = read_rows(path) if path.exists() else []
     made = {(row.method, row.seed): by for row, by in known}
     made |= {(run.method, run.seed): _made(run) for run in finished}
     new = {(run.method, run.seed): _rows(run) for run in finished}
@@ -228,7 +231,7 @@ def _merged(path, finished):
 def _made(run):
     recipe, dtype = run.experiment.digest, run.experiment.recipe.training.dtype
     path = run.folder / "made_by.json"
-    by = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    by = read_json(path) if path.exists() else {}
     return Made(recipe, dtype, **by)
 
 
@@ -237,7 +240,7 @@ def _rows(run):
     values = runs.metrics(run.folder)
     if run.study == "per-class":
         values = {}
-        for row in _read(run.folder / "per_class.csv"):
+        for row in read_csv(run.folder / "per_class.csv"):
             metric = f"{row['metric']}/{row['class']}"
             values.setdefault(row["task"], {})[metric] = row["value"]
     if run.study == "alpha":
@@ -281,8 +284,3 @@ def _starts(run):
         dataclasses.replace(run, method=method.start, seed=run.seed + offset)
         for offset in offsets
     ]
-
-
-def _read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))

@@ -5,12 +5,12 @@ The table of `docs/results/<recipe>/<study>.csv` stands in a Markdown file betwe
 one table for all tasks, of the first metric of each.
 """
 
-import os
 import re
 from pathlib import Path
 
+from training.files import read_text, write_text
 from training.study import paper
-from training.study.results import label, metric, read_csv, statistics
+from training.study.results import label, metric, read_rows, statistics
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -34,15 +34,13 @@ def update_tables(path, results=RESULTS):
     Raises:
         ValueError: For a mark that is not closed, or that has no raw values.
     """
-    before = path.read_text()
+    before = read_text(path)
     try:
         after = filled(before, results)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if after != before:
-        unfinished = path.with_name(f"unfinished-{path.name}")
-        unfinished.write_text(after)
-        os.replace(unfinished, path)
+        write_text(path, after)
     return after != before
 
 
@@ -68,7 +66,7 @@ def _of(recipe, study, is_brief, results):
             f"There are no raw values {path} for the table {recipe}/{study}: "
             f"`python -m training study {recipe} {study}` makes them"
         )
-    rows = [row for row, _ in read_csv(path)]
+    rows = [row for row, _ in read_rows(path)]
     if is_brief:
         return brief(statistics(rows))
     return markdown(statistics(rows, paper.table(recipe, study)))

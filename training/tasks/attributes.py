@@ -41,7 +41,7 @@ class Attributes:
     )
 
     @classmethod
-    def for_dataset(cls, builder):
+    def for_dataset(cls, builder, split):
         """The task as the data set defines it."""
         return cls(tuple(builder.attribute_names))
 

@@ -40,7 +40,7 @@ class Depth:
     )
 
     @classmethod
-    def for_dataset(cls, builder):
+    def for_dataset(cls, builder, split):
         """The task as the data set defines it."""
         return cls()
 

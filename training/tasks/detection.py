@@ -41,7 +41,7 @@ class Detection:
     )
 
     @classmethod
-    def for_dataset(cls, builder):
+    def for_dataset(cls, builder, split):
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["objects"]["label"].names))
 

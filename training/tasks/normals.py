@@ -6,7 +6,6 @@ down, z away from the camera); (0, 0, 0) is undefined and counts nowhere.
 
 import dataclasses
 import types
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -15,9 +14,21 @@ import tensorflow_datasets as tfds
 from keras import ops
 from sklearn.cluster import KMeans
 
+from training.datasets.prepared import kept_with
+from training.files import unfinished
 from training.metric import Metric
 
+CODEWORDS = 20  # as in the paper
 _UNDEFINED = 255  # as a codeword's number
+_METRICS = types.MappingProxyType(
+    {
+        "mean_angle": Metric("mean angle", "degrees", False),
+        "median_angle": Metric("median angle", "degrees", False),
+        "within_11_25": Metric("pixels within 11.25°", "%", True),
+        "within_22_5": Metric("pixels within 22.5°", "%", True),
+        "within_30": Metric("pixels within 30°", "%", True),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,25 +39,20 @@ class Normals:
     inputs = "image"
     feature = "normals"
     void = 0.0
-    metrics = types.MappingProxyType(
-        {
-            "mean_angle": Metric("mean angle", "degrees", False),
-            "median_angle": Metric("median angle", "degrees", False),
-            "within_11_25": Metric("pixels within 11.25°", "%", True),
-            "within_22_5": Metric("pixels within 22.5°", "%", True),
-            "within_30": Metric("pixels within 30°", "%", True),
-        }
-    )
+    metrics = _METRICS
+
+    @staticmethod
+    def prepare(builder, split):
+        """Clusters a split's normals, once; the codewords are kept with the data."""
+        path = kept_with(builder, "codewords", split)
+        if not path.exists():
+            with unfinished(path) as temporary:
+                np.save(temporary, cluster(builder, split))
 
     @classmethod
-    def for_dataset(cls, builder):
-        """The task with the data set's codewords, which are kept with the data."""
-        path = Path(builder.data_path) / "codewords.npy"
-        if not path.exists():
-            unfinished = path.with_name("unfinished.npy")
-            np.save(unfinished, cluster(builder))
-            unfinished.replace(path)
-        return cls(np.load(path))
+    def for_dataset(cls, builder, split):
+        """The task with the codewords of the images that it is trained on."""
+        return cls(np.load(kept_with(builder, "codewords", split)))
 
     @property
     def outputs(self):
@@ -118,18 +124,24 @@ class Normals:
         return image.round().clip(0, 255).astype("uint8")
 
 
-def cluster(builder):
-    """Twenty codewords: k-means of the train split's normals, (20, 3), unit length."""
+def cluster(builder, split):
+    """Twenty codewords: k-means of a split's normals, (20, 3), unit length."""
     sampled = []
     # Sixty-four pixels of each of up to 1000 images are 64000 normals.
-    train = builder.as_dataset(
-        split="train", decoders=tfds.decode.PartialDecoding({"normals": True})
+    examples = builder.as_dataset(
+        split=split, decoders=tfds.decode.PartialDecoding({"normals": True})
     )
-    for example in train.take(1000):
+    for example in examples.take(1000):
         normals = decode(example["normals"]).numpy().reshape(-1, 3)
         normals = normals[normals.any(axis=-1)]
         sampled.append(normals[:: max(1, len(normals) // 64)][:64])
-    kmeans = KMeans(20, n_init=3, random_state=0).fit(np.concatenate(sampled))
+    count = sum(map(len, sampled))
+    if count < CODEWORDS:
+        raise ValueError(
+            f"Expected at least {CODEWORDS} pixels with a normal in '{split}' of the "
+            f"data in {builder.data_path}. Received: {count}"
+        )
+    kmeans = KMeans(CODEWORDS, n_init=3, random_state=0).fit(np.concatenate(sampled))
     centers = kmeans.cluster_centers_
     centers /= np.linalg.norm(centers, axis=-1, keepdims=True)
     return centers.astype("float32")
@@ -192,7 +204,9 @@ class AngleHistogram:
 
     def result(self):
         """Mean and median in degrees, and the percentage within some degrees."""
-        total = max(self.counts.sum(), 1)
+        total = self.counts.sum()
+        if not total:  # no normal is defined: no angle is
+            return dict.fromkeys(_METRICS, np.nan)
         centres = (np.arange(len(self.counts)) + 0.5) / self.BINS_PER_DEGREE
         below = self.counts.cumsum()
         within = {

@@ -33,7 +33,7 @@ class Segmentation:
     )
 
     @classmethod
-    def for_dataset(cls, builder):
+    def for_dataset(cls, builder, split):
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["segmentation"].names))
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from training.files import Row, write_csv
 from training.provenance import Made
-from training.runs import Row, write_csv
 from training.study.results import (
     holm,
     paired_difference,
-    read_csv,
+    read_rows,
     statistics,
 )
 
@@ -225,7 +225,7 @@ def test_raw_values_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "new" / "methods.csv"
     write_csv(path, HEADER, ((*row, *made) for row, made in written))
 
-    assert read_csv(path) == written
+    assert read_rows(path) == written
     first, second = path.read_text().split("\n")[:2]
     assert first == ",".join(HEADER)
     assert second.startswith('"a@b=1,c=2",0,x,miou,')
@@ -258,7 +258,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, text, message):
     (tmp_path / "methods.csv").write_text(text)
 
     with pytest.raises(ValueError, match=message):
-        read_csv(tmp_path / "methods.csv")
+        read_rows(tmp_path / "methods.csv")
 
 
 def test_a_value_that_stands_twice_is_refused():

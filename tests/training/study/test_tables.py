@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from training.files import Row, write_csv
 from training.provenance import Made
-from training.runs import Row, write_csv
 from training.study import paper
 from training.study.results import statistics
 from training.study.tables import brief, filled, markdown, update_tables
