@@ -1,6 +1,9 @@
-"""What asks a served model: TF Serving's or the preview's."""
+"""What asks a served model: TF Serving's or the preview's.
 
-from export.client.client import Client
-from export.client.protocol import ServingError
+Installed without TensorFlow, from this folder, as `keras_cross_stitch_client`.
+"""
+
+from .client import Client
+from .protocol import ServingError
 
 __all__ = ["Client", "ServingError"]

@@ -1,6 +1,5 @@
 """Asks a served model, over gRPC or REST: TF Serving's or the preview server's."""
 
-import functools
 import pathlib
 import random
 import time
@@ -9,15 +8,13 @@ from typing import Any
 
 import grpc
 import numpy as np
-import tensorflow as tf
-from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
-from export import NAME
-from export.client import regions
-from export.client.protocol import IMAGES, ServingError, in_words, info_in_words
-from export.client.transports import Arrays, Grpc, Rest, Transport
+from . import messages, regions
+from .protocol import IMAGES, ServingError, in_words, info_in_words
+from .transports import Arrays, Grpc, Rest, Transport
 
-Images = np.ndarray | Mapping[str, np.ndarray] | Sequence[str | pathlib.Path | bytes]
+File = str | pathlib.Path | bytes
+Images = np.ndarray | Mapping[str, Any] | Sequence[File] | str | pathlib.Path
 
 # The codes of a request that the server will never answer.
 _OF_THE_REQUEST = (
@@ -25,6 +22,7 @@ _OF_THE_REQUEST = (
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.NOT_FOUND,
 )
+_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Client:
@@ -35,13 +33,16 @@ class Client:
         name: String, the model's name on the server.
         version: Optional integer. Defaults to the server's latest.
         label: Optional string, a version's label. Not together with `version`.
-        timeout: Seconds for a question to the server, all tries included. (Before the
-            first `predict`, the client asks what the signatures take.)
+        timeout: Seconds for a call, with all its parts and tries.
+        batch: Integer, the examples of one request at most. More are asked in parts,
+            and their answers joined: TF Serving refuses more than its
+            `max_batch_size`.
 
     Raises:
         ServingError: From each method, with the server's `code` and a message that
             says what the signature takes. A server that is `UNAVAILABLE` is asked
             again until the time is up; nothing else is.
+        ValueError: From each method of a client that is closed.
 
     Example:
 
@@ -54,26 +55,31 @@ class Client:
     def __init__(
         self,
         address: str,
-        name: str = NAME,
+        name: str = "cross_stitch",
         *,
         version: int | None = None,
         label: str | None = None,
         timeout: float = 10.0,
+        batch: int = 32,
     ) -> None:
         if version is not None and label is not None:
             raise ValueError(
                 "Give `version` or `label`, not both. Received: "
                 f"version={version}, label={label!r}"
             )
+        if batch < 1:
+            raise ValueError(f"`batch` must be at least 1. Received: batch={batch}")
         self.address = address
         self.timeout = timeout
-        spec = model_pb2.ModelSpec(name=name)
+        self.batch = batch
+        spec = messages.ModelSpec(name=name)
         if version is not None:
             spec.version.value = version
         if label is not None:
             spec.version_label = label
         rest = address.startswith(("http://", "https://"))
-        self._transport: Transport = (Rest if rest else Grpc)(address, spec)
+        self._transport: Transport | None = (Rest if rest else Grpc)(address, spec)
+        self._known: dict[str, Any] | None = None  # the signatures, once asked for
 
     def __enter__(self) -> "Client":
         return self
@@ -82,111 +88,138 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._transport.close()
+        if self._transport:
+            self._transport.close()
+        self._transport = None
 
-    def predict(
-        self, task: str, images: Images, *, rois: np.ndarray | None = None
-    ) -> Arrays:
+    def predict(self, task: str, images: Images, *, rois: Any = None) -> Arrays:
         """Asks for the answer of one task.
 
         Args:
             task: String, a signature: a task, or `serving_default` for all.
-            images: Array with a batch axis, or {input name: array}; or a list of JPEG
-                or PNG files (paths or bytes). For files the model must take an `image`
-                and `rois`, or have been exported with `--from-jpeg`.
+            images: Array with a batch axis, or {input name: array}; or JPEG or PNG
+                files: a list of paths or bytes, or a folder, in the order of names. For
+                files the model must take an `image` and `rois`, or have been exported
+                with `--from-jpeg`. Numbers become those that the signature takes where
+                that changes none of them, but for the rounding of floats; strings are
+                bytes, or text, which is sent as UTF-8.
             rois: For files and a model that takes them, the boxes to ask about: array
                 (N, R, 4), left, top, right, bottom in pixels of each picture. Defaults
                 to proposals by selective search (some tenths of a second a picture,
                 which `timeout` does not count).
 
         Returns:
-            {output name: array}, each with a batch axis. With files and a model that
-            takes `rois`, these are among them, and they and the outputs named `boxes`
-            are in pixels of each picture. Otherwise they are as the model gives them.
+            {output name: array}, each with a batch axis; strings are bytes. With files
+            and a model that takes `rois`, these are among them, and they and the
+            outputs named `boxes` are in pixels of each picture. Otherwise they are as
+            the model gives them.
         """
-        if isinstance(images, str | bytes | pathlib.Path):
-            raise TypeError(
-                f"`images` must be a list of files. Received: {images!r:.80}"
-            )
-        signature, given, pictures = self._question(task, images, rois)
-        arrays: Arrays = {}
+        deadline = time.monotonic() + self.timeout
+        sent: Mapping[str, np.ndarray] = {}
+        signature, pictures = task, None
         try:
-            arrays = self._inputs(signature, given)
-            outputs = self._signatures[signature].outputs
-            answer = self._call(
-                functools.partial(self._transport.predict, signature, arrays, outputs)
-            )
+            if isinstance(images, np.ndarray | Mapping):
+                if rois is not None:
+                    raise ValueError(
+                        '`rois` go with files. Give {"image": array, "rois": array}'
+                    )
+                given = images
+            else:
+                files = [_encoded(file) for file in _files(images)]
+                infos = self._signatures(deadline)
+                if task in infos and regions.taken_by(infos[task].inputs):
+                    before = time.monotonic()
+                    pictures = regions.Pictures.read(files, infos[task].inputs, rois)
+                    given = pictures.inputs
+                    deadline += time.monotonic() - before
+                elif rois is not None:
+                    raise ValueError(
+                        f"'{task}' must take `image` and `rois` to be given `rois`"
+                    )
+                else:
+                    signature = task if task.endswith(IMAGES) else task + IMAGES
+                    given = np.array(files, dtype=object)
+            sent = _named(given, "images")
+            infos = self._signatures(deadline)
+            if signature not in infos:
+                raise ServingError(
+                    grpc.StatusCode.NOT_FOUND, f"There is no signature '{signature}'"
+                )
+            sent = _taken(given, infos[signature].inputs)
+            arrays = {
+                name: _cast(array, name, infos[signature].inputs.get(name))
+                for name, array in sent.items()
+            }
+            outputs = infos[signature].outputs
+            answer = self._in_parts(signature, arrays, outputs, deadline)
         except ServingError as error:
             if error.code not in _OF_THE_REQUEST:
                 raise
-            self.__dict__.pop("_signatures", None)  # there may be a new version
-            raise self._explained(error, signature, arrays or given) from error
+            self._known = None  # there may be a new version
+            raise self._explained(error, signature, sent, deadline) from error
         return pictures.in_their_pixels(answer) if pictures else answer
 
     def signatures(self) -> dict[str, Any]:
         """The model's signatures, {name: SignatureDef}."""
-        return self._call(self._transport.signatures)
+        return self._asked_signatures(time.monotonic() + self.timeout)
 
-    def status(self) -> get_model_status_pb2.GetModelStatusResponse:
-        """The states of the model's versions, the latest first."""
-        return self._call(self._transport.status)
+    def status(self) -> Any:
+        """The states of the model's versions, the latest first.
 
-    # What a signature takes is asked for once, not before every request.
-    @functools.cached_property
-    def _signatures(self) -> dict[str, Any]:
-        return self.signatures()
+        A message as TF Serving's `GetModelStatusResponse`.
+        """
+        deadline = time.monotonic() + self.timeout
+        return self._call(lambda transport: transport.status(deadline), deadline)
 
-    def _question(
-        self, task: str, images: Images, rois: np.ndarray | None
-    ) -> tuple[str, np.ndarray | Mapping[str, np.ndarray], regions.Pictures | None]:
-        """The signature, what it is asked, and the `Pictures` where it takes rois."""
-        if isinstance(images, np.ndarray | Mapping):
-            if rois is not None:
-                raise ValueError(
-                    '`rois` go with files. Give {"image": array, "rois": array}'
-                )
-            return task, images, None
-        files = [_encoded(image) for image in images]
-        known = self._signatures
-        if task in known and regions.taken_by(known[task].inputs):
-            pictures = regions.Pictures.read(files, known[task].inputs, rois)
-            return task, pictures.inputs, pictures
-        if rois is not None:
-            raise ValueError(
-                f"'{task}' must take `image` and `rois` to be given `rois`"
-            )
-        signature = task if task.endswith(IMAGES) else task + IMAGES
-        return signature, np.array(files, dtype=object), None
+    def _signatures(self, deadline: float) -> dict[str, Any]:
+        """What the signatures take is asked for once, not before every request."""
+        if self._known is None:
+            self._known = self._asked_signatures(deadline)
+        return self._known
 
-    def _inputs(
-        self, signature: str, images: np.ndarray | Mapping[str, np.ndarray]
+    def _asked_signatures(self, deadline: float) -> dict[str, Any]:
+        return self._call(lambda transport: transport.signatures(deadline), deadline)
+
+    def _in_parts(
+        self, signature: str, arrays: Arrays, outputs: Any, deadline: float
     ) -> Arrays:
-        """The arrays by name and in the dtype that the signature takes."""
-        if signature not in self._signatures:
-            raise ServingError(
-                grpc.StatusCode.NOT_FOUND, f"There is no signature '{signature}'"
+        def ask(part: Arrays) -> Arrays:
+            return self._call(
+                lambda transport: transport.predict(signature, part, outputs, deadline),
+                deadline,
             )
-        infos = self._signatures[signature].inputs
-        if isinstance(images, np.ndarray):
-            if len(infos) != 1:
-                raise ServingError(
-                    grpc.StatusCode.INVALID_ARGUMENT, "Give {input name: array}"
-                )
-            images = {next(iter(infos)): images}
+
+        counts = {len(array) if array.ndim else 0 for array in arrays.values()}
+        count = max(counts, default=0)
+        if len(counts) != 1 or count <= self.batch:
+            return ask(arrays)
+        answers = []
+        for start in range(0, count, self.batch):
+            part = {k: x[start : start + self.batch] for k, x in arrays.items()}
+            answers.append(ask(part))
+            size = min(self.batch, count - start)
+            for name, array in answers[-1].items():
+                if array.shape[:1] != (size,):
+                    raise ServingError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        f"'{name}' has no batch axis, so that the answers to parts of "
+                        f"{self.batch} examples cannot be joined: give `batch`",
+                    )
         return {
-            name: _cast(array, infos[name]) if name in infos else array
-            for name, array in images.items()
+            name: np.concatenate([answer[name] for answer in answers])
+            for name in answers[0]
         }
 
     def _explained(
         self,
         error: ServingError,
         signature: str,
-        sent: np.ndarray | Mapping[str, np.ndarray],
+        sent: Mapping[str, np.ndarray],
+        deadline: float,
     ) -> ServingError:
         """The error with what the signature expects and what it was sent."""
         try:
-            signatures = self._signatures
+            signatures = self._signatures(deadline)
         except ServingError:
             return error  # there is no such model
         if signature not in signatures:
@@ -196,7 +229,6 @@ class Client:
                 error.code, f"{error.message}. There are: {', '.join(known)}"
             )
         takes = info_in_words(signatures[signature].inputs)
-        sent = sent if isinstance(sent, Mapping) else {"images": sent}
         described = (f"{k}: {in_words(_dtype(a), a.shape)}" for k, a in sent.items())
         return ServingError(
             error.code,
@@ -204,15 +236,18 @@ class Client:
             f"Sent: {', '.join(described)}",
         )
 
-    def _call(self, function: Callable[[float], Any]) -> Any:
-        """Calls with the time that is left, and again where nobody was there."""
-        deadline = time.monotonic() + self.timeout
+    def _call(self, question: Callable[[Transport], Any], deadline: float) -> Any:
+        """Asks, and asks again, until then, where nobody was there."""
+        if self._transport is None:
+            raise ValueError(f"This client of {self.address} is closed: make another")
         pause = 0.05
         while True:
             try:
-                return function(max(deadline - time.monotonic(), 0.001))
+                return question(self._transport)
             except ServingError as error:
-                pause *= random.uniform(1.5, 2.5)  # so that clients do not keep step
+                # So that clients do not keep step, and none waits long for a server
+                # that is back.
+                pause = min(pause * random.uniform(1.5, 2.5), 0.5)
                 late = time.monotonic() + pause > deadline
                 if error.code != grpc.StatusCode.UNAVAILABLE or late:
                     raise ServingError(
@@ -221,18 +256,120 @@ class Client:
             time.sleep(pause)
 
 
-def _encoded(image: str | pathlib.Path | bytes) -> bytes:
+def _files(images: Any) -> Sequence[File]:
+    """A list of files, or those of a folder."""
+    if isinstance(images, str | pathlib.Path):
+        folder = pathlib.Path(images)
+        if not folder.is_dir():
+            raise TypeError(
+                "`images` must be an array, {input name: array}, a list of files or a "
+                f"folder. Received: {images!s:.80}"
+            )
+        # Not those that macOS leaves beside each file on other systems' discs.
+        images = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+        )
+        if not images:
+            raise ValueError(f"There are no JPEG or PNG files in {folder}")
+    files = isinstance(images, Sequence) and not isinstance(images, bytes)
+    if not files or not all(isinstance(x, str | pathlib.Path | bytes) for x in images):
+        raise TypeError(
+            "`images` must be an array, {input name: array}, a list of files (paths or "
+            f"bytes) or a folder. Received: {type(images).__name__} {images!r:.80}"
+        )
+    if not images:
+        raise ValueError("`images` must hold at least one file. Received: none")
+    return images
+
+
+def _encoded(image: File) -> bytes:
     return image if isinstance(image, bytes) else pathlib.Path(image).read_bytes()
+
+
+def _named(given: Any, name: str) -> dict[str, np.ndarray]:
+    given = given if isinstance(given, Mapping) else {name: given}
+    return {name: _array(name, values) for name, values in given.items()}
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    """Strings are objects that are bytes."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"'{name}' must be an array: {error}") from error
+    if array.dtype.kind not in "OSU":
+        return array
+    objects = np.empty(array.size, object)
+    for place, value in enumerate(array.ravel().tolist()):
+        value = value.encode() if isinstance(value, str) else value
+        if not isinstance(value, bytes):
+            raise ValueError(
+                f"'{name}' must be an array of numbers, or of bytes or text alone. "
+                f"Received: {value!r:.80} among its values"
+            )
+        objects[place] = value
+    return objects.reshape(array.shape)
+
+
+def _taken(given: Any, infos: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays by the names that the signature has for them."""
+    if isinstance(given, Mapping):
+        return _named(given, "")
+    if len(infos) != 1:
+        raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, "Give {input name: array}")
+    return _named(given, next(iter(infos)))
 
 
 def _dtype(array: np.ndarray) -> str:
     return "string" if array.dtype == object else array.dtype.name
 
 
-def _cast(array: np.ndarray, info: Any) -> np.ndarray:
-    """Pixels of uint8 or float64 as float32. What a cast would make another kind of
-    number stays as it is, and the server refuses it."""
-    dtype = tf.as_dtype(info.dtype).as_numpy_dtype
-    if np.can_cast(array.dtype, dtype, "same_kind"):
-        return array.astype(dtype)
-    return array
+def _cast(array: np.ndarray, name: str, info: Any) -> np.ndarray:
+    """The array in the dtype that the signature takes, where that changes no value.
+
+    Floats may be rounded to fewer digits. What a cast would make another kind of
+    number stays as it is, and the server refuses it, as it does unknown names.
+    """
+    if info is None:
+        return array
+    dtype = messages.numpy_dtype(info.dtype)
+    if array.dtype == dtype or not _of_a_kind(array.dtype, dtype):
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    changed = _changed(array, cast)
+    if changed.any():
+        first = tuple(np.argwhere(changed)[0].tolist())
+        raise ServingError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"'{name}' has values that {dtype} cannot hold: {array[first]} at {first}",
+        )
+    return cast
+
+
+_FLOATS = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # bits
+
+
+def _of_a_kind(given: np.dtype, taken: np.dtype) -> bool:
+    """Whether integers become integers or floats, and floats floats."""
+    if taken.name in _FLOATS:
+        return given.kind in "biu" or given.name in _FLOATS
+    return taken.kind in "iu" and given.kind in "biu"
+
+
+def _changed(array: np.ndarray, cast: np.ndarray) -> np.ndarray:
+    if array.dtype.name in _FLOATS:
+        return np.isfinite(array) & ~np.isfinite(cast)
+    if cast.dtype.kind in "iu":
+        limits = np.iinfo(cast.dtype)
+        return (array < limits.min) | (array > limits.max)
+    # All integers up to here are floats; of those beyond, some.
+    largest = 2 ** (_FLOATS[cast.dtype.name] + 1)
+    changed = (array < -largest) | (array > largest)
+    changed[changed] = [
+        not np.isfinite(float(b)) or int(a) != int(float(b))
+        for a, b in zip(array[changed], cast[changed], strict=True)
+    ]
+    return changed

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grpc
-import tensorflow as tf
+
+from .messages import dtype_name
 
 IMAGES = "_from_jpeg"  # ends the names of signatures that take encoded images
 
@@ -50,11 +51,3 @@ def info_in_words(infos: Mapping[str, Any]) -> str:
 def shape_of(proto: Any) -> list[int]:
     """The sizes in a TensorShapeProto, -1 for unknown ones."""
     return [dim.size for dim in proto.dim]
-
-
-def dtype_name(number: int) -> str:
-    """A DataType of a proto by TensorFlow's name; the number where it has none."""
-    try:
-        return tf.as_dtype(number).name
-    except TypeError:
-        return f"type {number}"

@@ -10,9 +10,8 @@ from typing import Any
 
 import grpc
 import numpy as np
-import tensorflow as tf
 
-from export.client.protocol import ServingError, shape_of
+from .protocol import ServingError, shape_of
 
 IMAGE, ROIS = "image", "rois"
 
@@ -86,7 +85,19 @@ class Pictures:
         return np.clip(boxes / self._scales, 0, self._borders).astype("float32")
 
 
+def _tensorflow() -> Any:
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise ImportError(
+            "Pictures for a model that takes regions are made by TensorFlow: `pip "
+            "install 'keras_cross_stitch[tensorflow,regions]'`, or give arrays"
+        ) from error
+    return tensorflow
+
+
 def _decoded(files: Sequence[bytes]) -> list[np.ndarray]:
+    tf = _tensorflow()
     images = []
     for number, file in enumerate(files):
         try:
@@ -101,6 +112,7 @@ def _decoded(files: Sequence[bytes]) -> list[np.ndarray]:
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    tf = _tensorflow()
     scale = min(np.divide(size, image.shape[:2]))
     shape = [max(1, round(scale * x)) for x in image.shape[:2]]
     resized = tf.image.resize(image, shape, antialias=True)

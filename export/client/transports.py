@@ -1,148 +1,313 @@
-"""How the client's questions travel: over gRPC or REST, one class each."""
+"""How the client's questions travel: over gRPC or REST, one class each.
+
+Both are given and give arrays: strings are objects that are bytes.
+"""
 
 import base64
-from collections.abc import Callable
+import contextlib
+import json
+import ssl
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import grpc
-import httpx
+import httpcore
 import numpy as np
-import tensorflow as tf
 from google.protobuf import json_format
-from tensorflow_serving.apis import (
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    model_pb2,
-    model_service_pb2_grpc,
-    predict_pb2,
-    prediction_service_pb2_grpc,
-)
+from google.protobuf.message import DecodeError
 
-from export.client.protocol import HTTP_STATUS, ServingError
+from . import messages
+from .protocol import HTTP_STATUS, ServingError
 
 Arrays = dict[str, np.ndarray]
-_CODE = {504: grpc.StatusCode.DEADLINE_EXCEEDED} | {
-    status: code
-    for code, status in HTTP_STATUS.items()
-    if code != grpc.StatusCode.FAILED_PRECONDITION  # 400 is the argument's
+_CODE = {
+    **{
+        status: code
+        for code, status in HTTP_STATUS.items()
+        if code != grpc.StatusCode.FAILED_PRECONDITION  # 400 is the argument's
+    },
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    502: grpc.StatusCode.UNAVAILABLE,  # of a gateway, behind which nobody answers
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
 
 class Transport(Protocol):
+    """Each question has a deadline, as `time.monotonic` tells the time."""
+
     def predict(
-        self, signature: str, arrays: Arrays, outputs: Any, timeout: float
+        self, signature: str, arrays: Arrays, outputs: Any, deadline: float
     ) -> Arrays:
         """The answer; outputs are those of the signature, {name: TensorInfo}."""
 
-    def signatures(self, timeout: float) -> dict[str, Any]: ...
-    def status(self, timeout: float) -> get_model_status_pb2.GetModelStatusResponse: ...
+    def signatures(self, deadline: float) -> dict[str, Any]: ...
+    def status(self, deadline: float) -> Any: ...
     def close(self) -> None: ...
 
 
 class Grpc:
-    def __init__(self, address: str, spec: model_pb2.ModelSpec) -> None:
-        sizes = ("grpc.max_send_message_length", "grpc.max_receive_message_length")
-        self._channel = grpc.insecure_channel(address, [(size, -1) for size in sizes])
-        self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(
-            self._channel
-        )
-        self._model = model_service_pb2_grpc.ModelServiceStub(self._channel)
+    def __init__(self, address: str, spec: Any):
+        options = [
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", -1),
+            # A server that was away is found again at once, not after 20 seconds.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 100),
+        ]
+        self._channel = grpc.insecure_channel(address, options)
         self._spec = spec
 
     def close(self) -> None:
         self._channel.close()
 
     def predict(
-        self, signature: str, arrays: Arrays, outputs: Any, timeout: float
+        self, signature: str, arrays: Arrays, outputs: Any, deadline: float
     ) -> Arrays:
-        request = predict_pb2.PredictRequest(model_spec=self._spec)
+        request = messages.PredictRequest(model_spec=self._spec)
         request.model_spec.signature_name = signature
         for name, array in arrays.items():
-            request.inputs[name].CopyFrom(tf.make_tensor_proto(array))
-        response = self._ask(self._prediction.Predict, request, timeout)
-        return {name: tf.make_ndarray(x) for name, x in response.outputs.items()}
+            request.inputs[name].CopyFrom(messages.to_tensor(array))
+        method = "PredictionService/Predict"
+        response = self._ask(method, request, messages.PredictResponse, deadline)
+        with _odd_answers_told():
+            return {name: messages.to_array(x) for name, x in response.outputs.items()}
 
-    def signatures(self, timeout: float) -> dict[str, Any]:
-        request = get_model_metadata_pb2.GetModelMetadataRequest(
+    def signatures(self, deadline: float) -> dict[str, Any]:
+        request = messages.GetModelMetadataRequest(
             model_spec=self._spec, metadata_field=["signature_def"]
         )
-        response = self._ask(self._prediction.GetModelMetadata, request, timeout)
-        signatures = get_model_metadata_pb2.SignatureDefMap()
-        response.metadata["signature_def"].Unpack(signatures)
+        method = "PredictionService/GetModelMetadata"
+        kind = messages.GetModelMetadataResponse
+        response = self._ask(method, request, kind, deadline)
+        with _odd_answers_told():
+            packed = response.metadata["signature_def"].value
+            signatures = messages.SignatureDefMap.FromString(packed)
         return dict(signatures.signature_def)
 
-    def status(self, timeout: float) -> get_model_status_pb2.GetModelStatusResponse:
-        request = get_model_status_pb2.GetModelStatusRequest(model_spec=self._spec)
-        return self._ask(self._model.GetModelStatus, request, timeout)
+    def status(self, deadline: float) -> Any:
+        request = messages.GetModelStatusRequest(model_spec=self._spec)
+        method = "ModelService/GetModelStatus"
+        return self._ask(method, request, messages.GetModelStatusResponse, deadline)
 
-    def _ask(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
+    def _ask(self, method: str, request: Any, kind: Any, deadline: float) -> Any:
+        ask = self._channel.unary_unary(
+            f"/tensorflow.serving.{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=kind.FromString,
+        )
         try:
-            return method(request, timeout=timeout)
+            return ask(request, timeout=_left(deadline))
         except grpc.RpcError as error:
-            raise ServingError(error.code(), error.details()) from error
+            raise ServingError(error.code(), error.details() or "") from error
 
 
 class Rest:
-    def __init__(self, address: str, spec: model_pb2.ModelSpec) -> None:
-        self._http = httpx.Client(base_url=address)
-        self._path = f"/v1/models/{spec.name}"
+    def __init__(self, address: str, spec: Any):
+        self._pool = httpcore.ConnectionPool(network_backend=_UntilDeadline())
+        self._url = f"{address.rstrip('/')}/v1/models/{_quoted(spec.name)}"
         if spec.HasField("version"):
-            self._path += f"/versions/{spec.version.value}"
+            self._url += f"/versions/{spec.version.value}"
         if spec.version_label:
-            self._path += f"/labels/{spec.version_label}"
+            self._url += f"/labels/{_quoted(spec.version_label)}"
 
     def close(self) -> None:
-        self._http.close()
+        self._pool.close()
 
     def predict(
-        self, signature: str, arrays: Arrays, outputs: Any, timeout: float
+        self, signature: str, arrays: Arrays, outputs: Any, deadline: float
     ) -> Arrays:
         inputs = {name: _as_json(array) for name, array in arrays.items()}
-        body = {"signature_name": signature, "inputs": inputs}
-        answer = self._ask("POST", ":predict", timeout, json=body)["outputs"]
-        if len(outputs) == 1:
-            answer = {next(iter(outputs)): answer}
-        if answer.keys() != outputs.keys():
-            raise ServingError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"The model has a new version with other outputs: {sorted(answer)}",
-            )
-        return {
-            name: np.array(values, tf.as_dtype(outputs[name].dtype).as_numpy_dtype)
-            for name, values in answer.items()
-        }
+        # NaN and the infinities as TF Serving reads and writes them.
+        body = json.dumps({"signature_name": signature, "inputs": inputs})
+        with _odd_answers_told():
+            answer = self._ask("POST", ":predict", deadline, body)["outputs"]
+            if len(outputs) == 1:
+                answer = {next(iter(outputs)): answer}
+            if answer.keys() != outputs.keys():
+                raise ServingError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"The model has a new version with other outputs: {sorted(answer)}",
+                )
+            return {
+                name: _from_json(values, messages.numpy_dtype(outputs[name].dtype))
+                for name, values in answer.items()
+            }
 
-    def signatures(self, timeout: float) -> dict[str, Any]:
-        metadata = self._ask("GET", "/metadata", timeout)["metadata"]
-        signatures = get_model_metadata_pb2.SignatureDefMap()
-        json_format.ParseDict(metadata["signature_def"], signatures)
+    def signatures(self, deadline: float) -> dict[str, Any]:
+        with _odd_answers_told():
+            metadata = self._ask("GET", "/metadata", deadline)["metadata"]
+            signatures = messages.SignatureDefMap()
+            json_format.ParseDict(metadata["signature_def"], signatures, True)
         return dict(signatures.signature_def)
 
-    def status(self, timeout: float) -> get_model_status_pb2.GetModelStatusResponse:
-        response = get_model_status_pb2.GetModelStatusResponse()
-        return json_format.ParseDict(self._ask("GET", "", timeout), response)
+    def status(self, deadline: float) -> Any:
+        with _odd_answers_told():
+            answer = self._ask("GET", "", deadline)
+            response = messages.GetModelStatusResponse()
+            return json_format.ParseDict(answer, response, True)
 
-    def _ask(self, method: str, path: str, timeout: float, **content: Any) -> Any:
+    def _ask(
+        self, method: str, path: str, deadline: float, body: str | None = None
+    ) -> Any:
         try:
-            response = self._http.request(
-                method, self._path + path, timeout=timeout, **content
+            response = self._pool.request(
+                method,
+                self._url + path,
+                content=None if body is None else body.encode(),
+                headers=None if body is None else {"Content-Type": "application/json"},
+                extensions={
+                    "timeout": {
+                        **dict.fromkeys(("connect", "read", "write"), deadline),
+                        "pool": _left(deadline),
+                    }
+                },
             )
-        except httpx.TimeoutException as error:
+        except httpcore.TimeoutException as error:
             code = grpc.StatusCode.DEADLINE_EXCEEDED
-            raise ServingError(code, f"No answer in {timeout:.3g} seconds") from error
-        except httpx.TransportError as error:
+            raise ServingError(code, "No answer in time") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise ServingError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
-        if response.status_code == httpx.codes.OK:
-            return response.json()
-        code = _CODE.get(response.status_code, grpc.StatusCode.UNKNOWN)
+        if response.status == 200:
+            return json.loads(response.content)
+        code = _CODE.get(response.status, grpc.StatusCode.UNKNOWN)
         try:
-            message = response.json()["error"]
+            message = json.loads(response.content)["error"]
         except (ValueError, KeyError, TypeError):
-            message = response.text or response.reason_phrase
-        raise ServingError(code, message)
+            text = response.content.decode(errors="replace")
+            message = f"HTTP status {response.status}: {text:.300}"
+        raise ServingError(code, str(message))
 
 
-def _as_json(array: np.ndarray) -> list:
-    if array.dtype == object:
-        return [{"b64": base64.b64encode(value).decode()} for value in array]
-    return array.tolist()
+class _UntilDeadline(httpcore.NetworkBackend):
+    """Connections whose timeouts are moments, as `time.monotonic` tells them.
+
+    httpcore's own are for each read, and a body that comes drop by drop never ends.
+    """
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        left = _left(timeout, httpcore.ConnectTimeout)
+        stream = httpcore.SyncBackend().connect_tcp(
+            host, port, left, local_address, socket_options
+        )
+        return _Stream(stream)
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream):
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _left(timeout, httpcore.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        size = 1 << 16
+        for start in range(0, len(buffer), size):
+            left = _left(timeout, httpcore.WriteTimeout)
+            self._stream.write(buffer[start : start + size], left)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        left = _left(timeout, httpcore.ConnectTimeout)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _left(
+    deadline: float | None, late: Callable[[], Exception] | None = None
+) -> float | None:
+    """The seconds until then; none that are left raise `late`, where it is given."""
+    if deadline is None:
+        return None
+    left = deadline - time.monotonic()
+    if left <= 0 and late:
+        raise late()
+    return max(left, 0.001)
+
+
+@contextlib.contextmanager
+def _odd_answers_told() -> Iterator[None]:
+    """An answer that is not TF Serving's is told as such."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _odd(error) from error
+    except (DecodeError, json_format.ParseError) as error:
+        raise _odd(error) from error
+
+
+def _odd(error: Exception) -> ServingError:
+    return ServingError(
+        grpc.StatusCode.UNKNOWN,
+        f"The answer is none of TF Serving's: {type(error).__name__}, {error}",
+    )
+
+
+def _quoted(name: str) -> str:
+    return urllib.parse.quote(name, safe="")
+
+
+def _as_json(array: np.ndarray) -> Any:
+    if array.dtype.kind == "c":
+        message = "JSON has no complex numbers: ask over gRPC"
+        raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, message)
+    if array.dtype != object:
+        return array.tolist()
+    return _mapped(
+        lambda value: {"b64": base64.b64encode(value).decode()}, array.tolist()
+    )
+
+
+def _from_json(values: Any, dtype: np.dtype) -> np.ndarray:
+    if dtype.kind != "O":
+        array = np.array(values)
+        kinds = "biuf" if dtype.kind not in "biu" else "biu"
+        if array.size and array.dtype.kind not in kinds:
+            raise ValueError(f"values of {array.dtype} for {dtype}")
+        return array.astype(dtype)
+    leaves: list[bytes] = []
+
+    def shape(value: Any) -> tuple[int, ...]:
+        if not isinstance(value, list):
+            leaves.append(_bytes(value))
+            return ()
+        inner = [shape(x) for x in value]
+        if any(x != inner[0] for x in inner):
+            raise ValueError("rows of strings have unequal lengths")
+        return (len(value), *(inner[0] if inner else ()))
+
+    size = shape(values)
+    array = np.empty(len(leaves), object)
+    array[:] = leaves
+    return array.reshape(size)
+
+
+def _bytes(value: str | Mapping[str, str]) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    return base64.b64decode(value["b64"])
+
+
+def _mapped(function: Callable[[Any], Any], values: Any) -> Any:
+    if isinstance(values, list):
+        return [_mapped(function, x) for x in values]
+    return function(values)

@@ -114,6 +114,8 @@ def rows(outputs):
 
 
 def _plain(name, array):
+    if isinstance(array, bytes):  # TensorFlow's scalar of a string
+        array = np.array(array, object)
     if array.dtype == object:
         as_json = _encoded if name.endswith("_bytes") else bytes.decode
         return np.vectorize(as_json, otypes=[object])(array).tolist()

@@ -297,10 +297,16 @@ def region_addresses(region_version):
         yield f"127.0.0.1:{at[0]}", f"http://127.0.0.1:{at[1]}"
 
 
+@pytest.fixture(scope="session")
+def preview():
+    """A function that runs a preview server of a `ServedModel` in a thread."""
+    return running
+
+
 @contextlib.contextmanager
-def running(model):
-    grpc_port = free_port()
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listening:
+def running(model, ports=(None, 0)):
+    grpc_port = ports[0] or free_port()
+    with contextlib.closing(socket.create_server(("127.0.0.1", ports[1]))) as listening:
         server = preview_server.server(model, grpc_port)
         thread = threading.Thread(target=server.run, args=[[listening]])
         thread.start()

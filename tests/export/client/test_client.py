@@ -127,9 +127,67 @@ def test_a_file_that_is_no_image_is_refused_and_the_next_answered(client, behind
     assert client.predict("normals", [whole])["normals"].shape == (1, 24, 32, 3)
 
 
-def test_one_path_is_no_list(client):
-    with pytest.raises(TypeError, match="must be a list of files"):
-        client.predict("normals", "room.jpg")
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("room.jpg", "a list of files or a folder. Received: room.jpg"),
+        ([[1.0, 2.0]], r"or a folder. Received: list \[\[1.0, 2.0\]\]"),
+        (b"JFIF", "or a folder. Received: bytes"),
+        ([], "at least one file. Received: none"),
+        ({"image": [[1], [2, 3]]}, "'image' must be an array: "),
+        ({"image": [[None]]}, "'image' must be an array of numbers, or of bytes"),
+    ],
+    ids=["path", "numbers", "bytes", "none", "ragged", "objects"],
+)
+def test_what_is_neither_files_nor_arrays_is_refused(client, images, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        client.predict("normals", images)
+
+
+def test_a_folder_is_its_pictures_in_the_order_of_names(client, behind, tmp_path):
+    images = behind.pictures(3)
+    for name, image in zip(("b.PNG", "a.jpg", "c.jpeg"), images, strict=True):
+        (tmp_path / name).write_bytes(behind.png(image))
+    (tmp_path / "._a.jpg").write_bytes(b"left by macOS")
+    (tmp_path / "notes.txt").write_text("no picture")
+    expected = behind.predict(images[[1, 0, 2]])["normals"]
+    for folder in (tmp_path, str(tmp_path)):
+        answer = client.predict("normals", folder)["normals"]
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="no JPEG or PNG files in"):
+        client.predict("normals", tmp_path / "none")
+
+
+def test_more_than_a_batch_is_asked_in_parts_and_joined(door, behind, monkeypatch):
+    images = behind.pictures(7)
+    files = [behind.png(image) for image in images]
+    expected = behind.predict(images)["normals"]
+    with Client(door[0], batch=3) as client:
+        sizes = []
+        ask = client._transport.predict
+
+        def watched(signature, arrays, outputs, deadline):
+            sizes.append({len(array) for array in arrays.values()})
+            return ask(signature, arrays, outputs, deadline)
+
+        monkeypatch.setattr(client._transport, "predict", watched)
+        for given in (images, {"image": images}, files):
+            answer = client.predict("normals", given)["normals"]
+            np.testing.assert_allclose(answer, expected, atol=1e-5)
+    assert sizes == [{3}, {3}, {1}] * 3
+
+
+def test_a_closed_client_says_so(door, behind):
+    client = Client(door[0])
+    client.predict("normals", behind.pictures())
+    client.close()
+    client.close()
+    for ask in (client.status, client.signatures):
+        with pytest.raises(ValueError, match=r"client of .* is closed: make another"):
+            ask()
+    with pytest.raises(ValueError, match="is closed"):
+        client.predict("normals", behind.pictures())
 
 
 def test_version_and_label_exclude_each_other():
@@ -152,13 +210,13 @@ class Answers:
 
     def __init__(self, *answers):
         self.answers = list(answers)
-        self.timeouts = []
+        self.deadlines = []
 
-    def status(self, timeout):
-        return self.signatures(timeout)
+    def status(self, deadline):
+        return self.signatures(deadline)
 
-    def signatures(self, timeout):
-        self.timeouts.append(timeout)
+    def signatures(self, deadline):
+        self.deadlines.append(deadline)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -169,13 +227,13 @@ def fails(code):
     return ServingError(code, "why")
 
 
-def test_unavailable_is_tried_again_with_the_time_that_is_left():
+def test_unavailable_is_tried_again_until_one_moment():
     unavailable = fails(grpc.StatusCode.UNAVAILABLE)
     client = Client("127.0.0.1:1", timeout=5)
     client._transport = Answers(unavailable, unavailable, "status")
     assert client.status() == "status"
-    first, second, third = client._transport.timeouts
-    assert 5 >= first > second > third > 0
+    assert len(client._transport.deadlines) == 3
+    assert len(set(client._transport.deadlines)) == 1
 
 
 @pytest.mark.parametrize(
@@ -194,7 +252,7 @@ def test_a_late_server_is_not_asked_what_it_takes_besides(served):
     client._transport = Answers(fails(grpc.StatusCode.DEADLINE_EXCEEDED))
     with pytest.raises(ServingError, match="DEADLINE_EXCEEDED: why"):
         client.predict("normals", served.pictures())
-    assert len(client._transport.timeouts) == 1
+    assert len(client._transport.deadlines) == 1
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1"])

@@ -1,0 +1,308 @@
+"""What the client sends and gives, over gRPC and REST alike, and from odd servers."""
+
+import json
+import socket
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from export.client import Client, ServingError
+from export.client.client import _cast
+from export.client.messages import CLASSES
+from export.preview.served_model import ServedModel
+
+# One process runs all that share the server.
+pytestmark = pytest.mark.xdist_group("serving")
+
+DTYPES = ("float32", "float16", "int32", "int64", "uint8", "bool", "string")
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory, preview):
+    """A model whose signatures give back what they take: gRPC's address and REST's."""
+    module = tf.Module()
+    signatures = {}
+    for dtype in DTYPES:
+        for rank in range(3):
+            spec = tf.TensorSpec([None] * rank, dtype, name="x")
+            same = tf.function(lambda x: {"y": tf.identity(x)}, input_signature=[spec])
+            signatures[f"{dtype}_{rank}"] = same
+    path = tmp_path_factory.mktemp("echo") / "a model" / "1"
+    tf.saved_model.save(module, path, signatures=signatures)
+    with preview(ServedModel("a model", path.parent, {})) as (port, rest_port):
+        yield {"grpc": f"127.0.0.1:{port}", "rest": f"http://127.0.0.1:{rest_port}"}
+
+
+@pytest.fixture(params=["grpc", "rest"])
+def client(echo, request):
+    with Client(echo[request.param], "a model") as client:
+        yield client
+
+
+VALUES = {
+    "float32": [1 / 3, -0.0, 1e-45, 3.4028235e38, np.nan, np.inf, -np.inf],
+    "float16": [1 / 3, -2.5, 65504, np.nan, np.inf],
+    "int32": [-(2**31), 2**31 - 1, 0],
+    "int64": [-(2**63), 2**63 - 1, 2**53 + 1],
+    "uint8": [0, 255],
+    "bool": [True, False],
+    "string": [b"", b"room", "Räume".encode(), b'"\\\n'],
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_sent_comes_back(client, dtype, rank):
+    kind = object if dtype == "string" else dtype
+    values = np.array(VALUES[dtype], kind)
+    sent = {0: values[1], 1: values, 2: np.stack([values, values[::-1]])}[rank]
+    sent = np.array(sent, kind)
+    answer = client.predict(f"{dtype}_{rank}", {"x": sent})["y"]
+    assert answer.dtype == sent.dtype
+    assert answer.shape == sent.shape
+    np.testing.assert_array_equal(answer, sent)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [["ab", "ü"], ["", "d"]],
+        np.array([["ab", "ü"], ["", "d"]]),
+        np.array([["ab", "ü"], ["", "d"]], object),
+        np.array([[b"ab", "ü".encode()], [b"", b"d"]]),
+    ],
+    ids=["list", "text", "objects", "bytes"],
+)
+def test_text_and_bytes_are_taken_and_bytes_given(client, sent):
+    answer = client.predict("string_2", {"x": sent})["y"]
+    assert answer.tolist() == [[b"ab", "ü".encode()], [b"", b"d"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ([[1, 2]], "float32"),
+        (np.array([[1, 255]], "int64"), "uint8"),
+        (np.array([[2**24, -(2**30)]], "int32"), "float32"),
+        (np.array([[0.1, np.nan, np.inf]], "float64"), "float32"),
+        (np.array([[2049 - 1]], "uint16"), "float16"),
+        (np.array([[True, False]]), "int32"),
+        (np.array([[2**63 - 1]], "uint64"), "int64"),
+    ],
+)
+def test_a_cast_that_changes_nothing_is_made(client, given, taken):
+    answer = client.predict(f"{taken}_2", {"x": given})["y"]
+    assert answer.dtype == taken
+    np.testing.assert_array_equal(answer, np.asarray(given).astype(taken))
+
+
+@pytest.mark.parametrize(
+    ("given", "taken", "value"),
+    [
+        (np.array([[0, 2**32 + 1]], "int64"), "int32", r"4294967297 at \(0, 1\)"),
+        (np.array([[256, 1]], "uint16"), "uint8", "256 at"),
+        (np.array([[-1]], "int32"), "uint8", "-1 at"),
+        (np.array([[2**63]], "uint64"), "int64", "9223372036854775808 at"),
+        (np.array([[2**24 + 1]], "int32"), "float32", "16777217 at"),
+        (np.array([[1.0, 70000.0]]), "float16", r"70000.0 at \(0, 1\)"),
+        (np.array([[1e39]]), "float32", "1e\\+39 at"),
+        (np.array([[2**60 + 1]], "int64"), "float32", f"{2**60 + 1} at"),
+    ],
+)
+def test_a_cast_that_changes_a_value_is_refused(client, given, taken, value):
+    message = f"'x' has values that {taken} cannot hold: {value}.* Sent: x: "
+    with pytest.raises(ServingError, match=message) as raised:
+        client.predict(f"{taken}_2", {"x": given})
+    assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (np.array([[1.5]]), "int32"),
+        (np.array([[1]]), "bool"),
+        (np.array([[1.0]]), "string"),
+        (np.array([["1"]]), "float32"),
+        (np.array([[1 + 1j]]), "float32"),
+    ],
+)
+def test_another_kind_of_value_is_refused(client, given, taken):
+    with pytest.raises(ServingError) as raised:
+        client.predict(f"{taken}_2", {"x": given})
+    assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_random_integers_are_cast_as_python_compares_them():
+    """Each is a float, or is refused, as its Python int equals the float or not."""
+    rng = np.random.default_rng(0)
+    info = CLASSES["TensorInfo"]()
+    for number, name in ((1, "float32"), (2, "float64"), (19, "float16")):
+        info.dtype = number
+        for dtype in ("int64", "uint64", "int32", "int8"):
+            bits = rng.integers(1, np.iinfo(dtype).bits - 1, 300)
+            for value in (2**bits + rng.integers(-1, 2, 300)).tolist():
+                value = min(value, np.iinfo(dtype).max)
+                with np.errstate(over="ignore"):
+                    as_float = np.array(value).astype(name)
+                same = np.isfinite(as_float) and int(as_float) == value
+                try:
+                    _cast(np.array([value], dtype), "x", info)
+                except ServingError:
+                    assert not same, (value, dtype, name)
+                else:
+                    assert same, (value, dtype, name)
+
+
+class Server:
+    """Answers each connection over HTTP with what it is told; then it is closed."""
+
+    def __init__(self, *parts, pause=0.0):
+        self._parts, self._pause = parts, pause
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._ended = threading.Event()
+        self.asked = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+        self._listening.close()
+
+    def _run(self):
+        while not self._ended.is_set():
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            self.asked += 1
+            with connection:
+                connection.recv(1 << 16)
+                try:
+                    for part in self._parts:
+                        connection.sendall(part)
+                        time.sleep(self._pause)
+                except OSError:
+                    continue
+
+
+def response(status, body, length=None):
+    length = len(body) if length is None else length
+    head = f"HTTP/1.1 {status} Status\r\nContent-Length: {length}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [response(200, b"", 10**6), *[b" "] * 1000],
+        [b"HTTP/1.1 200 OK\r\n", *[b"A: b\r\n"] * 1000],
+        [b"", *[b""] * 1000],
+    ],
+    ids=["body", "head", "silence"],
+)
+def test_an_answer_that_comes_drop_by_drop_ends_with_the_time(parts):
+    """Each drop is in time; without an end to it all, this takes 30 seconds."""
+    with (
+        Server(*parts, pause=0.03) as server,
+        Client(server.address, timeout=0.3) as client,
+    ):
+        with pytest.raises(ServingError) as raised:
+            client.status()
+        assert raised.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert server.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (401, "UNAUTHENTICATED"),
+        (403, "PERMISSION_DENIED"),
+        (404, "NOT_FOUND"),
+        (413, "RESOURCE_EXHAUSTED"),
+        (418, "UNKNOWN"),
+        (429, "RESOURCE_EXHAUSTED"),
+        (500, "UNKNOWN"),
+        (504, "DEADLINE_EXCEEDED"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"<html>no</html>", r"HTTP status \d+: <html>no"),
+        (b'{"error": "why"}', "why"),
+        (b"[1]", r"HTTP status \d+: \[1\]"),
+        (b"\xff", "HTTP status"),
+    ],
+)
+def test_a_status_has_its_code_whatever_the_body_is(status, code, body, told):
+    with (
+        Server(response(status, body)) as server,
+        Client(server.address, timeout=5) as client,
+        pytest.raises(ServingError, match=told) as raised,
+    ):
+        client.status()
+    assert raised.value.code.name == code
+
+
+@pytest.mark.parametrize("status", [502, 503])
+def test_nobody_behind_a_gateway_is_asked_again(status):
+    with (
+        Server(response(status, b"Bad Gateway")) as server,
+        Client(server.address, timeout=1) as client,
+    ):
+        with pytest.raises(ServingError, match="Bad Gateway") as raised:
+            client.status()
+        assert raised.value.code == grpc.StatusCode.UNAVAILABLE
+        assert server.asked > 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html></html>", b"[]", b"{}", b"null", b'{"metadata": 1}', b"\xff", b"1"],
+)
+def test_an_answer_that_is_none_of_tf_servings_is_told_as_such(body):
+    with (
+        Server(response(200, body)) as server,
+        Client(server.address, timeout=5) as client,
+        pytest.raises(
+            ServingError, match="The answer is none of TF Serving's"
+        ) as raised,
+    ):
+        client.signatures()
+    assert raised.value.code == grpc.StatusCode.UNKNOWN
+
+
+def test_odd_outputs_are_told_as_such():
+    info = CLASSES["TensorInfo"](dtype=1)
+    for outputs in ([[1], [2, 3]], "text", {"a": 1}, [None]):
+        body = json.dumps({"outputs": outputs}).encode()
+        with (
+            Server(response(200, body)) as server,
+            Client(server.address, timeout=5) as client,
+        ):
+            with pytest.raises(ServingError) as raised:
+                client._transport.predict("x", {}, {"y": info}, time.monotonic() + 5)
+            assert raised.value.code == grpc.StatusCode.UNKNOWN
+
+
+@pytest.mark.parametrize("kind", ["grpc", "rest"])
+def test_a_server_that_is_back_is_found_at_once(served, preview, free_port, kind):
+    """gRPC's own waits grow to 20 seconds while a server is away."""
+    ports = free_port(), free_port()
+    address = (
+        f"127.0.0.1:{ports[0]}" if kind == "grpc" else (f"http://127.0.0.1:{ports[1]}")
+    )
+    with Client(address, timeout=5) as client:
+        for _ in range(2):
+            with pytest.raises(ServingError):
+                client.status()
+        with preview(ServedModel("cross_stitch", served.directory, {}), ports):
+            answer = client.predict("normals", served.pictures())
+    assert answer["normals"].shape == (1, 24, 32, 3)
