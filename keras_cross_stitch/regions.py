@@ -11,6 +11,7 @@ import numpy as np
 from keras import layers, ops
 
 _SAMPLES = 2  # in each direction of a cell, as in Mask R-CNN
+_DROPPED = -1.0  # in the place of a score: no probability, so no threshold lets it pass
 
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
@@ -127,7 +128,7 @@ class Detections(layers.Layer):
         variance: Tuple of 4 floats, by which the deltas are multiplied.
         iou_threshold: Float, above which two boxes are duplicates.
         score_threshold: Float, below which a box is no detection.
-        max_detections: Integer, of an image; and as many candidates of a class.
+        max_detections: Integer, of an image, once duplicates are gone.
         **kwargs: Arguments of every Keras layer, such as `name`.
 
     Input shape:
@@ -177,18 +178,10 @@ class Detections(layers.Layer):
     def call(self, inputs: Any) -> dict[str, Any]:
         probabilities, deltas, regions = (ops.cast(x, "float32") for x in inputs)
         boxes, scores = self._candidates(probabilities, deltas, regions)
-        shape = (-1, *scores.shape[1:])
-        # Classes do not suppress each other: each is an image of its own.
-        kept = _not_suppressed(
-            ops.reshape(boxes, (-1, *boxes.shape[2:])), self.iou_threshold
+        boxes, classes, scores = _likeliest(
+            boxes, scores, self.iou_threshold, self.max_detections
         )
-        scores = ops.where(ops.reshape(kept, shape), scores, 0.0)
-        scores = ops.reshape(scores, (-1, scores.shape[1] * scores.shape[2]))
-        boxes = ops.reshape(boxes, (-1, scores.shape[1], 4))
-        scores, chosen = ops.top_k(scores, self.max_detections)
-        found = scores >= self.score_threshold
-        boxes = ops.take_along_axis(boxes, chosen[..., None], axis=1)
-        classes = ops.cast(chosen // self.max_detections, "int32")
+        found = (scores >= self.score_threshold) & (scores != _DROPPED)
         return {
             "boxes": ops.where(found[..., None], boxes, 0.0),
             "classes": ops.where(found, classes, -1),
@@ -197,12 +190,12 @@ class Detections(layers.Layer):
         }
 
     def _candidates(self, probabilities: Any, deltas: Any, regions: Any) -> Any:
-        """The likeliest boxes of each class: (N, classes, K, 4) and (N, classes, K)."""
+        """The boxes of each class: (N, classes, R, 4), and (N, classes, R)."""
         classes = probabilities.shape[-1] - 1
         batch, count, _ = ops.shape(regions)
         area = (regions[..., 2] - regions[..., 0]) * (regions[..., 3] - regions[..., 1])
         there = (area > 0) & (regions[..., 2] > regions[..., 0])
-        scores = ops.where(there[..., None], probabilities[..., 1:], 0.0)
+        scores = ops.where(there[..., None], probabilities[..., 1:], _DROPPED)
         # e to the fifth of 20 is enlarging 55 times: it does not overflow.
         deltas = ops.reshape(ops.clip(deltas, -20, 20), (batch, count, classes, 4))
         boxes = keras.utils.bounding_boxes.decode_deltas_to_boxes(
@@ -216,15 +209,7 @@ class Detections(layers.Layer):
         height, width = self.image_size
         border = ops.convert_to_tensor([width, height, width, height], "float32")
         boxes = ops.minimum(ops.maximum(boxes, 0.0), border)
-        # So there are as many as `top_k` asks for.
-        fill = (0, self.max_detections)
-        scores = ops.pad(scores, ((0, 0), fill, (0, 0)))
-        boxes = ops.pad(boxes, ((0, 0), fill, (0, 0), (0, 0)))
-        scores, chosen = ops.top_k(
-            ops.transpose(scores, (0, 2, 1)), self.max_detections
-        )
-        boxes = ops.transpose(boxes, (0, 2, 1, 3))
-        return ops.take_along_axis(boxes, chosen[..., None], axis=2), scores
+        return ops.transpose(boxes, (0, 2, 1, 3)), ops.transpose(scores, (0, 2, 1))
 
     def compute_output_spec(self, inputs: Any) -> Any:
         shape = (inputs[0].shape[0], self.max_detections)
@@ -246,27 +231,41 @@ class Detections(layers.Layer):
         }
 
 
-def _not_suppressed(boxes: Any, iou_threshold: float) -> Any:
-    """Whether each box of (M, K, 4), the likeliest first, stays: (M, K) bool.
+def _likeliest(boxes: Any, scores: Any, iou_threshold: float, most: int) -> Any:
+    """The likeliest boxes of all classes that no likelier one of their class overlaps.
 
-    A box goes if one before it, that stays, overlaps it. Begun with all, each round
-    settles at least the first box that is not: so K rounds are the most, and few are
-    needed.
+    One after the other, until there are as many as asked for: the likeliest is taken,
+    and with it all of its class that overlap it are dropped.
+
+    Returns:
+        Boxes (N, most, 4), classes (N, most) and scores (N, most), `_DROPPED` where
+        nothing is left.
     """
-    overlaps = keras.utils.bounding_boxes.compute_iou(boxes, boxes, "xyxy")
-    count = boxes.shape[1]
-    before = ops.convert_to_tensor(np.tri(count, k=-1), "bool")  # [i, j]: j before i
-    suppresses = (overlaps > iou_threshold) & before
+    # One more, so that an image without regions has a likeliest, too.
+    boxes = ops.pad(boxes, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    scores = ops.pad(scores, ((0, 0), (0, 0), (0, 1)), constant_values=_DROPPED)
+    batch, classes, count, _ = ops.shape(boxes)
+    places = ops.reshape(ops.arange(classes * count), (classes, count))
 
-    def settle(kept: Any, changed: Any) -> Any:
-        after = ~ops.any(suppresses & kept[:, None, :], axis=-1)
-        return after, ops.any(after != kept)
+    def take(k: Any, state: Any) -> Any:
+        scores, taken = state
+        flat = ops.reshape(scores, (batch, classes * count))
+        best = ops.argmax(flat, axis=1)[:, None, None]
+        score = ops.max(flat, axis=1)
+        of_class = best // count  # (N, 1, 1)
+        of_its_class = ops.take_along_axis(boxes, of_class[..., None], axis=1)[:, 0]
+        box = ops.take_along_axis(of_its_class, best % count, axis=1)  # (N, 1, 4)
+        overlaps = keras.utils.bounding_boxes.compute_iou(box, of_its_class, "xyxy")
+        duplicate = (overlaps > iou_threshold) & (places // count == of_class)
+        gone = duplicate | (places == best)  # (N, classes, R)
+        values = [ops.cast(of_class[:, 0, 0], "float32"), score]
+        row = ops.concatenate([box[:, 0], ops.stack(values, axis=-1)], axis=-1)
+        at_k = ops.arange(most)[:, None] == k
+        return (
+            ops.where(gone, _DROPPED, scores),
+            ops.where(at_k, row[:, None], taken),
+        )
 
-    all_kept = ops.ones_like(boxes[..., 0], dtype="bool")
-    kept, _ = ops.while_loop(
-        lambda kept, changed: changed,
-        settle,
-        (all_kept, ops.convert_to_tensor(True)),
-        maximum_iterations=count,
-    )
-    return kept
+    taken = ops.zeros((batch, most, 6))  # a box, its class, its score
+    _, taken = ops.fori_loop(0, most, take, (scores, taken))
+    return taken[..., :4], ops.cast(taken[..., 4], "int32"), taken[..., 5]

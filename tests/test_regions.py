@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cross_stitch import CrossStitch, Detections, RoIAlign, regions
+from keras_cross_stitch import CrossStitch, Detections, RoIAlign
 
 
 @pytest.fixture
@@ -129,14 +129,50 @@ def overlap(a, b):
     return shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared + 1e-7)
 
 
+def detections(boxes, scores, **arguments):
+    """What `Detections` finds, of regions (N, R, 4) of one class that do not move."""
+    probabilities = np.stack([1 - scores, scores], axis=-1).astype("float32")
+    layer = Detections((64, 64), **arguments)
+    found = layer([probabilities, np.zeros_like(boxes), boxes.astype("float32")])
+    return {key: keras.ops.convert_to_numpy(x) for key, x in found.items()}
+
+
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7])
 def test_what_is_kept_is_what_the_greedy_way_keeps(rng, threshold):
     boxes = random_boxes(rng, 4, 60)
-    kept = keras.ops.convert_to_numpy(regions._not_suppressed(boxes, threshold))
+    scores = np.tile(np.linspace(1, 0.1, 60), (4, 1))  # the likeliest first
+    found = detections(boxes, scores, iou_threshold=threshold)
 
-    for of_image, mask in zip(boxes, kept, strict=True):
-        assert mask.nonzero()[0].tolist() == greedy(of_image, threshold)
-    assert 0 < kept.mean() < 1
+    assert 0 < found["num_detections"].mean() < 60
+    for n, count in enumerate(found["num_detections"]):
+        kept = boxes[n, greedy(boxes[n], threshold)]
+        np.testing.assert_allclose(found["boxes"][n, :count], kept, atol=1e-4)
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_the_limit_is_of_objects_not_of_boxes(rng, most):
+    """Four objects with 120 boxes each, of which the likeliest 100 are one object's."""
+    objects = [[2.0, 2, 22, 22], [40, 2, 60, 22], [2, 40, 22, 60], [40, 40, 60, 60]]
+    boxes = np.repeat(objects, 120, axis=0)[None] + rng.uniform(-1, 1, (1, 480, 4))
+    scores = np.linspace(0.9, 0.1, 480)[None]
+    found = detections(boxes, scores, max_detections=most)
+
+    count = min(most, 4)
+    assert found["num_detections"] == [count]
+    np.testing.assert_allclose(found["boxes"][0, :count], objects[:count], atol=1)
+    np.testing.assert_allclose(
+        found["scores"][0, :count], scores[0, ::120][:count], rtol=1e-6
+    )
+
+
+def test_without_a_threshold_what_is_dropped_stays_dropped(rng):
+    boxes = np.array([[[10, 10, 50, 50], [12, 10, 52, 50], [0, 0, 0, 0], [0, 0, 9, 9]]])
+    scores = np.array([[0.9, 0.8, 0.7, 0.0]])  # 0 is a score like others
+    found = detections(boxes, scores, score_threshold=0)
+
+    assert found["num_detections"] == [2]
+    np.testing.assert_allclose(found["boxes"][0, :2], boxes[0, [0, 3]])
+    np.testing.assert_array_equal(found["classes"][0, :4], [0, 0, -1, -1])
 
 
 def test_what_is_kept_is_what_keras_cv_keeps(rng):
@@ -164,13 +200,12 @@ def test_what_is_kept_is_what_keras_cv_keeps(rng):
 
 def test_a_chain_of_overlaps_is_settled_from_its_start(rng):
     """Each box overlaps the next alone: every other one stays."""
-    left = 6.0 * np.arange(30)
-    boxes = np.stack([left, 0 * left, left + 10, 0 * left + 10], 1)[None]
-    kept = keras.ops.convert_to_numpy(
-        regions._not_suppressed(boxes.astype("float32"), 0.2)
-    )
+    left = 2.0 * np.arange(20)
+    boxes = np.stack([left, 0 * left, left + 3, 0 * left + 10], 1)[None]
+    found = detections(boxes, np.linspace(1, 0.1, 20)[None], iou_threshold=0.15)
 
-    np.testing.assert_array_equal(kept[0], np.arange(30) % 2 == 0)
+    assert found["num_detections"] == [10]
+    np.testing.assert_array_equal(found["boxes"][0, :10], boxes[0, ::2])
 
 
 def test_detections_are_the_moved_boxes_of_each_class_without_duplicates(rng):
