@@ -80,7 +80,6 @@ Results = Annotated[
     Path, typer.Option(parser=path, help="Folder of the tidy CSV files.")
 ]
 
-DEMO = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")
 COMPARED = ("single_task", "single_task_longer", "cross_stitch")
 
 
@@ -101,6 +100,8 @@ def demo(
     What was stopped goes on where it was; what is finished is not run again.
     """
     if context.invoked_subcommand is None:
+        from training.study.studies import DEMO
+
         fit("scenes-labels10", method=list(DEMO), seed=seed, runs=runs, toy=toy)
 
 

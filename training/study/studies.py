@@ -33,6 +33,14 @@ class Run:
         return runs.metrics(self.folder) is not None
 
 
+DEMO = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")
+
+
+def _demo(recipe):
+    """What `python -m training` compares, all of it trained from the start."""
+    return DEMO
+
+
 def _methods(recipe):
     """Table 5, with the two baselines that the paper lacks."""
     return [
@@ -103,6 +111,7 @@ def _label_fraction(recipe):
 
 
 STUDIES = {
+    "demo": _demo,
     "methods": _methods,
     "init": _init,
     "alpha-rate": _alpha_rate,
