@@ -173,8 +173,8 @@ def study(
     table: Annotated[
         str,
         typer.Argument(
-            help="methods, init, alpha-rate, tower-init, alpha, splits, per-class, "
-            "label-fraction or all."
+            help="demo, methods, init, alpha-rate, tower-init, alpha, splits, "
+            "per-class, label-fraction or all."
         ),
     ],
     data: Data = None,

@@ -106,7 +106,9 @@ def test_a_shard_that_is_none_is_refused(scenes, part):
 
 
 def test_a_study_that_there_is_not_is_refused(scenes):
-    with pytest.raises(ValueError, match=r"no study 'table5'\. There are: methods, "):
+    with pytest.raises(
+        ValueError, match=r"no study 'table5'\. There are: demo, methods, "
+    ):
         studies.plan(scenes, "table5", [0])
 
 
