@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -223,7 +223,9 @@ def _labels(pairs: Iterable[str]) -> dict[str, int]:
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="JPEG or PNG files.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="JPEG or PNG files, or folders of them.")
+    ],
     task: Annotated[list[str], typer.Option(help="Repeat for several.")],
     address: Annotated[
         str, typer.Option(help="HOST:PORT of gRPC, or http://HOST:PORT of REST.")
@@ -239,23 +241,44 @@ def predict(
     """Ask a served model about IMAGES, and draw each answer.
 
     Writes OUTPUT/IMAGE.TASK.png where the answer is a map or boxes, and prints it where
-    it is numbers. The model must take an image and regions, which are searched for, or
-    have been exported with --from-jpeg.
+    it is numbers. Images of one name are told apart by their folders and endings, as
+    OUTPUT/FOLDER/IMAGE.jpg.TASK.png. The model must take an image and regions, which
+    are searched for, or have been exported with --from-jpeg.
     """
     with _errors_in_a_line():
         _import_tensorflow()
         from export.client import Client, drawing
 
-        for image in images:
-            if not image.is_file():
-                raise ValueError(f"There is no file {image}")
+        names = _names(_files(images))
         output.mkdir(parents=True, exist_ok=True)
         with Client(address, name, timeout=timeout) as client:
             answers = _answers(client, model) if model else {}
-            for image in images:
+            for image, drawn_to in names.items():
                 ask = functools.partial(client.predict, images=[image])
                 for each in dict.fromkeys(drawing.drawn_with(t, answers) for t in task):
-                    _show(image, each, drawing.answer(ask, each, answers), output)
+                    drawn = drawing.answer(ask, each, answers)
+                    _show(image, each, drawn, output / f"{drawn_to}.{each}.png")
+
+
+def _files(images: Iterable[Path]) -> list[Path]:
+    from export.client.client import pictures_in
+
+    files: dict[Path, Path] = {}  # by what they are, since one may be given twice
+    for image in images:
+        if not image.exists():
+            raise ValueError(f"There is no file {image}")
+        for file in pictures_in(image) if image.is_dir() else [image]:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
+
+
+def _names(files: Sequence[Path]) -> dict[Path, str]:
+    """What each file's drawings are called: no two alike, on any file system."""
+    if len({file.stem.casefold() for file in files}) == len(files):
+        return {file: file.stem for file in files}
+    paths = {file: file.resolve() for file in files}
+    above = os.path.commonpath([path.parent for path in paths.values()])
+    return {file: path.relative_to(above).as_posix() for file, path in paths.items()}
 
 
 def _answers(client: "Client", directory: Path) -> "Meanings":
@@ -271,15 +294,20 @@ def _answers(client: "Client", directory: Path) -> "Meanings":
     raise ValueError(f"{directory} does not hold the version that {client.address} has")
 
 
-def _show(image: Path, task: str, drawn: "Drawing", output: Path) -> None:
+def _show(image: Path, task: str, drawn: "Drawing", path: Path) -> None:
     from PIL import Image
 
     from export.client import drawing
 
     if drawn.map is not None or drawn.boxes:
-        path = output / f"{image.stem}.{task}.png"
-        with Image.open(image) as picture:
-            drawing.over(picture.convert("RGB"), drawn).save(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.part")
+        try:
+            with Image.open(image) as picture:
+                drawing.over(picture.convert("RGB"), drawn).save(unfinished, "PNG")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         console.print(f"Wrote {path}", soft_wrap=True)
     if drawn.rows:
         table = Table(f"{image.name}, {task}", "")

@@ -212,6 +212,44 @@ def test_the_installed_wheel_runs_the_examples(wheel, tmp_path):
     assert int(found[2]) > 5
 
 
+# Where there is neither TensorFlow nor Keras nor a clone; both ways are tried.
+ASK = """
+import sys
+for missing in ("tensorflow", "keras", "export", "tensorflow_serving"):
+    sys.modules[missing] = None
+from keras_cross_stitch_client import Client, ServingError
+for address in ("127.0.0.1:1", "http://127.0.0.1:1"):
+    with Client(address, timeout=0.2) as client:
+        try:
+            client.predict("normals", [b"a picture"])
+        except ServingError as error:
+            print(error.code.name)
+"""
+
+
+def test_the_clients_wheel_asks_without_tensorflow(tmp_path):
+    shutil.copytree(ROOT / "export" / "client", tmp_path / "client")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
+    target = tmp_path / "installed"
+    subprocess.run([*install, "--target", target, tmp_path / "client"], check=True)
+    (about,) = target.glob("keras_cross_stitch_client-*.dist-info")
+
+    process = subprocess.run(
+        [sys.executable, "-c", ASK],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    assert set(process.stdout.split()) <= {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+    assert len(process.stdout.split()) == 2
+    assert about.name == (
+        f"keras_cross_stitch_client-{keras_cross_stitch.__version__}.dist-info"
+    )
+
+
 def test_every_public_name_is_documented():
     for name in keras_cross_stitch.__all__:
         documentation = getattr(keras_cross_stitch, name).__doc__

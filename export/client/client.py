@@ -256,28 +256,34 @@ class Client:
             time.sleep(pause)
 
 
+def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The JPEG and PNG files of a folder, in the order of their names.
+
+    Raises:
+        ValueError: Where there are none.
+    """
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        # Not what macOS leaves beside each file on other systems' discs.
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    )
+    if not files:
+        raise ValueError(f"There are no JPEG or PNG files in {folder}")
+    return files
+
+
 def _files(images: Any) -> Sequence[File]:
     """A list of files, or those of a folder."""
-    if isinstance(images, str | pathlib.Path):
-        folder = pathlib.Path(images)
-        if not folder.is_dir():
-            raise TypeError(
-                "`images` must be an array, {input name: array}, a list of files or a "
-                f"folder. Received: {images!s:.80}"
-            )
-        # Not those that macOS leaves beside each file on other systems' discs.
-        images = sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
-        )
-        if not images:
-            raise ValueError(f"There are no JPEG or PNG files in {folder}")
-    files = isinstance(images, Sequence) and not isinstance(images, bytes)
-    if not files or not all(isinstance(x, str | pathlib.Path | bytes) for x in images):
+    if isinstance(images, str | pathlib.Path) and pathlib.Path(images).is_dir():
+        return pictures_in(pathlib.Path(images))
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    if not several or not all(
+        isinstance(x, str | pathlib.Path | bytes) for x in images
+    ):
         raise TypeError(
             "`images` must be an array, {input name: array}, a list of files (paths or "
-            f"bytes) or a folder. Received: {type(images).__name__} {images!r:.80}"
+            f"bytes) or a folder. Received: {type(images).__name__} {images!s:.80}"
         )
     if not images:
         raise ValueError("`images` must hold at least one file. Received: none")

@@ -1,14 +1,18 @@
 """Draws a served answer by what answers.json says that it means."""
 
+from __future__ import annotations
+
 import colorsys
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from export.meanings import Meaning, Meanings
+if TYPE_CHECKING:  # the client's wheel has no meanings
+    from export.meanings import Meaning, Meanings
 
 _ROW = 20  # pixels, of a legend's line
 _WIDTH = 480  # pixels, at least, of a picture with boxes

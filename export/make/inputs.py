@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from export.client import regions
-
-_ENDINGS = {".jpg", ".jpeg", ".png"}
+from export.client.client import pictures_in
 
 
 def load_model(path: pathlib.Path) -> keras.Model:
@@ -65,9 +64,7 @@ def _read_folder(
     path: pathlib.Path, specs: Mapping[str, keras.KerasTensor]
 ) -> dict[str, np.ndarray]:
     """{input name: array}."""
-    files = sorted(x for x in path.iterdir() if x.suffix.lower() in _ENDINGS)
-    if not files:
-        raise ValueError(f"--images: there is no JPEG or PNG file in {path}")
+    files = pictures_in(path)
     if regions.taken_by(specs):
         images = [_read_image(file) for file in files]
         return regions.Pictures(images, specs[regions.IMAGE].shape[1:3]).inputs
