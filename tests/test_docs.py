@@ -39,6 +39,8 @@ def test_every_public_name_has_its_place_in_the_api(site):
     page = (site / "api.html").read_text()
     for name in keras_cross_stitch.__all__:
         assert f'id="keras_cross_stitch.{name}"' in page, name
+        head = page.split(f'id="keras_cross_stitch.{name}"')[1]
+        assert "doc-signature" in head.split("doc-contents")[0], name
     assert "&gt;&gt;&gt;" not in re.sub("<code.*?</code>", "", page, flags=re.S)
 
 
