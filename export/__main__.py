@@ -319,7 +319,7 @@ def _show(image: Path, task: str, drawn: "Drawing", path: Path) -> None:
 def _import_tensorflow() -> None:
     """Without the notices that its C++ parts write, whatever the log level is."""
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         import tensorflow  # noqa: F401

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
 import sys
@@ -228,7 +229,9 @@ def study(
         experiment = open_experiment(chosen, data, runs)
         planned = studies.plan(experiment, table, range(seeds))
         mine = studies.shard(planned, shard)
-        fitting.check(experiment, list(dict.fromkeys(run.method for run in planned)))
+        for one in dict.fromkeys(run.experiment for run in planned):
+            of_one = (run.method for run in planned if run.experiment is one)
+            fitting.check(one, list(dict.fromkeys(of_one)))
         with _progress() as progress:
             for run in mine:
                 fitting.fit(
@@ -476,4 +479,8 @@ if __name__ == "__main__":
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     for library in ("absl", "tensorflow"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    # Not every terminal can show an arrow or a degree sign: then a question mark.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="python -m training")

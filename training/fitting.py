@@ -23,7 +23,10 @@ from training.preemption import at_sigterm
 
 
 def check(experiment, spelled):
-    """Raises a ValueError for methods that would only fail once others are done."""
+    """Raises a ValueError for what would only fail once other runs are done."""
+    batches.pipeline(experiment.recipe).check(
+        experiment.builder, experiment.recipe.data
+    )
     fresh = None
     for name in spelled:
         plan = methods.plan(name, experiment.recipe)

@@ -13,13 +13,12 @@ from keras_cross_stitch import RoIAlign, fcn_alexnet
 from keras_cross_stitch.towers import BilinearUpsampling
 from training import alexnet_weights
 from training.recipes import (
+    STRIDE,
     FastRcnnAlexNet,
     FastRcnnBackbone,
     FcnAlexNet,
     SavedBackbone,
 )
-
-STRIDE = 32  # pixels of the image to a cell of the last map, in both kinds of tower
 
 
 def build(recipe, tasks, seed):
@@ -186,11 +185,35 @@ def _backbone(recipe):
 
     image = keras.Input((*recipe.data.image_size, 3), name="image")
     with _dtype(recipe):
+        pixels = _pixels(image, saved, recipe.tower)
+
+        def on_pixels(layer, *inputs, **options):
+            return layer(*(pixels if x is image else x for x in inputs), **options)
+
         backbone = keras.models.clone_model(
-            saved, input_tensors=image, clone_function=as_in_recipe
+            saved,
+            input_tensors=image,
+            clone_function=as_in_recipe,
+            call_function=on_pixels,
         )
     backbone.set_weights(saved.get_weights())
     return backbone
+
+
+def _pixels(image, saved, tower):
+    """The image, in [0, 255], as the saved model expects it."""
+    if tower.pixel_range is not None:
+        low, high = tower.pixel_range
+        return keras.layers.Rescaling((high - low) / 255, low, name="pixels")(image)
+    rescaling = (keras.layers.Rescaling, keras.layers.Normalization)
+    if not any(isinstance(layer, rescaling) for layer in saved.layers):
+        raise ValueError(
+            f"The backbone {tower.backbone} has no layer that rescales pixels from "
+            "[0, 255], and the recipe does not say what it expects. Give one that has "
+            "such a layer, or the recipe's tower a `pixel_range`: (-1.0, 1.0) for "
+            "MobileNetV2, (0.0, 255.0) for pixels as they are"
+        )
+    return image
 
 
 def _layer(backbone, name, path, why):
@@ -234,7 +257,7 @@ def _existing(path):
     if not path.is_file():
         raise ValueError(
             f"There is no backbone {path}. Give a saved Keras model with --backbone "
-            "FILE; where there is internet, keras.applications.MobileNetV2("
-            'include_top=False).save("backbone.keras") makes one'
+            "FILE; where there is internet, keras.applications."
+            'EfficientNetV2B0(include_top=False).save("backbone.keras") makes one'
         )
     return path

@@ -10,7 +10,7 @@ from keras import ops
 def computed_here() -> bool:
     """Whether this machine's processor computes in bfloat16; as far as it is known."""
     try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+        flags = pathlib.Path("/proc/cpuinfo").read_text("utf-8").split()
     except OSError:  # not Linux
         return True
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))  # bf16: ARM's

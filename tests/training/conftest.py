@@ -52,7 +52,9 @@ def tiny(backbone):
     small = recipes.change(small, "training", dtype="float32", batch_size=8)
     small = recipes.change(small, "single_task", epochs=3)
     small = recipes.change(small, "units", at=("relu4", "relu7"))
-    tower = recipes.SavedBackbone(backbone, frozen_to="rescaling", dropout=0.5)
+    tower = recipes.SavedBackbone(
+        backbone, frozen_to="rescaling", dropout=0.5, pixel_range=None
+    )
     return dataclasses.replace(small, name="tiny", tower=tower)
 
 

@@ -202,6 +202,20 @@ def test_images_without_labels_are_void(pass_, task, void):
     assert share == 0.5
 
 
+def test_labels_on_no_image_at_all_are_refused(tiny):
+    data = recipes.change(tiny, "data", label_fraction=("normals", 0.05)).data
+    message = r"Labels of normals on 5 % of 8 train images are on none"
+    with pytest.raises(ValueError, match=message):
+        dense.labelled_images(data, 8, seed=0)
+
+
+def test_a_target_that_is_not_every_so_many_th_pixel_is_refused(finished):
+    data = recipes.change(finished.recipe, "data", target_size=(75, 100)).data
+    message = r"'scenes' are stored at 96x128, .* target_size=75x100"
+    with pytest.raises(ValueError, match=message):
+        dense.check(finished.builder, data)
+
+
 def test_a_small_label_fraction_is_part_of_a_larger_one(tiny):
     def chosen(share, seed):
         data = recipes.change(tiny, "data", label_fraction=("normals", share)).data

@@ -3,9 +3,11 @@ import math
 import os
 import shutil
 import signal
+import threading
 from typing import Annotated, get_origin, get_type_hints
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from typer.testing import CliRunner
@@ -128,6 +130,46 @@ def test_sigterm_ends_in_one_line_and_a_code_of_its_own(demo, monkeypatch):
     assert "Run the same command again" in result.stderr
     assert result.stderr.count("\n") == 1
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+@shares_the_demo
+def test_sigterm_at_any_moment_loses_nothing(demo, tmp_path):
+    """While models are built, trained, saved, evaluated: twenty times by chance."""
+    _, folder = demo
+    (tmp_path / "datasets").symlink_to(folder.parent / "datasets")
+    method = ("--method", "cross_stitch_from_start")
+    command = ("fit", "scenes-labels10", "--toy", "--runs", tmp_path, *method)
+    rng = np.random.default_rng()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # between two commands
+    codes = []
+    try:
+        # Each goes on where the last one was stopped, if it came to a step at all.
+        for wait in [*rng.uniform(0.01, 12, 20), None]:
+            if wait is None:
+                result = training(*command)
+            else:
+                timer = threading.Timer(wait, os.kill, (os.getpid(), signal.SIGTERM))
+                timer.start()
+                result = training(*command)
+                timer.cancel()
+            print(f"stopped after {wait} s: {result.exit_code} {result.stderr}")
+            codes.append(result.exit_code)
+            assert result.exit_code in (0, 75), result.output
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert 75 in codes
+    assert codes[-1] == 0
+    assert not list(tmp_path.rglob("*unfinished*"))
+    weights = [
+        keras.models.load_model(
+            runs / "cross_stitch_from_start/seed0/model.keras", compile=False
+        ).get_weights()
+        for runs in (folder, tmp_path / folder.name)
+    ]
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @shares_the_demo

@@ -85,7 +85,9 @@ def plain(finished, tmp_path_factory):
     keras.utils.set_random_seed(0)
     path = tmp_path_factory.mktemp("plain") / "backbone.keras"
     keras.Model(image, x).save(path)
-    tower = recipes.SavedBackbone(path, frozen_to="rescaling", dropout=0.0)
+    tower = recipes.SavedBackbone(
+        path, frozen_to="rescaling", dropout=0.0, pixel_range=None
+    )
     small = dataclasses.replace(finished.recipe, name="plain", tower=tower)
     small = recipes.change(small, "single_task", epochs=9)
     return dataclasses.replace(finished, recipe=small, runs=path.parent)
@@ -99,6 +101,7 @@ def plain_regions(plain, alone):
         plain.recipe.tower.backbone,
         frozen_to="rescaling",
         dropout=0.0,
+        pixel_range=None,
         pooled=("relu4", "relu7"),
         pooled_size=2,
         fully_connected=8,

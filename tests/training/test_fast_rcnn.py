@@ -47,6 +47,7 @@ def on_backbone(backbone, on_alexnet):
         backbone,
         frozen_to="block4_output",
         dropout=0.5,
+        pixel_range=None,
         pooled=("relu4", "block15_output"),
         pooled_size=2,
         fully_connected=12,

@@ -1,9 +1,11 @@
 """What goes wrong outside ends in an error that says what, and nothing is lost."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -12,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 from keras_cross_stitch import LearningRateGroups
+from training import files
 from training.callbacks import Backup, StopAtNaN
 from training.datasets import prepared
 from training.locks import lock
@@ -33,6 +36,37 @@ def fit_linear(path, rates, examples=8):
     ]
     data = np.ones((examples, 2)), np.zeros((examples, 1))
     model.fit(*data, batch_size=4, epochs=len(rates), callbacks=callbacks, verbose=0)
+
+
+@pytest.mark.slow
+def test_text_is_utf_8_in_a_locale_that_knows_ascii_alone(single_task, tmp_path):
+    """The report and its title hold arrows and degree signs."""
+    run = tmp_path / "tiny/single_task/seed0"
+    shutil.copytree(single_task, run)
+    for path in (run / "recipe.json", run / "history.csv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # an editor's mark
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    command = [sys.executable, "-m", "training", "report", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+    assert "↓" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
+    def write(text):
+        for _ in range(100):
+            files.write_text(tmp_path / "page.html", text)
+
+    texts = ["a" * 10**5, "b" * 10**5]
+    with ThreadPoolExecutor() as executor:
+        list(executor.map(write, texts))
+    assert (tmp_path / "page.html").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_divergence_names_the_first_variable_and_its_group(tmp_path):

@@ -42,6 +42,28 @@ def test_what_is_spelled_is_what_is_planned(scenes):
     assert methods.spell("cross_stitch", scenes, same_task=0.9) == "cross_stitch"
 
 
+def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
+    scenes, monkeypatch
+):
+    def find(image, target, toy=False):
+        changed = recipes.change(scenes, "data", image_size=image, target_size=target)
+        monkeypatch.setattr("training.recipes.scenes.RECIPE", changed)
+        return recipes.find("scenes", toy=toy).data.target_size
+
+    assert find((256, 320), (128, 160)) == (128, 160)
+    assert find((192, 256), (96, 128), toy=True) == (48, 64)
+    for image, target in (
+        ((256, 320), (120, 160)),  # enlarged by 15
+        ((256, 320), (128, 80)),  # by two factors
+        ((192, 256), (75, 100)),
+    ):
+        shown = "x".join(map(str, target))
+        with pytest.raises(ValueError, match=rf"one factor .* target_size={shown}"):
+            find(image, target)
+    with pytest.raises(ValueError, match=r"halves its target_size.* 75x100"):
+        find((150, 200), (75, 100), toy=True)
+
+
 @pytest.mark.parametrize(
     ("spelled", "message"),
     [

@@ -55,6 +55,28 @@ def test_a_tower_taken_out_is_the_one_that_was_joined(request, kind, tasks):
         )
 
 
+def test_a_backbone_gets_the_pixels_that_it_expects(pretrained, tasks, tmp_path):
+    image = keras.Input((None, None, 3), name="image")
+    x = keras.layers.Conv2D(4, 1, 32, name="conv")(image)
+    saved = keras.Model(image, keras.layers.ReLU(name="relu7")(x))
+    saved.save(tmp_path / "bare.keras")
+    tower = {"backbone": tmp_path / "bare.keras", "frozen_to": "conv"}
+    pixels = np.random.default_rng(0).uniform(0, 255, (1, 96, 160, 3))
+
+    def features(pixel_range):
+        recipe = recipes.change(pretrained, "tower", **tower, pixel_range=pixel_range)
+        built = towers.build(recipe, tasks, 0)["normals"]
+        return keras.Model(built.input, built.get_layer("relu7").output)(pixels)
+
+    for low, high in ((-1.0, 1.0), (0.0, 255.0), (0.0, 1.0)):
+        expected = saved(low + (high - low) * pixels / 255)
+        np.testing.assert_allclose(
+            features((low, high)), expected, rtol=1e-4, atol=1e-4
+        )
+    with pytest.raises(ValueError, match=r"bare\.keras has no layer that rescales"):
+        features(None)
+
+
 def test_a_saved_backbone_starts_all_towers_and_keeps_its_frozen_half(
     pretrained, tasks, backbone
 ):
@@ -130,7 +152,12 @@ def test_a_backbone_of_another_stride_is_refused(pretrained, tasks, tmp_path):
     image = keras.Input((None, None, 3))
     conv = keras.layers.Conv2D(4, 3, 16, padding="same", name="block4_output")(image)
     keras.Model(image, conv).save(tmp_path / "stride16.keras")
-    other = recipes.change(pretrained, "tower", backbone=tmp_path / "stride16.keras")
+    other = recipes.change(
+        pretrained,
+        "tower",
+        backbone=tmp_path / "stride16.keras",
+        pixel_range=(0.0, 255.0),
+    )
 
     with pytest.raises(ValueError, match=r"32 pixels\. Received: 6x10 cells"):
         towers.build(other, tasks, 0)

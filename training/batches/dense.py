@@ -10,6 +10,19 @@ def features(tasks):
     return {"image", *(task.feature for task in tasks.values())}
 
 
+def check(builder, data):
+    """Raises a ValueError for a recipe's data that the prepared ones cannot give."""
+    height, width = builder.info.features["image"].shape[:2]
+    rows, columns = data.target_size
+    if height % rows or width % columns:
+        raise ValueError(
+            f"The targets of '{data.dataset}' are stored at {height}x{width}, of which "
+            "the recipe's must be every so many-th pixel. Received: target_size="
+            f"{rows}x{columns}"
+        )
+    labelled_images(data, builder.info.splits[data.train_split].num_examples, seed=0)
+
+
 def load(builder, split, data, tasks):
     """All examples of a split, small enough for memory.
 

@@ -4,6 +4,9 @@ import dataclasses
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
+
+STRIDE = 32  # pixels of the image to a cell of a tower's last map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,9 @@ class SavedBackbone:
     backbone: Path  # of the .keras file
     frozen_to: str  # the layer up to which nothing is trained
     dropout: float
+    # The pixels that the saved model takes, such as (-1.0, 1.0); `None` where it has a
+    # layer of its own that rescales them from [0, 255].
+    pixel_range: tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +130,18 @@ class Recipe:
     finetuning: Schedule  # from the single-task networks on
 
     @property
-    def from_start(self):
+    def from_start(self) -> Schedule:
         """As long as single-task and extra epochs, in one schedule from the start."""
         epochs = self.single_task.epochs + self.finetuning.epochs
         return Schedule(epochs, self.single_task.learning_rate)
 
 
-def names():
+def names() -> list[str]:
     """The names of all recipes."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def find(name, toy=False):
+def find(name: str, toy: bool = False) -> Recipe:
     """The recipe of that name, or its toy size, which runs whole in seconds.
 
     `<recipe>-labels10` is the recipe with a label fraction of 10 %.
@@ -144,12 +150,14 @@ def find(name, toy=False):
     if base not in names():
         raise ValueError(f"There is no recipe '{base}'. There are: {names()}")
     recipe = importlib.import_module(f"training.recipes.{base}").RECIPE
+    _check_sizes(recipe)
     if toy:
         recipe = _toy(recipe)
+        _check_sizes(recipe)
     return recipe if name == base else with_labels(recipe, percent)
 
 
-def with_labels(recipe, percent):
+def with_labels(recipe: Recipe, percent: int | str) -> Recipe:
     """The recipe with labels of its `label_fraction` task on so many per cent."""
     if not str(percent).isdigit() or not 1 <= int(percent) <= 99:
         raise ValueError(
@@ -165,19 +173,41 @@ def with_labels(recipe, percent):
     return dataclasses.replace(changed, name=f"{recipe.name}-labels{percent}")
 
 
-def change(recipe, part, **values):
+def change(recipe: Recipe, part: str, **values: Any) -> Recipe:
     """The recipe with other values in one of its parts."""
     changed = dataclasses.replace(getattr(recipe, part), **values)
     return dataclasses.replace(recipe, **{part: changed})
 
 
-def _toy(recipe):
-    height, width = recipe.data.image_size
-    half = (height // 2, width // 2)
-    recipe = change(recipe, "data", config="toy", image_size=half)
+def _check_sizes(recipe: Recipe) -> None:
+    """A tower's last map, enlarged, must give a target of the recipe's size."""
+    if not isinstance(recipe.data, Data):
+        return
+    (height, width), (rows, columns) = recipe.data.image_size, recipe.data.target_size
+    if STRIDE * rows % height or rows * width != columns * height:
+        raise ValueError(
+            f"The recipe '{recipe.name}' has images of {height}x{width}: their targets "
+            f"must be smaller by one factor on both sides, and {STRIDE} over that "
+            f"factor whole, as of {height // 2}x{width // 2}. Received: target_size="
+            f"{rows}x{columns}"
+        )
+
+
+def _half(recipe: Recipe, size: str) -> tuple[int, int]:
+    height, width = getattr(recipe.data, size)
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"The toy size of the recipe '{recipe.name}' halves its {size}, which must "
+            f"be even. Received: {height}x{width}"
+        )
+    return height // 2, width // 2
+
+
+def _toy(recipe: Recipe) -> Recipe:
+    halves = {"image_size": _half(recipe, "image_size")}
     if isinstance(recipe.data, Data):
-        rows, columns = recipe.data.target_size
-        recipe = change(recipe, "data", target_size=(rows // 2, columns // 2))
+        halves["target_size"] = _half(recipe, "target_size")
+    recipe = change(recipe, "data", config="toy", **halves)
     recipe = change(recipe, "training", batch_size=4)
     recipe = change(recipe, "single_task", epochs=2)
     recipe = change(recipe, "finetuning", epochs=1)

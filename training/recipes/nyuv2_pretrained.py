@@ -32,6 +32,7 @@ RECIPE = Recipe(
         backbone=Path("../shared/models/efficientnet_lite0.keras"),
         frozen_to="block4_output",
         dropout=0.5,
+        pixel_range=None,
     ),
     units=Units(
         at=("block7_output", "block10_output", "block14_output", "block15_output"),

@@ -36,6 +36,7 @@ RECIPE = Recipe(
         backbone=Path("../shared/models/efficientnet_lite0.keras"),
         frozen_to="block4_output",
         dropout=0.5,
+        pixel_range=None,
         pooled=("block10_output", "block15_output"),
         pooled_size=4,
         fully_connected=256,
