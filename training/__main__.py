@@ -296,8 +296,15 @@ def bench(
     runs: Runs = Path("runs"),
     toy: Toy = False,
     steps: Annotated[int, typer.Option(min=3, help="Measured steps of each.")] = 30,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="As `fit` has it, repeated: a step and an answer of each."),
+    ] = None,
 ):
     """Measure what stitching costs, and that the pipeline keeps up.
+
+    With --method, a train step and an answer of each method instead, as multiples of
+    the single-task networks'; kept in RUNS/RECIPE/costs.csv, for the report.
 
     Train step of the stitched towers against the same towers unstitched, in float32
     and in mixed_bfloat16, and the input pipeline alone against pipeline and step;
@@ -305,13 +312,23 @@ def bench(
     """
     with _errors_in_a_line():
         from training import benchmark
+        from training.files import write_csv
         from training.runs import open_experiment
 
         experiment = open_experiment(
             _recipe(recipe, toy, backbone=backbone, weights=weights), data, runs
         )
-        rows = benchmark.measure(experiment, steps)
-    _print_table(("", "ms, median", "ratio"), rows)
+        if method:
+            header, rows = (
+                benchmark.COLUMNS,
+                benchmark.of_methods(experiment, method, steps),
+            )
+            path = runs / experiment.recipe.name / "costs.csv"
+            write_csv(path, header, rows)
+        else:
+            header = ("", "ms, median", "ratio")
+            rows = benchmark.measure(experiment, steps)
+    _print_table(header, rows)
 
 
 @app.command()

@@ -1,10 +1,12 @@
-"""What stitching and bfloat16 do to a step, and whether a step waits for its data."""
+"""What methods and bfloat16 do to a step, and whether a step waits for its data."""
 
 import statistics
 import time
 
 from training import batches, fitting, methods, recipes, towers
 
+BASELINE = "single_task"
+COLUMNS = ("method", "measure", "ms", "of_single_task")
 DTYPES = ("float32", "mixed_bfloat16")
 
 
@@ -37,6 +39,46 @@ def measure(experiment, steps):
     both = models[own, "cross_stitch"]
     measured["pipeline"] = lambda: next(alone)
     measured["both"] = lambda: both.train_on_batch(*next(stream))
+    return _rows(_interleaved(measured, steps), own)
+
+
+def of_methods(experiment, names, steps):
+    """Times a train step and an answer of each method, all in turns.
+
+    Args:
+        experiment: The `Experiment`.
+        names: List of methods; those that train nothing have no step.
+        steps: Integer, measured steps of each.
+
+    Returns:
+        List of `(method, "step" or "answer", median in ms, that as a multiple of the
+        single-task networks')`.
+    """
+    recipe, tasks = experiment.recipe, experiment.tasks
+    fixed = next(
+        iter(
+            batches.pipeline(recipe).train_batches(
+                experiment.train_examples, recipe, tasks, seed=0, steps=range(1)
+            )
+        )
+    )
+    measured = {}
+    for name in dict.fromkeys((BASELINE, *names)):
+        if methods.plan(name, recipe).method.join is None:
+            continue
+        model = _model(experiment, name, recipe.training.dtype)
+        answers = fitting.answering(model, tasks)
+        measured[name, "step"] = lambda model=model: model.train_on_batch(*fixed)
+        measured[name, "answer"] = lambda of=answers: of.predict_on_batch(fixed[0])
+    found = _interleaved(measured, steps)
+    return [
+        (*key, f"{ms:.2f}", f"{ms / found[BASELINE, key[1]]:.3f}")
+        for key, ms in found.items()
+    ]
+
+
+def _interleaved(measured, steps):
+    """{what: median time in ms} of functions that are called in turns."""
     for step in measured.values():  # traces the steps
         step()
     times = {key: [] for key in measured}
@@ -45,7 +87,7 @@ def measure(experiment, steps):
             start = time.perf_counter()
             step()
             times[key].append(1000 * (time.perf_counter() - start))
-    return _rows({key: statistics.median(x) for key, x in times.items()}, own)
+    return {key: statistics.median(x) for key, x in times.items()}
 
 
 def _model(experiment, method, dtype):

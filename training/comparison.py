@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
 from training.files import unfinished
-from training.study import delta_m, figures
+from training.study import delta_m, figures, recorded
 from training.study.results import (
     by_seed,
     label,
@@ -59,7 +59,9 @@ def compare(experiment, methods, seed):
             truth = [x[name] for x in targets]
             columns = _columns(task, inputs, truth, of_task)
             # `strict` is off where there is no change to show.
-            figure = figures.gallery(dict(zip(titles, columns, strict=False)))
+            figure = figures.gallery(
+                dict(zip(titles, columns, strict=False)), _scale(task.describe())
+            )
             _save(figure, gallery / f"{name}_seed{seed}.png", dpi=150)
     if any(isinstance(layer, CrossStitch) for layer in models[-1].layers):
         _save(plot_alpha(models[-1]), target / "alpha.png", dpi=110)
@@ -71,7 +73,7 @@ def rows(experiment, methods, seed, published=PUBLISHED):
     """The table's header and rows: one row per metric, one column per method.
 
     Behind a value stand the ends of the interval in which it usually is, where values
-    of the same recipe are published. The last row is Delta_m.
+    of the same recipe are published. Below stand Delta_m and what the methods cost.
 
     Args:
         experiment: The `Experiment`.
@@ -97,6 +99,10 @@ def rows(experiment, methods, seed, published=PUBLISHED):
         ]
         for (task, name), of in values.items()
     ]
+    costs = [recorded.Run(experiment.folder(x, seed)).costs for x in methods]
+    for name, (title, unit, digits) in recorded.COSTS.items():
+        shown = (f"{of[name] / unit:.{digits}f}" if name in of else "" for of in costs)
+        body.append([title, *shown])
     return ["", *map(label, methods)], body
 
 
@@ -136,6 +142,13 @@ def _answer(model, inputs):
     """The model's answer to one example."""
     one = keras.tree.map_structure(lambda x: x[None], inputs)
     return keras.tree.map_structure(lambda x: x[0], model.predict_on_batch(one))
+
+
+def _scale(described):
+    """What the colours of a task's map of numbers stand for; `None` of other tasks."""
+    if "range" not in described:
+        return None
+    return described["colours"], described["range"], described["units"]
 
 
 def _columns(task, inputs, truth, answers):

@@ -15,7 +15,7 @@ from keras_cross_stitch import (
     LearningRateGroups,
     weigh_losses,
 )
-from training import batches, distribution, methods, provenance, runs, towers
+from training import batches, costs, distribution, methods, provenance, runs, towers
 from training.callbacks import Backup, History, ShowProgress, StopAtNaN
 from training.files import remove_unfinished, unfinished, write_csv, write_json
 from training.locks import lock
@@ -234,6 +234,7 @@ def _save(model, tasks, run):
     answers = {name: task.describe() for name, task in tasks.items()}
     write_json(run / "answers.json", answers)
     write_json(run / "made_by.json", provenance.of_this_process())
+    write_json(run / "costs.json", costs.count(model))
     with unfinished(run / "model.keras") as temporary:
         model.save(temporary)
 

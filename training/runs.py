@@ -6,6 +6,7 @@
     history.csv    losses, mean alphas and seconds by epoch
     alpha.npz      the units' alphas, where there are units
     made_by.json   commit, versions and processor that made it
+    costs.json     parameters and multiply-adds of the model
     answers.json   what each task's answers mean: names, colours, units
     model.keras    the trained model, which answers as it does when served
     per_class.csv  scores by class, of the tasks that have classes

@@ -9,6 +9,8 @@ import collections
 import keras
 import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
@@ -37,12 +39,14 @@ _STYLE = matplotlib.rc_context(
 
 
 @_STYLE
-def gallery(columns):
+def gallery(columns, scale=None):
     """Pictures in a grid: one row per image, one column per title.
 
     Args:
         columns: Dict of title to a list of RGB images, uint8, `(H, W, 3)`: the image,
             the truth, each model's answer, `difference` maps.
+        scale: What the colours stand for, as a bar below: their list (RGB, uint8), the
+            values of the first and the last, and the unit.
     """
     rows = len(next(iter(columns.values())))
     height, width = np.shape(next(iter(columns.values()))[0])[:2]
@@ -55,6 +59,14 @@ def gallery(columns):
         for cell, image in zip(axes, images, strict=True):
             cell.imshow(image, interpolation="nearest")
             cell.set_axis_off()
+    if scale:
+        colours, (low, high), unit = scale
+        colormap = LinearSegmentedColormap.from_list("scale", np.divide(colours, 255))
+        mappable = ScalarMappable(Normalize(low, high), colormap)
+        bar = figure.colorbar(
+            mappable, ax=grid, location="bottom", shrink=0.4, aspect=30
+        )
+        bar.set_label(unit)
     return figure
 
 
@@ -124,6 +136,30 @@ def alpha(units, tasks):
         unit.set_weights([values])
         inputs.append(maps)
     return plot_alpha(keras.Model(inputs, outputs))
+
+
+@_STYLE
+def alphas_by_epoch(history):
+    """Each unit's mean alphas over epochs: a panel per task, a line per unit.
+
+    Args:
+        history: Dict of (unit, task, source) to mean alphas by epoch. A task's own are
+            solid, what it takes from others is dashed.
+    """
+    tasks = list(dict.fromkeys(task for _, task, _ in history))
+    units = list(dict.fromkeys(unit for unit, _, _ in history))
+    figure, panels = _panels(len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
+        axes.set(title=task, xlabel="epoch", ylabel="mean alpha")
+        for (unit, of, source), values in history.items():
+            if of == task:
+                own = source == task
+                name = unit.removeprefix("cross_stitch_") if own else None
+                style = _line(units.index(unit), label=name, marker=None)
+                epochs = 1 + np.arange(len(values))
+                axes.plot(epochs, values, **{**style, "ls": "-" if own else "--"})
+    _legend(figure, panels)
+    return figure
 
 
 @_STYLE

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from training.files import Row, read_csv, read_json
+from training.methods import METHODS
 from training.study.results import baseline, metric
+
+# {what a run costs: (its title, one unit of it, digits)}
+COSTS = {
+    "parameters": ("parameters, million", 1e6, 2),
+    "multiply_adds": ("multiply-adds an image, billion", 1e9, 2),
+    "seconds": ("trained, minutes", 60, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,40 @@ class Run:
             return {}
         with np.load(path) as units:
             return dict(units)
+
+    @property
+    def alphas_by_epoch(self):
+        """{(unit, task, source): mean alphas by epoch}, empty without units."""
+        lines = self.csv("history")
+        columns: dict[tuple[str, ...], list[float]] = {}
+        for name in (lines or [{}])[0]:
+            kind, _, rest = name.partition("/")
+            unit, _, pair = rest.partition("/")
+            task, parted, source = pair.partition("_from_")
+            if kind == "alpha" and parted:
+                columns[unit, task, source] = [float(line[name]) for line in lines]
+        return columns
+
+    @property
+    def costs(self):
+        """{"parameters", "multiply_adds", "seconds" of all that was trained for it}.
+
+        What the run has not kept is left out.
+        """
+        path = self.folder / "costs.json"
+        counted = self.json("costs") if path.exists() else {}
+        seconds = self._seconds()
+        return {**counted, "seconds": seconds} if seconds else counted
+
+    def _seconds(self):
+        lines = self.csv("history")
+        own = sum(float(line.get("seconds") or 0) for line in lines)
+        known = METHODS[self.method.partition("@")[0]]
+        if not known.start:
+            return own
+        folder = self.folder.parents[1] / known.start
+        starts = [Run(folder / f"seed{self.seed + x}") for x in known.seeds]
+        return own + sum(start._seconds() for start in starts)
 
     @property
     def settings(self):

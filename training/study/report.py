@@ -1,21 +1,23 @@
 """One HTML page of all finished runs: what was run, and what came of it.
 
-The page asks for nothing: its pictures are in it, and it has no script.
+The page asks for nothing: its pictures are in it, and the script that sorts its tables.
 """
 
 import base64
+import hashlib
 import io
 from pathlib import Path
 
 import jinja2
 
-from training.files import write_text
+from training.files import read_csv, read_text, write_text
 from training.methods import METHODS
 from training.study import delta_m, figures, paper, recorded
 from training.study.results import baseline, label, metric, statistics
 from training.study.tables import notes
 
 # The metric that stands for its task in pictures; without one of these, its first.
+MEASURES = ("step", "answer")  # that `bench` times
 _HEADLINES = ("miou", "mean_angle", "mean_ap")
 
 
@@ -48,8 +50,11 @@ def write_report(runs, target):
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"label": label, "title": lambda name: metric(name).title}
+    script = read_text(Path(__file__).with_name("report.js"))
     html = environment.get_template("report.html.jinja").render(
         recipes=[_recipe(folder, methods) for folder, methods in recipes.items()],
+        script=script,
+        script_hash=_hash(script),
         label_fractions=_label_fractions(recipes),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +67,24 @@ def _recipe(folder, methods):
     rows = _rows(methods)
     with_delta_m = [*rows, *delta_m.rows(rows)]
     tables = statistics(with_delta_m, paper.table(folder.name, "methods"))
+    deltas = {
+        method: cells[-1]
+        for table in tables
+        for method, cells in table.cells.items()
+        if table.metrics[-1] == "delta_m"
+    }
+    times = _times(folder)
     stopped = recorded.by_method(folder, finished=False).values()
     first = next(iter(methods.values()))[0]
     return {
         "name": folder.name,
         "data": first.json("recipe").get("data", {}),
-        "methods": [_method(*item) for item in methods.items()],
+        "methods": [
+            _method(method, of_method, deltas.get(method), times)
+            for method, of_method in methods.items()
+        ],
+        "timed": bool(times),
+        "cost_titles": [title for title, _, _ in recorded.COSTS.values()],
         "stopped": [
             f"{label(x.method)}, seed {x.seed}" for runs in stopped for x in runs
         ],
@@ -80,6 +97,7 @@ def _recipe(folder, methods):
         ],
         "curves": _curves(methods),
         "alphas": _alphas(methods),
+        "alphas_by_epoch": _alphas_by_epoch(methods),
         "splits": _splits(folder.name, methods, rows),
         "classes": _classes(methods),
         "settings": _settings(methods),
@@ -111,17 +129,28 @@ def _headlines(rows):
     ]
 
 
-def _method(method, runs):
-    history = runs[0].csv("history")
-    seconds = [float(line["seconds"]) for line in history if line.get("seconds")]
+def _method(method, runs, delta, times):
+    costs = runs[0].costs
     return {
         "name": method,
         "says": METHODS[method.partition("@")[0]].says,
         "baseline": baseline(method),
         "seeds": [run.seed for run in runs],
-        "epochs": len(history),
-        "minutes": sum(seconds) / 60,
+        "epochs": len(runs[0].csv("history")),
+        "delta": delta,
+        "costs": [
+            f"{costs[name] / unit:.{digits}f}" if name in costs else ""
+            for name, (_, unit, digits) in recorded.COSTS.items()
+        ],
+        "times": [times.get((method, measure), "") for measure in MEASURES],
     }
+
+
+def _times(folder):
+    """{(method, measure): as a multiple of the single-task baseline's}, of `bench`."""
+    path = folder / "costs.csv"
+    lines = read_csv(path) if path.exists() else []
+    return {(x["method"], x["measure"]): x["of_single_task"] for x in lines}
 
 
 def _settings(methods):
@@ -156,6 +185,16 @@ def _alphas(methods):
             figure = figures.alpha(units, sorted(runs[0].json("answers")))
             caption = f"Alpha of {label(method)}, seed {runs[0].seed}"
             pictures.append(_picture(caption, figure))
+    return pictures
+
+
+def _alphas_by_epoch(methods):
+    pictures = []
+    for method, runs in methods.items():
+        history = runs[0].alphas_by_epoch
+        if history:
+            caption = f"Mean alpha of {label(method)} by epoch, seed {runs[0].seed}"
+            pictures.append(_picture(caption, figures.alphas_by_epoch(history)))
     return pictures
 
 
@@ -218,3 +257,9 @@ def _picture(caption, figure):
 
 def _data_uri(kind, content):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _hash(script):
+    """What a browser's content security policy knows the script by."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"

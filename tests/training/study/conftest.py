@@ -58,6 +58,7 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
         ("metrics", metrics),
         ("recipe", recipe),
         ("answers", answers()),
+        ("costs", {"parameters": 1_250_000, "multiply_adds": 3_400_000_000}),
     ):
         (folder / f"{name}.json").write_text(json.dumps(value))
     with open(folder / "per_class.csv", "w", newline="") as file:
@@ -68,12 +69,15 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
             writer.writerow(("segmentation", name, "pixels", 10 ** (5 - i)))
     with open(folder / "history.csv", "w", newline="") as file:
         writer = csv.writer(file)
+        pairs = ("normals_from_normals", "normals_from_segmentation")
+        alphas = [f"alpha/{unit}/{pair}" for unit, _ in units for pair in pairs]
         writer.writerow(
-            ("epoch", "loss", "normals_loss", "segmentation_loss", "seconds")
+            ("epoch", "loss", "normals_loss", "segmentation_loss", *alphas, "seconds")
         )
         for epoch in range(epochs):
             one, two = rng.uniform(0, 0.1, 2) + 2 * 0.8**epoch
-            writer.writerow((epoch, one + two, one, two, 60))
+            means = [0.9 - 0.1 * epoch, 0.1 + 0.1 * epoch] * len(units)
+            writer.writerow((epoch, one + two, one, two, *means, 60))
     alphas = {
         unit: rng.normal([[0.9, 0.1], [0.1, 0.9]], 0.1, (size, 2, 2)).T.astype("f4")
         for unit, size in units

@@ -59,6 +59,43 @@ def test_it_says_what_was_run(html):
     assert "datasets" not in text
 
 
+def test_gain_and_cost_stand_first(html):
+    table = html.split("<h3>Gain and cost</h3>")[1].split("</table>")[0]
+    (row,) = (x for x in table.split("<tr>") if ">cross-stitch</th>" in x)
+    cells = re.findall(r"<td>(.*?)</td>", row)
+
+    # 50 of every 40: more of segmentation's two, fewer degrees of normals' two.
+    assert re.fullmatch(
+        r"\+\d\.\d\d ± \d\.\d\d<small>\(.* to .*\)( †)?</small>", cells[0]
+    )
+    # Six epochs of a minute by the single-task networks, and three of its own.
+    assert cells[1:] == ["1.25", "3.40", "9.0"]
+    assert html.index("Gain and cost") < html.index("Results")
+
+
+def test_a_click_sorts_a_table_and_another_turns_it_round(browser, report):
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    table = page.locator("table").nth(2)  # segmentation, of nyuv2
+    button = table.locator("thead button").nth(2)
+
+    def shown():
+        rows = table.locator("tbody tr:not(.paper) td:nth-child(3)").all_inner_texts()
+        return [float(x.split(" ")[0]) for x in rows]
+
+    before = shown()
+    button.click()
+    down = shown()
+    button.click()
+    up = shown()
+    last = table.locator("tbody tr").last.get_attribute("class")
+    page.close()
+
+    assert down == sorted(before, reverse=True) != before
+    assert up == sorted(before)
+    assert last == "paper"
+
+
 def test_it_shows_a_picture_of_each_kind(html):
     from_start = (
         "IoU of segmentation: cross-stitch from the start minus single-task, as long, "
@@ -71,6 +108,7 @@ def test_it_shows_a_picture_of_each_kind(html):
         "scenes: labels of segmentation",
         "segmentation &lt;1&gt;",
         "Alpha of cross-stitch, seed 0",
+        "Mean alpha of cross-stitch by epoch, seed 0",
         "Training loss by epoch, a line per run",
         "IoU of segmentation: cross-stitch minus single-task, trained on, seeds: 3",
         "Gain of a split at each layer over its baseline",
