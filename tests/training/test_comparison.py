@@ -69,8 +69,13 @@ def test_the_table_has_a_row_a_metric_and_a_column_a_method(finished, cross_stit
     header, body = comparison.rows(finished, ["single_task", "cross_stitch"], 0)
 
     assert header == ["", "single-task", "cross-stitch"]
-    assert len(body) == 8
+    assert len(body) == 8 + 3
     assert {len(row) for row in body} == {3}
+    costs = {name: values for name, *values in body[-3:]}
+    one, stitched = map(float, costs["parameters, million"])
+    assert 0 < one <= stitched
+    once, twice = map(float, costs["trained, minutes"])
+    assert once <= twice  # what it starts from counts
 
 
 def test_the_table_ends_in_delta_m_and_says_where_values_usually_are(
