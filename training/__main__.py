@@ -319,16 +319,13 @@ def bench(
             _recipe(recipe, toy, backbone=backbone, weights=weights), data, runs
         )
         if method:
-            header, rows = (
-                benchmark.COLUMNS,
-                benchmark.of_methods(experiment, method, steps),
-            )
+            timed = benchmark.of_methods(experiment, method, steps)
             path = runs / experiment.recipe.name / "costs.csv"
-            write_csv(path, header, rows)
+            write_csv(path, benchmark.COLUMNS, timed)
+            _print_table(benchmark.COLUMNS, timed)
         else:
-            header = ("", "ms, median", "ratio")
             rows = benchmark.measure(experiment, steps)
-    _print_table(header, rows)
+            _print_table(("", "ms, median", "ratio"), rows)
 
 
 @app.command()
