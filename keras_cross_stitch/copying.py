@@ -4,23 +4,26 @@ import inspect
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 
-def copy_layer(layer: Any, name: str) -> Any:
-    """A new layer (or operation) of that name; `carry_over` gives it the weights."""
+def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
+    """A new layer (or operation) of that name; `carry_over` gives it the weights.
+
+    Layers within it that have a copy in `copies` already, {layer: copy}, are that.
+    """
     with warnings.catch_warnings():
         # Keras warns that a lambda cannot be saved, which is not done here.
         warnings.simplefilter("ignore")
         config = _unbuilt(layer.get_config())
-    functions: dict[str, Callable] = {}
-    config = _with_functions(config, layer, functions)
+    held: dict[str, Any] = {}
+    config = _with_held(config, layer, held, copies)
     classes = {type(x).__name__: type(x) for x in _within(layer)}
-    with keras.saving.custom_object_scope({**classes, **functions}):
+    with keras.saving.custom_object_scope({**classes, **held}):
         try:
             copy = _from_config(layer, {**config, "name": name})
         except Exception:
@@ -53,7 +56,7 @@ def carry_over(layer: Any, copy: Any) -> None:
         return
     _carry_state(layer, copy)
     copy.set_weights(layer.get_weights())
-    for original, copied in _pairs(layer, copy):
+    for original, copied in pairs(layer, copy):
         # From the outside in, since setting it sets it for all that is within.
         copied.trainable = original.trainable
     for weight, copied in zip(layer.weights, copy.weights, strict=True):
@@ -64,7 +67,7 @@ def carry_over(layer: Any, copy: Any) -> None:
 def _carry_state(layer: Any, copy: Any) -> None:
     """State that is not in the weights, in the way in which Keras itself saves it."""
     keras_own = keras.layers.Layer.load_own_variables
-    for original, copied in _pairs(layer, copy):
+    for original, copied in pairs(layer, copy):
         if type(original).load_own_variables is not keras_own:
             store: dict[str, Any] = {}
             original.save_own_variables(store)
@@ -77,7 +80,8 @@ def _carry_state(layer: Any, copy: Any) -> None:
                 copied.load_assets(directory)
 
 
-def _pairs(layer: Any, copy: Any) -> Iterable[tuple]:
+def pairs(layer: Any, copy: Any) -> Iterable[tuple]:
+    """[(layer, copy)], of the layer and of all layers within it."""
     return zip(_within(layer), _within(copy), strict=True)
 
 
@@ -96,27 +100,45 @@ def _unbuilt(config: Any) -> Any:
     return config
 
 
-def _with_functions(config: dict, layer: Any, functions: dict[str, Callable]) -> dict:
-    """The config, with the layer's own functions where it has their names or code.
+def _with_held(
+    config: dict, layer: Any, held: dict[str, Any], copies: Mapping[Any, Any]
+) -> dict:
+    """The config, with the objects themselves where it has names or code of them.
 
-    `functions` gets those that Keras looks up by name, here by one of ours.
+    These are the layer's own functions, and copies that layers within it have.
+    `held` gets what Keras then looks up by name, here by one of ours.
     """
-    found = dict(config)
-    for key, value in config.items():
-        held: Any = getattr(layer, key, getattr(layer, f"_{key}", None))
-        if isinstance(held, keras.layers.Layer) and isinstance(value, dict):
-            inner = _with_functions(value.get("config", {}), held, functions)
-            found[key] = {**value, "config": inner}
-        elif _is_function_config(value, held):
-            name = f"function_{len(functions)}"
-            functions[name] = held
-            found[key] = {
-                "module": "builtins",
-                "class_name": "function",
-                "config": name,
-                "registered_name": name,
-            }
-    return found
+
+    def replaced(value: Any, own: Any) -> Any:
+        if isinstance(value, list) and isinstance(own, list | tuple):
+            if len(value) != len(own):
+                return value
+            return [replaced(x, y) for x, y in zip(value, own, strict=True)]
+        if not isinstance(value, dict):
+            return value
+        if isinstance(own, keras.layers.Layer):
+            if own in copies:
+                return _by_name(copies[own], held)
+            inner = _with_held(value.get("config", {}), own, held, copies)
+            return {**value, "config": inner}
+        return _by_name(own, held) if _is_function_config(value, own) else value
+
+    return {
+        key: replaced(value, getattr(layer, key, getattr(layer, f"_{key}", None)))
+        for key, value in config.items()
+    }
+
+
+def _by_name(own: Any, held: dict[str, Any]) -> dict:
+    """A config for which Keras looks up what is held by a name."""
+    name = f"held_{len(held)}"
+    held[name] = own
+    return {
+        "module": "builtins",
+        "class_name": "function",
+        "config": name,
+        "registered_name": name,
+    }
 
 
 def _is_function_config(value: Any, held: Any) -> bool:
@@ -127,30 +149,45 @@ def _is_function_config(value: Any, held: Any) -> bool:
     )
 
 
-def alike(layer: Any, other: Any) -> bool:
-    """Whether two layers are the same but for their names and their weights."""
+def alike(layer: Any, other: Any, apart_from: frozenset[str] = frozenset()) -> bool:
+    """Whether two layers are the same but for their names and their weights.
+
+    `apart_from` are further arguments that may differ.
+    """
     if type(layer) is not type(other):
         return False
-    return _kind(layer) == _kind(other) and all(
+    kinds = [_kind(x, apart_from | {"name"}) for x in (layer, other)]
+    return kinds[0] == kinds[1] and all(
         _same_function(a, b)
         for a, b in zip(_functions(layer), _functions(other), strict=True)
     )
 
 
-def _kind(layer: Any) -> tuple:
+def _kind(layer: Any, apart_from: frozenset[str]) -> tuple:
     """What a layer is, whatever it and the layers in it are called."""
     names = [x.name for x in _within(layer)]
 
-    def nameless(x: Any) -> Any:
+    def nameless(x: Any, key: str = "") -> Any:
         if isinstance(x, dict):
-            return {key: nameless(value) for key, value in x.items() if key != "name"}
+            return {k: nameless(v, k) for k, v in x.items() if k not in apart_from}
         if isinstance(x, list | tuple):
-            return [nameless(value) for value in x]
-        return names.index(x) if isinstance(x, str) and x in names else x
+            if _is_reference(x, key) and x[0] in names:
+                return [names.index(x[0]), *x[1:]]
+            return [nameless(value, key) for value in x]
+        return x
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in `copy_layer`
         return nameless(layer.get_config()), len(_functions(layer))
+
+
+def _is_reference(x: list | tuple, key: str) -> bool:
+    """Whether it is [layer's name, call, output], as a config of a model has it."""
+    return (
+        key in ("keras_history", "input_layers", "output_layers")
+        and len(x) == 3
+        and isinstance(x[0], str)
+    )
 
 
 def _functions(layer: Any) -> list[types.FunctionType]:
@@ -176,18 +213,49 @@ def _same_function(a: types.FunctionType, b: types.FunctionType) -> bool:
     )
 
 
+# Of frozen layers with equal weights, these arguments say how they came about, or what
+# they would do in training. Of random layers that are built once, the first one's
+# seed holds.
+_WITHOUT_EFFECT = frozenset({"trainable", "seed"})
+
+
 def frozen_alike(layer: Any, other: Any) -> bool:
-    """Whether two layers compute the same, and training changes neither."""
+    """Whether two layers compute the same, and training changes neither.
+
+    Random ones do, where both draw the same, as they do when they are built once.
+    """
     if not _is_fixed(layer) or not _is_fixed(other):
         return False
     if layer is other:
         return True
     if any(hasattr(part, "save_assets") for part in _within(layer)):
         return False  # a vocabulary, which is not compared here
-    return alike(layer, other) and all(
+    return alike(layer, other, _WITHOUT_EFFECT) and all(
         np.array_equal(a, b)
         for a, b in zip(_weights(layer), _weights(other), strict=True)
     )
+
+
+def same_draws(layer: Any, other: Any) -> bool:
+    """Whether two random layers draw the same, though each is built."""
+    seeded = all(part.get_config().get("seed") is not None for part in _random(layer))
+    return seeded and alike(layer, other, frozenset({"trainable"}))
+
+
+def is_random(layer: Any) -> bool:
+    """Whether it draws at random."""
+    return bool(_random(layer))
+
+
+def _random(layer: Any) -> list:
+    """The layer, and those within it, that have a seed's state, which is no weight."""
+    parts = _within(layer)
+    return [part for part in parts if len(part.variables) != len(part.weights)]
+
+
+def kernels(layer: Any) -> list[np.ndarray]:
+    """The layer's weights that have a channel axis, which is the last."""
+    return [x for x in _weights(layer) if x.ndim > 1]
 
 
 def _weights(layer: Any) -> list:
@@ -195,11 +263,42 @@ def _weights(layer: Any) -> list:
 
 
 def _is_fixed(layer: Any) -> bool:
-    """Nothing to train, no moving statistics, no randomness, no loss of its own."""
+    """Nothing to train, no moving statistics, no loss of its own."""
     return all(
         (not part.trainable or not part.weights)
         and not any(weight.trainable for weight in part.weights)
-        and len(part.variables) == len(part.weights)
-        and part.activity_regularizer is None
+        and not _adds_loss(part)
         for part in _within(layer)
+    )
+
+
+def _adds_loss(layer: Any) -> bool:
+    """Whether the layer adds losses: two of it count twice, one built once does not."""
+    return (
+        layer.activity_regularizer is not None
+        or bool(layer.losses)
+        or any(
+            _mentions(function, "add_loss", set())
+            for kind in type(layer).__mro__
+            if not kind.__module__.startswith("keras.")
+            for function in vars(kind).values()
+            if isinstance(function, types.FunctionType)
+        )
+    )
+
+
+def _mentions(function: types.FunctionType, name: str, seen: set) -> bool:
+    """Whether a function uses a name, itself or in the functions that it calls."""
+    codes = [function.__code__]
+    for code in codes:
+        codes.extend(x for x in code.co_consts if isinstance(x, types.CodeType))
+    used = {used for code in codes for used in code.co_names}
+    seen.add(function)
+    called = [function.__globals__.get(x) for x in used]
+    return name in used or any(
+        _mentions(x, name, seen)
+        for x in called
+        if isinstance(x, types.FunctionType)
+        and x not in seen
+        and x.__module__.split(".")[0] == function.__module__.split(".")[0]
     )

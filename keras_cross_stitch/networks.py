@@ -4,21 +4,31 @@ Both call copies of the towers' layers on new inputs, one after the other, every
 copy under a new name. The towers stay as they are.
 """
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
-from keras_cross_stitch.copying import alike, frozen_alike
+from keras_cross_stitch.copying import alike
 from keras_cross_stitch.cross_stitch import CrossStitch
-from keras_cross_stitch.joining import Call, Joined, Tower, built_once, with_purpose
+from keras_cross_stitch.joining import Joined, new_inputs
+from keras_cross_stitch.opening import Call, Tower, Value
+from keras_cross_stitch.sharing import (
+    built_once,
+    may_be_built_once,
+    wanted_once,
+    warn_of_unlike_draws,
+    warn_of_unrelated_towers,
+    worth_sharing,
+)
+from keras_cross_stitch.taps import check_not_shared, fitting, names_by_task, read_taps
 
 
 def stitch(
     towers: Mapping[str, keras.Model],
-    at: Sequence[str | Mapping[str, str]],
+    at: Sequence[str | Mapping[str, str]] | Mapping[str, str | Mapping[str, str]],
     *,
     shared_input: bool = True,
     share_frozen: bool = True,
@@ -41,10 +51,14 @@ def stitch(
             its layers' names and a signature of the exported model: letters,
             digits and underscores.
         at: List of taps from input to output, each the name of a layer, or a
-            dict of task name to layer name where the towers' names differ. With
-            an empty list the towers stand side by side and share nothing. Layers
-            of a nested model are named `"backbone/conv1"`, or `"conv1"` where
-            only one layer has that name; `"backbone"` is the model's output.
+            dict of task name to layer name where the towers' names differ or only
+            some of the tasks, two at least, have it. Or a dict of a name of yours
+            to each tap, which is then the unit's. With an empty list the towers
+            stand side by side and share nothing. Layers of a nested model are named
+            `"backbone/conv1"`, or `"conv1"` where only one layer has that name;
+            `"backbone"` is the model's output. Of a layer that is called more than
+            once, `"act:0"` is the first call; of one with several outputs,
+            `"lstm:out0"` is the first, and `"lstm:1:out0"` that of its second call.
         shared_input: Whether all towers read the same input, which must then be
             of one shape. If `False`, the model takes a dict of task name to
             input (`<task>_<input name>` for towers of several inputs).
@@ -52,21 +66,31 @@ def stitch(
             and after training, are built once: frozen layers (or those without
             weights) of one kind with equal weights that read the same tensors,
             such as the frozen trunk of a backbone that the towers have in common.
+            Random layers that are the same but for their seed and read the same,
+            such as the towers' augmentation, are built once in any case, so that
+            all tasks see the same picture.
         name: String, the model's name.
         **unit: Arguments of every `CrossStitch`, such as `per` or `same_task`.
 
     Returns:
         A functional `keras.Model` with a dict of task name to output. Tower
         layers are named `<task>_<layer>`, and `<task>_<model>_<layer>` where they
-        are nested; units `cross_stitch_<layer>`; layers that are built once
-        `shared_<layer>`. Inputs keep their names; one without a name of its own is
-        `input` (`input_1`, `input_2` ... where there are several), so that every
-        export has the same.
+        are nested; units `cross_stitch_<layer>` (the first tower's) or
+        `cross_stitch_<name>`; layers that are built once `shared_<layer>`. Several
+        shared inputs stay in the list or dict that the first tower takes. Inputs
+        keep their names; one without a name of its own is `input` (`input_1`,
+        `input_2` ... where there are several), so that every export has the same.
 
     Raises:
         ValueError: For an unknown layer, taps out of order, unequal shapes at a
-            tap, a layer that is used twice or cannot be copied, an invalid task
-            name, or inputs that cannot be shared; it names the tower and the layer.
+            tap, a tap where all towers give the same, a layer that cannot be copied,
+            outputs without names, an invalid task name, or inputs that cannot be
+            shared; it names the tower and the layer.
+
+    Warns:
+        UserWarning: Where the towers' weights have nothing to do with each other and
+            units take from other tasks at the start, or where random layers in front
+            of a tap give every task another picture.
 
     Example:
 
@@ -86,34 +110,37 @@ def stitch(
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), Figure 4
     """
     opened = _opened(towers)
-    if isinstance(at, str) or not isinstance(at, Sequence):
-        raise ValueError(
-            "`at` must be a list of taps, each the name of a layer or a dict of "
-            f"them. Received: at={at!r}. For one tap: at=[{at!r}]"
-        )
-    taps = [_tap(tap, opened) for tap in at]
-    inputs = _inputs(opened, shared_input)
-    tapped = [call for tap in taps for call in tap.values()]
-    same = built_once(opened, inputs, tapped, _frozen) if share_frozen else {}
-    same = with_purpose(same, opened)
+    taps = read_taps(at, opened)
+    inputs = new_inputs(opened, shared_input)
+    tapped = [value for _, tap in taps for value in tap.values()]
+    same = built_once(opened, inputs, tapped, may_be_built_once)
+    if share_frozen:
+        for label, tap in taps:
+            check_not_shared(label, tap, opened, same)
+    same = worth_sharing(same, opened, lambda call: wanted_once(call, share_frozen))
+    warn_of_unlike_draws(opened, same, tapped)
     joined = Joined(opened, inputs, same)
-    for tap, received in zip(taps, at, strict=True):
-        maps = {}
-        for task, call in tap.items():
-            if id(call.outputs[0]) in joined.tensors[task]:
+    for n, (label, tap) in enumerate(taps):
+        for task, value in tap.items():
+            if value in joined.read:
                 raise ValueError(
                     "Taps must go from input to output, each once. In the tower of "
-                    f"'{task}', layer '{call.path}' comes before an earlier tap, or is "
+                    f"'{task}', the tap '{label}' comes before an earlier one, or is "
                     f"one. Received: at={at}"
                 )
-            maps[task] = joined.run(task, call.outputs)[0]
-        mix = _unit(joined, tap, unit)
+        maps = {task: joined.run(task, [value])[0] for task, value in tap.items()}
+        mix = _unit(joined, label, tap, unit)
         try:
             outputs = mix(maps)
         except ValueError as error:
-            raise ValueError(f"At the tap {received!r}: {error}") from error
-        for task, call in tap.items():
-            joined.tensors[task][id(call.outputs[0])] = outputs[task]
+            raise ValueError(
+                f"At the tap '{label}': {error}. {fitting(opened, tap)}"
+            ) from error
+        if n == 0 and _takes_from_others(mix):
+            warn_of_unrelated_towers(opened, tap, label)
+        for task, value in tap.items():
+            joined.tensors[task][value] = outputs[task]
+            joined.read.add(value)
     return joined.model(name)
 
 
@@ -165,21 +192,23 @@ def split(
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), Figure 2
     """
     opened = _opened(towers)
-    inputs = _inputs(opened, shared_input=True)
+    inputs = new_inputs(opened, shared_input=True)
     own = {
         call
-        for task, name_ in _by_task(at, opened).items()
-        for call in _depending(opened[task], _path(name_, opened[task]))
+        for task, name_ in names_by_task(at, opened, len(opened)).items()
+        for call in _depending(opened[task], name_)
     }
 
     def may_share(call: Call, other: Call) -> bool:
         if call not in own and other not in own:
             return alike(call.layer, other.layer)
-        return share_frozen and call in own and other in own and _frozen(call, other)
+        return call in own and other in own and may_be_built_once(call, other)
 
     same = built_once(opened, inputs, [], may_share)
     _check_alike_below(opened, own, same)
-    same = with_purpose(same, opened, own)
+    same = worth_sharing(
+        same, opened, lambda call: call not in own or wanted_once(call, share_frozen)
+    )
     return Joined(opened, inputs, same).model(name)
 
 
@@ -205,179 +234,91 @@ def _opened(towers: Any) -> dict[str, Tower]:
             f"Received: towers={towers!r}"
         )
     check_task_names(towers)
-    return {task: Tower(task, model) for task, model in towers.items()}
+    return {task: Tower(task, model, towers) for task, model in towers.items()}
 
 
-def _by_task(tap: Any, towers: Mapping[str, Tower]) -> dict[str, str]:
-    """A tap (a layer name, or a dict of them) as {task: layer name}."""
-    if isinstance(tap, str):
-        tap = dict.fromkeys(towers, tap)
-    if not isinstance(tap, Mapping) or set(tap) != set(towers):
-        raise ValueError(
-            "A tap must be the name of a layer, or a dict with one for each of "
-            f"{sorted(towers)}. Received: {tap!r}"
-        )
-    return {task: tap[task] for task in towers}
+def _takes_from_others(unit: CrossStitch) -> bool:
+    """Whether a task takes something of another at the start."""
+    alpha = keras.ops.convert_to_numpy(unit.alpha)
+    tasks = len(alpha)
+    return bool(np.any(alpha[~np.eye(tasks, dtype=bool)]))
 
 
-def _tap(tap: Any, towers: Mapping[str, Tower]) -> dict[str, Call]:
-    """{task: the `Call` whose output is the tap}, checked."""
-    calls = {}
-    for task, name in _by_task(tap, towers).items():
-        tower = towers[task]
-        path = _path(name, tower)
-        call = next((call for call in tower.calls if call.path == path), None)
-        outputs = call.outputs if call else tower.nested[path]
-        if len(outputs) > 1:
-            raise ValueError(
-                f"In the tower of '{task}', layer '{path}' has several outputs, and so "
-                f"cannot be a tap. Received: outputs={outputs}"
-            )
-        calls[task] = call or tower.call_of(outputs[0])
-    return calls
-
-
-def _path(name: str, tower: Tower) -> str:
-    """The path of the tower's layer, or nested model, of that name or path."""
-    layers = [
-        call.path for call in tower.calls if isinstance(call.layer, keras.layers.Layer)
-    ]
-    paths = [*layers, *tower.nested]
-    if name in paths:
-        return name
-    found = [path for path in paths if path.rsplit("/", 1)[-1] == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(
-            f"The tower of '{tower.task}' has several layers '{name}': name one of "
-            f"{found}"
-        )
-    if name in [layer.name for layer in tower.inputs]:
-        raise ValueError(
-            f"In the tower of '{tower.task}', '{name}' is an input, which cannot be a "
-            f"tap. Name one of {paths}"
-        )
-    near = difflib.get_close_matches(str(name), paths, n=3) or paths
-    raise ValueError(
-        f"The tower of '{tower.task}' has no layer '{name}'. Did you mean one of "
-        f"{near}?"
-    )
-
-
-def _inputs(towers: Mapping[str, Tower], shared_input: bool) -> dict[str, list]:
-    """New inputs of the model: {task: list of `keras.Input`}."""
-    layers = {
-        task: {
-            name: layer
-            for name, layer in zip(_input_names(tower), tower.inputs, strict=True)
-        }
-        for task, tower in towers.items()
-    }
-    if not shared_input:
-        return {
-            task: [
-                _new_input(x, f"{task}_{name}" if len(of_task) > 1 else task)
-                for name, x in of_task.items()
-            ]
-            for task, of_task in layers.items()
-        }
-    # Several inputs belong together by name; a single one may have any.
-    specs = {
-        task: {
-            name if len(of_task) > 1 else "": _spec(x) for name, x in of_task.items()
-        }
-        for task, of_task in layers.items()
-    }
-    first = next(iter(towers))
-    if any(spec != specs[first] for spec in specs.values()):
-        raise ValueError(
-            "Towers that share an input must take the same shape and dtype, and "
-            "several inputs the same names; `stitch(..., shared_input=False)` gives "
-            f"each its own. Received: inputs={specs}"
-        )
-    shared = {
-        key: _new_input(x, name)
-        for key, (name, x) in zip(specs[first], layers[first].items(), strict=True)
-    }
-    return {task: [shared[key] for key in spec] for task, spec in specs.items()}
-
-
-def _input_names(tower: Tower) -> list[str]:
-    """The inputs' names, fixed where Keras made them up: it would count them on."""
-    made_up = r"(keras_tensor|input_layer|input)(_\d+)?"
-    several = len(tower.inputs) > 1
-    return [
-        (f"input_{k}" if several else "input")
-        if re.fullmatch(made_up, layer.output.name)
-        else layer.output.name
-        for k, layer in enumerate(tower.inputs, 1)
-    ]
-
-
-def _spec(layer: keras.layers.InputLayer) -> dict[str, Any]:
-    """What an input takes, as the arguments of `keras.Input`."""
-    spec = {"batch_shape": layer.batch_shape, "dtype": layer.dtype}
-    flags = {
-        "sparse": layer.output.sparse,
-        "ragged": layer.output.ragged,
-        "optional": layer.optional,
-    }
-    return {**spec, **{flag: True for flag, value in flags.items() if value}}
-
-
-def _new_input(layer: keras.layers.InputLayer, name: str) -> Any:
-    return keras.Input(name=name, **_spec(layer))
-
-
-def _depending(tower: Tower, path: str) -> list[Call]:
+def _depending(tower: Tower, name: str) -> list[Call]:
     """The calls of a layer, or within a nested model, and all that depend on them."""
+    path = tower.path(name)
     calls: list[Call] = []
-    tensors: set[int] = set()
+    values: set[Any] = set()
     for call in tower.calls:
         if (
             call.path == path
             or call.path.startswith(f"{path}/")
-            or any(id(x) in tensors for x in call.reads)
+            or not values.isdisjoint(x for x in call.reads if isinstance(x, Value))
         ):
             calls.append(call)
-            tensors.update(id(x) for x in call.outputs)
+            values.update(call.outputs)
     return calls
-
-
-def _frozen(call: Call, other: Call) -> bool:
-    return frozen_alike(call.layer, other.layer)
 
 
 def _check_alike_below(
     towers: Mapping[str, Tower], own: Collection[Call], same: dict[Call, Call]
 ) -> None:
     """Raises a ValueError where the first tower and another differ below the split."""
-    below = [
-        [call for call in tower.calls if call not in own] for tower in towers.values()
-    ]
-    first = below[0]
-    for calls in below[1:]:
+    below = {
+        task: [call for call in tower.calls if call not in own]
+        for task, tower in towers.items()
+    }
+    for task, calls in below.items():
+        above = {id(call.layer) for call in towers[task].calls if call in own}
+        for call in calls:
+            if id(call.layer) in above and getattr(call.layer, "weights", None):
+                raise ValueError(
+                    f"The tower of '{task}' calls its layer '{call.path}' below the "
+                    "split and above it, so that it cannot be shared and its own. "
+                    "Split before its first call, or behind its last"
+                )
+    first, *others = below
+    for task in others:
+        calls = below[task]
         matched = {same.get(call) for call in calls}
-        extra = next((x.path for x in calls if same.get(x) not in first), None)
-        missed = next((x.path for x in first if x not in matched), None)
+        extra = next((x.path for x in calls if same.get(x) not in below[first]), None)
+        missed = next((x.path for x in below[first] if x not in matched), None)
+        if not extra and not missed:
+            extra = missed = _used_otherwise(calls, same)
         if extra or missed:
             raise ValueError(
                 "The towers must have the same layers up to where they split. The "
-                f"tower of '{list(towers)[below.index(calls)]}' has "
-                f"'{extra or 'nothing'}' where the first has '{missed or 'nothing'}', "
-                "of another kind, with other arguments or with other inputs. Split at "
-                "that layer or below it, or `stitch()` the towers"
+                f"tower of '{task}' has '{extra or 'nothing'}' where the first has "
+                f"'{missed or 'nothing'}', of another kind, with other arguments or "
+                "with other inputs. Split at that layer or below it, or `stitch()` the "
+                "towers"
             )
 
 
-def _unit(joined: Joined, tap: dict[str, Call], arguments: dict) -> CrossStitch:
-    """The unit of a tap, named after the first tower's layer, with its dtype."""
-    first = next(iter(tap.values()))
-    policy = getattr(first.layer, "dtype_policy", None)
+def _used_otherwise(calls: list[Call], same: Mapping[Call, Call]) -> str | None:
+    """A layer that one tower calls more than once where the other has several."""
+    partner: dict[int, Any] = {}
+    taken: dict[int, Any] = {}
+    for call in calls:
+        if getattr(call.layer, "weights", None):
+            first = same[call].layer
+            one = partner.setdefault(id(call.layer), first)
+            other = taken.setdefault(id(first), call.layer)
+            if one is not first or other is not call.layer:
+                return call.path
+    return None
+
+
+def _unit(
+    joined: Joined, label: str, tap: Mapping[str, Value], arguments: dict
+) -> CrossStitch:
+    """The unit of a tap, with the dtype of the first tower's layer."""
+    task, value = next(iter(tap.items()))
+    call = joined.towers[task].call_of(value)
+    policy = getattr(call and call.layer, "dtype_policy", None)
     if policy is not None and policy.quantization_mode:
         # "int8_from_float32": the unit is not quantized.
         policy = policy.name.split("_from_")[1]
-    name = f"cross_stitch_{first.path.replace('/', '_')}"
-    joined.claim(name, f"the unit at '{first.path}'")
+    name = f"cross_stitch_{re.sub('[/:]', '_', label)}"
+    joined.claim(name, f"the unit at '{label}'")
     return CrossStitch(name=name, **{"dtype": policy, **arguments})

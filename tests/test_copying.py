@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from keras_cross_stitch import CrossStitch, split, stitch
-from keras_cross_stitch.joining import Tower
+from keras_cross_stitch.opening import Tower
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(1, 2, (7, 5)).astype("float32")
@@ -431,9 +431,9 @@ def test_several_inputs_without_names_are_counted():
 
     model = stitch(towers, ["tap"], same_task=1.0)
 
-    assert sorted(model.input) == ["input_1", "input_2"]
+    assert [x.name for x in model.input] == ["input_1", "input_2"]
     data = [FEATURES, FEATURES[::-1]]
-    together = model({"input_1": data[0], "input_2": data[1]})
+    together = model(data)
     for task, tower in towers.items():
         np.testing.assert_array_equal(together[task], tower(data))
 
@@ -460,7 +460,7 @@ def test_optional_and_sparse_inputs_stay_so():
     by_name = {layer.name: layer for layer in model.layers}
     assert by_name["x"].output.sparse
     assert by_name["extra"].optional
-    together = model({"x": FEATURES, "extra": None})
+    together = model([FEATURES, None])
     for task, tower in towers.items():
         np.testing.assert_array_equal(together[task], tower([FEATURES, None]))
 
@@ -645,16 +645,6 @@ NESTED_ERRORS = {
         ["backbone/block3"],
         r"no layer 'backbone/block3'.*'backbone/block2'",
     ),
-    "a nested model used twice": (
-        lambda: _used_twice(),
-        [],
-        "uses its layer 'inner' more than once",
-    ),
-    "a layer inside and outside": (
-        lambda: _inside_and_outside(),
-        [],
-        "uses its layer 'both' more than once",
-    ),
 }
 
 
@@ -662,19 +652,6 @@ def _two_backbones():
     image = keras.Input((8, 8, 3), name="image")
     first, second = _backbone("first")(image), _backbone("second")(image)
     return keras.Model(image, layers.Dense(2)(first - second))
-
-
-def _used_twice():
-    inner = keras.Sequential([keras.Input((5,)), layers.Dense(5)], name="inner")
-    inputs = keras.Input((5,), name="features")
-    return keras.Model(inputs, inner(inner(inputs)))
-
-
-def _inside_and_outside():
-    both = layers.Dense(5, name="both")
-    inner = keras.Sequential([keras.Input((5,)), both])
-    inputs = keras.Input((5,), name="features")
-    return keras.Model(inputs, both(inner(inputs)))
 
 
 @pytest.mark.parametrize(
@@ -758,13 +735,29 @@ def test_other_trunks_are_each_built(build):
     assert not any(name.startswith("shared") for name in _names(model))
 
 
-def test_a_trunk_is_shared_as_far_as_the_first_tap():
-    towers = {task: _trunk_tower(2, frozen="conv2") for task in "ab"}
+@pytest.mark.parametrize("at", [["norm"], ["conv1", "conv2"], ["rescaling"]])
+def test_a_tap_where_all_towers_give_the_same_is_an_error(at):
+    towers = {task: _trunk_tower(2) for task in "ab"}
 
-    model = stitch(towers, ["norm"])
+    with pytest.raises(ValueError, match=rf"'{at[0]}'.*the same.*share_frozen=False"):
+        stitch(towers, at)
+
+    model = stitch(towers, at, share_frozen=False, same_task=1.0)
+    _assert_as_apart(model, towers, IMAGES)
+    assert {"a_conv1", "b_conv1"} <= _names(model)
+
+
+def test_a_trunk_is_shared_as_far_as_the_first_tap():
+    # Given a third tower with a trunk of its own, from which the two may take.
+    towers = {task: _trunk_tower(2, frozen="conv2") for task in "ab"}
+    towers["c"] = _trunk_tower(2, seed=1)
+
+    model = stitch(towers, ["norm"], same_task=1.0)
 
     shared = {name for name in _names(model) if name.startswith("shared")}
     assert shared == {"shared_rescaling", "shared_conv1", "shared_norm"}
+    assert {"a_conv2", "b_conv2", "c_conv1"} <= _names(model)
+    _assert_as_apart(model, towers, IMAGES)
 
 
 def test_one_frozen_model_as_two_towers_is_built_once():
@@ -776,23 +769,27 @@ def test_one_frozen_model_as_two_towers_is_built_once():
     _assert_as_apart(model, {"a": tower, "b": tower}, IMAGES)
 
 
-def test_a_frozen_dropout_is_each_tower_s_own():
+def test_dropout_is_built_once_in_front_of_what_is_trained_and_not_behind():
     def build():
         keras.utils.set_random_seed(0)
-        return _frozen_to(
+        frozen = _frozen_to(
             _tower(
                 [
                     layers.Dense(3, name="one"),
                     layers.Dropout(0.5, name="drop"),
                     layers.Dense(3, name="two"),
+                    layers.Dense(3, name="three"),
+                    layers.Dropout(0.5, name="last"),
                 ]
             ),
             "two",
         )
+        return frozen
 
     model = stitch({"a": build(), "b": build()}, ["tap"])
 
-    assert {"shared_one", "a_drop", "b_drop", "a_two", "b_two"} <= _names(model)
+    assert {"shared_one", "shared_drop", "shared_two"} <= _names(model)
+    assert {"a_last", "b_last", "a_three", "b_three"} <= _names(model)
 
 
 def test_a_split_within_a_frozen_trunk_builds_the_rest_of_it_once_too():

@@ -1,5 +1,7 @@
 """Towers joined into one model: what it computes, holds, and leaves alone."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -585,28 +587,29 @@ def test_towers_of_several_inputs_may_share_them():
 
     model = stitch(towers, ["tap"], same_task=1.0)
 
-    assert set(model.input) == {"image", "depth"}
-    data = _data(model)
-    together = model(data)
-    for task, tower in towers.items():
-        _assert_same(together[task], tower([data["image"], data["depth"]]))
+    assert [x.name for x in model.input] == ["image", "depth"]
+    _assert_outputs_are_those_apart(model, towers)
 
 
-def test_shared_inputs_belong_together_by_name():
-    def build(names):
-        inputs = {name: keras.Input((5,), name=name) for name in names}
-        x = layers.Dense(4, name="one")(inputs["left"] - 2.0 * inputs["right"])
-        return keras.Model(list(inputs.values()), layers.Dense(2, name="two")(x))
+def test_shared_inputs_keep_the_structure_that_the_first_tower_has():
+    def build(outputs):
+        inputs = {name: keras.Input((5,), name=name) for name in ("b", "a")}
+        x = layers.Dense(4, name="one")(inputs["a"] - 2.0 * inputs["b"])
+        return keras.Model(inputs, layers.Dense(outputs, name="two")(x))
 
-    towers = {"a": build(["left", "right"]), "b": build(["right", "left"])}
+    b, a = keras.Input((5,), name="b"), keras.Input((5,), name="a")
+    x = layers.Dense(4, name="one")(a - 2.0 * b)
+    towers = {"x": build(3), "y": keras.Model([b, a], layers.Dense(2, name="two")(x))}
     _distinct(*towers.values())
 
-    model = stitch(towers, ["one"], same_task=1.0)
+    for order in (["x", "y"], ["y", "x"]):
+        model = stitch({task: towers[task] for task in order}, ["one"], same_task=1.0)
 
-    data = _data(model)
-    together = model(data)
-    _assert_same(together["a"], towers["a"]([data["left"], data["right"]]))
-    _assert_same(together["b"], towers["b"]([data["right"], data["left"]]))
+        data = _data(model)
+        named = data if order[0] == "x" else dict(zip("ba", data, strict=True))
+        together = model(data)
+        _assert_same(together["x"], towers["x"](named))
+        _assert_same(together["y"], towers["y"]([named["b"], named["a"]]))
 
 
 def test_several_inputs_of_other_names_cannot_be_shared():
@@ -619,19 +622,19 @@ def test_several_inputs_of_other_names_cannot_be_shared():
         stitch({"a": build(["left", "right"]), "b": build(["rgb", "depth"])}, ["one"])
 
 
-@pytest.mark.parametrize("structure", ["list", "dict"])
-def test_towers_may_have_several_outputs(structure):
-    def build():
-        inputs = keras.Input((5,), name="features")
-        x = layers.Dense(4, name="one")(inputs)
-        logits = layers.Dense(3, name="logits")(x)
-        boxes = layers.Dense(4, name="boxes")(layers.Activation("relu", name="r")(x))
-        outputs = [logits, boxes]
-        if structure == "dict":
-            outputs = {"logits": logits, "boxes": boxes}
-        return keras.Model(inputs, outputs)
+def _two_heads(structure):
+    inputs = keras.Input((5,), name="features")
+    x = layers.Dense(4, name="one")(inputs)
+    logits = layers.Dense(3, name="logits")(x)
+    boxes = layers.Dense(4, name="boxes")(layers.Activation("relu", name="r")(x))
+    outputs = [logits, boxes]
+    if structure == "dict":
+        outputs = {"logits": logits, "boxes": boxes}
+    return keras.Model(inputs, outputs)
 
-    towers = {"detection": build(), "attributes": _dense_tower(2)}
+
+def test_towers_may_have_several_outputs_in_a_dict():
+    towers = {"detection": _two_heads("dict"), "attributes": _dense_tower(2)}
     _distinct(*towers.values())
     data = _data(towers["attributes"])
 
@@ -643,6 +646,29 @@ def test_towers_may_have_several_outputs(structure):
     keras.tree.assert_same_structure(together["detection"], expected)
     _assert_same(together["detection"], expected)
     _assert_same(together["attributes"], towers["attributes"](data))
+
+
+def test_a_list_of_outputs_is_an_error_that_names_them():
+    tower = _two_heads("list")
+
+    with pytest.raises(ValueError, match="tower of 'b' must give a tensor") as caught:
+        stitch({"a": _dense_tower(2), "b": tower}, ["one"])
+
+    # Given that its remedy is code.
+    (code,) = re.findall(r"outputs = model.outputs; (.*?\}\))", str(caught.value))
+    scope = {"keras": keras, "model": tower, "outputs": tower.outputs}
+    exec(code, scope)
+    model = stitch({"a": _dense_tower(2), "b": scope["model"]}, ["one"])
+    assert set(model.output["b"]) == {"logits", "boxes"}
+
+
+def test_a_list_of_one_output_is_that_output():
+    inputs = keras.Input((5,), name="features")
+    tower = keras.Model([inputs], [layers.Dense(4, name="one")(inputs)])
+
+    model = stitch({"a": tower, "b": tower}, [])
+
+    assert model.output["a"].shape == (None, 4)
 
 
 # stitch: what towers bring along
@@ -774,6 +800,20 @@ def _used_twice():
     return keras.Model(inputs, x)
 
 
+def _used_below_and_above():
+    inputs = keras.Input((5,), name="features")
+    one = layers.Dense(5, name="one")
+    x = one(layers.Dense(5, name="two")(one(inputs)))
+    return keras.Model(inputs, layers.Dense(2, name="score")(x))
+
+
+def _two_alike():
+    x = inputs = keras.Input((5,), name="features")
+    for name in ("one", "other"):
+        x = layers.Dense(5, name=name)(x)
+    return keras.Model(inputs, layers.Dense(4, name="two")(x))
+
+
 def _two_outputs():
     inputs = keras.Input((5, 2), name="features")
     x, state = layers.GRU(4, return_state=True, name="one")(inputs)
@@ -804,17 +844,17 @@ STITCH_ERRORS = {
     "taps out of order": (
         lambda: {"a": _dense_tower(3), "b": _dense_tower(2)},
         ["two", "one"],
-        r"from input to output.*tower of 'a', layer 'one'.*\['two', 'one'\]",
+        r"from input to output.*tower of 'a', the tap 'one'.*\['two', 'one'\]",
     ),
     "taps out of order in one tower": (
         lambda: {"a": _dense_tower(3), "b": _dense_tower(2)},
         [{"a": "one", "b": "two"}, {"a": "two", "b": "one"}],
-        "from input to output.*tower of 'b', layer 'one'",
+        "from input to output.*tower of 'b', the tap 'two'",
     ),
     "the same tap twice": (
         lambda: {"a": _dense_tower(3), "b": _dense_tower(2)},
         ["one", "one"],
-        r"each once.*tower of 'a', layer 'one'.*\['one', 'one'\]",
+        r"each once.*tower of 'a', the tap 'one'.*\['one', 'one'\]",
     ),
     "unequal channels": (
         lambda: {"a": _dense_tower(3, units=4), "b": _dense_tower(2, units=6)},
@@ -826,30 +866,37 @@ STITCH_ERRORS = {
         [{"a": "conv", "b": "pool"}],
         r"At the tap.*'a': \(None, 7, 5, 4\), 'b': \(None, 4\)",
     ),
-    "a layer used twice": (
-        lambda: {"a": _dense_tower(3), "b": _used_twice()},
-        ["two"],
-        "tower of 'b' uses its layer 'one' more than once",
-    ),
     "a tap used twice": (
         lambda: {"a": _used_twice(), "b": _used_twice()},
         ["one"],
-        "tower of 'a' uses its layer 'one' more than once",
+        r"tower of 'a', layer 'one' is called more than once: name one of "
+        r"\{'one:0': \(None, 5\), 'one:1': \(None, 5\)\}. Received: 'one'",
     ),
-    "a layer used twice beyond the taps": (
-        lambda: {"a": _dense_tower(3), "b": _used_twice()},
-        [],
-        "tower of 'b' uses its layer 'one' more than once",
+    "a call that there is not": (
+        lambda: {"a": _used_twice(), "b": _used_twice()},
+        ["one:2"],
+        r"name one of \{'one:0'.*Received: 'one:2'",
+    ),
+    "an output that there is not": (
+        lambda: {"a": _dense_tower(3), "b": _dense_tower(2)},
+        ["one:out1"],
+        r"layer 'one' has one output: name one of \{'one': \(None, 4\)\}",
+    ),
+    "a list of outputs": (
+        lambda: {"a": _dense_tower(3), "b": _two_heads("list")},
+        ["one"],
+        r'tower of \'b\' must give.*\{"logits": outputs\[0\], "boxes": outputs\[1\]\}',
     ),
     "a tap of several outputs": (
         lambda: {"a": _two_outputs(), "b": _two_outputs()},
         ["one"],
-        "tower of 'a', layer 'one' has several outputs",
+        r"tower of 'a', layer 'one' has several outputs: name one of "
+        r"\{'one:out0': \(None, 4\), 'one:out1': \(None, 4\)\}",
     ),
     "a tap that is an input": (
         lambda: {"a": _dense_tower(3), "b": _dense_tower(2)},
         ["features"],
-        r"tower of 'a', 'features' is an input.*Name one of \['one', 'two', 'score'\]",
+        r"tower of 'a', 'features' is an input.*such as one of \['one', 'two', 'score'",
     ),
     "a string for the list of taps": (
         lambda: {"a": _dense_tower(3), "b": _dense_tower(2)},
@@ -1222,10 +1269,15 @@ SPLIT_ERRORS = {
         {"a": "two", "b": "score"},
         "tower of 'b' has 'two' where the first has 'nothing'",
     ),
-    "a layer used twice": (
-        lambda: {"a": _used_twice(), "b": _used_twice()},
+    "a layer used below and above": (
+        lambda: {"a": _used_below_and_above(), "b": _used_below_and_above()},
         "two",
-        "tower of 'a' uses its layer 'one' more than once",
+        "tower of 'a' calls its layer 'one' below the split and above it",
+    ),
+    "one layer used twice, or two layers": (
+        lambda: {"a": _two_alike(), "b": _used_twice()},
+        "two",
+        "tower of 'b' has 'one' where the first has 'one'",
     ),
     "unequal inputs": (
         lambda: {"a": _fcn(3, (33, 65)), "b": _fcn(3, (65, 33))},

@@ -1,0 +1,307 @@
+"""Towers opened into the calls of their layers, and the names that these have.
+
+Knows nothing of what is shared or mixed.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of an opened tower. What is within a nested model has one a call."""
+
+    spec: keras.KerasTensor
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        return tuple(self.spec.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a layer (or operation) in a tower's graph."""
+
+    task: str  # whose tower
+    path: str  # "conv1", or "backbone/conv1" where it is within a nested model
+    layer: Any
+    args: tuple
+    kwargs: dict
+    outputs: tuple[Value, ...]
+
+    @property
+    def reads(self) -> list:
+        """What it is called with, values and constants, in one list."""
+        return keras.tree.flatten((self.args, self.kwargs))
+
+
+class Tower:
+    """A functional or Sequential model as the calls of its layers.
+
+    Nested models are opened: their calls stand in the place of their own.
+
+    Attributes:
+        task: String.
+        inputs: Dict of `keras.layers.InputLayer` to its `Value`.
+        input_structure: The inputs' names as the model takes them.
+        calls: List of `Call`, each after those whose outputs it reads.
+        output: The model's output, a `Value` or a dict of them.
+        outputs: Dict of path, of a layer or a nested model, to its outputs: a list
+            with a list of `Value` for each call.
+    """
+
+    def __init__(
+        self, task: str, model: keras.Model, towers: Mapping[str, Any] | None = None
+    ) -> None:
+        graph = as_graph(model)
+        if graph is None:
+            raise ValueError(_cannot_be_opened(task, model, towers or {}))
+        self.task = task
+        self.inputs = {_input_layer(graph, x): Value(x) for x in graph.inputs}
+        self.input_structure = keras.tree.pack_sequence_as(
+            graph.input, list(self.inputs)
+        )
+        self.calls: list[Call] = []
+        self.outputs: dict[str, list[list[Value]]] = {}
+        scope = dict(zip(map(id, graph.inputs), self.inputs.values(), strict=True))
+        self._open(graph, "", {}, scope)
+        self.output = _named_output(task, graph, scope)
+
+    def call_of(self, value: Value) -> Call | None:
+        """The call that gives a value; None for an input."""
+        return next((call for call in self.calls if value in call.outputs), None)
+
+    def find(self, name: str) -> Value:
+        """The output that a tap names, or a ValueError that says which there are.
+
+        The name is a layer's, and what tells its outputs apart: `"act:1"` is the
+        second call of a layer, `"lstm:out0"` the first of several outputs, and
+        `"lstm:1:out0"` both.
+        """
+        path, call, output = self._parsed(name)
+        by_call = self.outputs[path]
+        found = [
+            (k, n, value)
+            for k, values in enumerate(by_call)
+            for n, value in enumerate(values)
+            if call in (None, k) and output in (None, n)
+        ]
+        if len(found) == 1:
+            return found[0][2]
+        names = {
+            path
+            + (f":{k}" if len(by_call) > 1 else "")
+            + (f":out{n}" if len(values) > 1 else ""): value.shape
+            for k, values in enumerate(by_call)
+            for n, value in enumerate(values)
+        }
+        what = "is called more than once" if len(by_call) > 1 else "has several outputs"
+        if len(names) == 1:
+            what = "has one output"
+        raise ValueError(
+            f"In the tower of '{self.task}', layer '{path}' {what}: name one of "
+            f"{names}. Received: {name!r}"
+        )
+
+    def _parsed(self, name: str) -> tuple[str, int | None, int | None]:
+        match = re.fullmatch(r"(.+?)(?::(\d+))?(?::out(\d+))?", str(name))
+        if match is None or name in self.outputs:
+            return self.path(name), None, None
+        base, call, output = match.groups()
+        return (
+            self.path(base),
+            None if call is None else int(call),
+            None if output is None else int(output),
+        )
+
+    def path(self, name: str) -> str:
+        """The path of the layer, or nested model, of that name or path."""
+        if name in self.outputs:
+            return name
+        paths = list(self.outputs)
+        found = [path for path in paths if path.rsplit("/", 1)[-1] == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(
+                f"The tower of '{self.task}' has several layers '{name}': name one of "
+                f"{found}"
+            )
+        layers = [
+            call.path
+            for call in self.calls
+            if isinstance(call.layer, keras.layers.Layer)
+        ]
+        if name in [layer.name for layer in self.inputs]:
+            raise ValueError(
+                f"In the tower of '{self.task}', '{name}' is an input, which cannot "
+                f"be a tap. Name a layer, such as one of {layers[:5]}"
+            )
+        raise ValueError(
+            f"The tower of '{self.task}' has no layer '{name}'. Did you mean one of "
+            f"{_like(str(name), layers)}?"
+        )
+
+    def _open(
+        self, graph: keras.Model, prefix: str, context: dict, scope: dict[int, Any]
+    ) -> None:
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            for node in graph._nodes_by_depth[depth]:
+                if not node.is_input:
+                    path = prefix + node.operation.name
+                    outputs = self._add(node, path, context, scope)
+                    scope |= zip(map(id, node.outputs), outputs, strict=True)
+                    self.outputs.setdefault(path, []).append(list(outputs))
+
+    def _add(
+        self, node: Any, path: str, context: dict, scope: dict[int, Any]
+    ) -> Iterable[Value]:
+        layer = node.operation
+        args, kwargs = node.arguments.convert(lambda x: _resolved(x, scope))
+        nested = as_graph(layer)
+        if nested is not None:
+            if _comes_by_itself(node.arguments):
+                kwargs = {key: x for key, x in kwargs.items() if key != "mask"}
+            return self._add_nested(nested, path, context, args, dict(kwargs))
+        if context and "training" in inspect.signature(layer.call).parameters:
+            kwargs = {**context, **kwargs}
+        outputs = tuple(map(Value, node.outputs))
+        self.calls.append(Call(self.task, path, layer, args, kwargs, outputs))
+        return outputs
+
+    def _add_nested(
+        self, nested: keras.Model, path: str, context: dict, args: tuple, kwargs: dict
+    ) -> list[Value]:
+        given = args[0] if args else kwargs.pop("inputs", None)
+        if isinstance(given, dict):
+            given = [given.get(x.name) for x in nested.inputs]
+        given = keras.tree.flatten(given)
+        if set(kwargs) - {"training"} or len(given) != len(nested.inputs):
+            raise ValueError(
+                f"In the tower of '{self.task}', the nested model '{path}' is called "
+                "in a way that cannot be taken apart: give it its inputs, and no "
+                f"argument but `training`. Received: {given}, {kwargs}"
+            )
+        scope = dict(zip(map(id, nested.inputs), given, strict=True))
+        self._open(nested, f"{path}/", {**context, **kwargs}, scope)
+        return [_resolved(x, scope) for x in nested.outputs]
+
+
+def as_graph(model: Any) -> keras.Model | None:
+    """The model as a functional one; None for a layer, and for a `call` of its own."""
+    if isinstance(model, keras.Sequential) and getattr(model, "inputs", None):
+        return keras.Model(model.inputs, model.outputs[0])
+    if not isinstance(model, keras.Model) or not hasattr(model, "operations"):
+        return None
+    own_call = any(
+        "call" in vars(kind) and not kind.__module__.startswith("keras.")
+        for kind in type(model).__mro__
+    )
+    return None if own_call else model
+
+
+def _resolved(x: Any, scope: dict[int, Any]) -> Any:
+    return scope.get(id(x), x) if isinstance(x, keras.KerasTensor) else x
+
+
+def _input_layer(graph: keras.Model, x: Any) -> keras.layers.InputLayer:
+    return next(
+        layer
+        for layer in graph.layers
+        if isinstance(layer, keras.layers.InputLayer) and layer.output is x
+    )
+
+
+def _comes_by_itself(arguments: Any) -> bool:
+    """Whether a call's mask is its input's own, which the copy's input has, too."""
+    masks = keras.tree.flatten(arguments.kwargs.get("mask"))
+    given = arguments.args[0] if arguments.args else arguments.kwargs.get("inputs")
+    own = [getattr(x, "_keras_mask", None) for x in keras.tree.flatten(given)]
+    return all(any(mask is x for x in [None, *own]) for mask in masks)
+
+
+def _named_output(task: str, graph: keras.Model, scope: dict[int, Any]) -> Any:
+    """The output in its structure, of which each part must have a name."""
+    output = graph.output
+    if isinstance(output, list | tuple) and len(output) == 1:
+        (output,) = output
+    values = output.values() if isinstance(output, dict) else [output]
+    if not all(isinstance(x, keras.KerasTensor) for x in values):
+        names = [x._keras_history.operation.name for x in graph.outputs]
+        named = ", ".join(f'"{x}": outputs[{n}]' for n, x in enumerate(names))
+        raise ValueError(
+            f"The tower of '{task}' must give a tensor or a dict of name to tensor, "
+            "since a served output has a name. Name them: outputs = model.outputs; "
+            f"model = keras.Model(model.input, {{{named}}}). Received: {output}"
+        )
+    return keras.tree.map_structure(lambda x: _resolved(x, scope), output)
+
+
+def _like(name: str, names: list[str], most: int = 5) -> list[str]:
+    """The names most like one, whatever their case; any where none is like it."""
+    by_lower: dict[str, str] = {}
+    for full in reversed(names):
+        by_lower[full.lower()] = full
+        by_lower[full.rsplit("/", 1)[-1].lower()] = full
+    near = difflib.get_close_matches(name.lower(), by_lower, n=most)
+    return list(dict.fromkeys(by_lower[x] for x in near)) or names[:most]
+
+
+def _cannot_be_opened(task: str, model: Any, towers: Mapping[str, Any]) -> str:
+    said = (
+        f"The tower of '{task}' must be a functional model, or a Sequential one that "
+        "starts with `keras.Input`; a subclass with a `call` of its own cannot be "
+        f"taken apart. Received: {model!r}"
+    )
+    if not isinstance(model, keras.Model):
+        return said
+    inputs = _inputs_like(_known_inputs(model, towers))
+    if inputs is None:
+        return f"{said}. Build it, so that its inputs are known, and try again"
+    try:
+        keras.Model(inputs, model.call(inputs))
+    except Exception as error:
+        why = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        return f"{said}. Its `call` cannot be traced either: {why[0]}"
+    return (
+        f"{said}. Its `call` can be traced, and these two lines make a tower of it:\n\n"
+        f"    inputs = {_as_code(inputs)}\n"
+        f'    towers["{task}"] = keras.Model(inputs, model.call(inputs))\n'
+    )
+
+
+def _known_inputs(model: keras.Model, towers: Mapping[str, Any]) -> Any:
+    """The inputs that the model was built for, or else those of another tower."""
+    config = (model.get_build_config() or {}) if model.built else {}
+    shapes = config.get("input_shape", config.get("shapes_dict"))
+    graphs = filter(None, map(as_graph, towers.values()))
+    other = next((graph.input for graph in graphs), None)
+    return other if shapes is None else shapes
+
+
+def _inputs_like(known: Any, name: str = "inputs") -> Any:
+    """A new `keras.Input` for each shape, or symbolic tensor, of a structure."""
+    if isinstance(known, keras.KerasTensor):
+        return keras.Input(known.shape[1:], dtype=known.dtype, name=known.name)
+    if isinstance(known, dict):
+        return {key: _inputs_like(x, str(key)) for key, x in known.items()}
+    if isinstance(known, list | tuple) and known and isinstance(known[0], int | None):
+        return keras.Input(tuple(known[1:]), name=name)
+    if isinstance(known, list | tuple) and known:
+        return [_inputs_like(x, f"{name}_{n}") for n, x in enumerate(known, 1)]
+    return None
+
+
+def _as_code(inputs: Any) -> str:
+    if isinstance(inputs, dict):
+        return "{" + ", ".join(f'"{k}": {_as_code(x)}' for k, x in inputs.items()) + "}"
+    if isinstance(inputs, list):
+        return "[" + ", ".join(map(_as_code, inputs)) + "]"
+    dtype = "" if inputs.dtype == "float32" else f', dtype="{inputs.dtype}"'
+    return f'keras.Input({tuple(inputs.shape[1:])}{dtype}, name="{inputs.name}")'

@@ -1,0 +1,238 @@
+"""What of several towers is built once, and what they should have in common.
+
+Value numbering across towers: calls of equal layers on equal inputs share one result.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from keras_cross_stitch.copying import frozen_alike, is_random, kernels, same_draws
+from keras_cross_stitch.opening import Call, Tower, Value
+
+
+def built_once(
+    towers: Mapping[str, Tower],
+    inputs: Mapping[str, list],
+    taps: Collection[Value],
+    may_share: Callable[[Call, Call], bool],
+) -> dict[Call, Call]:
+    """The calls that give the same for several tasks.
+
+    Equal values have one number. A call gives what a call of an earlier tower gives
+    if it reads values of the same numbers, and if `may_share(call, other)`. Behind
+    the `taps` every task goes on with a number of its own.
+
+    Returns:
+        Dict of `Call` to the one that is built for it, also of that one to itself.
+    """
+    same: dict[Call, Call] = {}
+    known: list[tuple] = []  # [(call, what it reads, the numbers of its outputs)]
+    for task, tower in towers.items():
+        numbers: dict[Any, Any] = dict(
+            zip(tower.inputs.values(), inputs[task], strict=True)
+        )
+        free = list(known)
+        for call in tower.calls:
+            reads = [
+                (numbers[x], None) if isinstance(x, Value) else (None, x)
+                for x in call.reads
+            ]
+            with named(call):  # comparing reads a layer's config, as copying does
+                twins = [
+                    entry
+                    for entry in free
+                    if _read_the_same(entry[1], reads) and may_share(entry[0], call)
+                ]
+            if twins:
+                # Of twin branches, the one of the same name.
+                entry = min(twins, key=lambda entry: entry[0].path != call.path)
+                free.remove(entry)
+                same[call] = same[entry[0]] = entry[0]
+            else:
+                entry = (call, reads, [object() for _ in call.outputs])
+                known.append(entry)
+            for value, number in zip(call.outputs, entry[2], strict=True):
+                numbers[value] = object() if value in taps else number
+    return same
+
+
+def worth_sharing(
+    same: dict[Call, Call],
+    towers: Mapping[str, Tower],
+    wanted: Callable[[Call], bool],
+) -> dict[Call, Call]:
+    """Of the calls that give the same, those that are `wanted`, and what leads to them.
+
+    Layers without weights alone are not worth another name.
+    """
+    kept = set()
+    for tower in towers.values():
+        needed: set[Any] = set()
+        for call in reversed(tower.calls):
+            if call in same and (wanted(call) or not needed.isdisjoint(call.outputs)):
+                kept.add(same[call])
+                needed.update(x for x in call.reads if isinstance(x, Value))
+    return {call: first for call, first in same.items() if first in kept}
+
+
+def wanted_once(call: Call, share_frozen: bool) -> bool:
+    """Whether a call is worth building once: it costs, or all must draw the same."""
+    has_weights = bool(getattr(call.layer, "weights", None))
+    return is_random(call.layer) or (share_frozen and has_weights)
+
+
+def may_be_built_once(call: Call, other: Call) -> bool:
+    return frozen_alike(call.layer, other.layer)
+
+
+def _read_the_same(reads: list[tuple], others: list[tuple]) -> bool:
+    """Whether both are lists of the same (number, None) and equal (None, constant)."""
+    return len(reads) == len(others) and all(
+        a is b and (a is not None or (type(x) is type(y) and np.array_equal(x, y)))
+        for (a, x), (b, y) in zip(reads, others, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def named(call: Call) -> Iterator[None]:
+    """Turns what Keras says of a layer that cannot be copied into one that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"In the tower of '{call.task}', layer '{call.path}' "
+            f"({type(call.layer).__name__}) cannot be copied. A layer of your own "
+            "needs a `get_config` with all that its `__init__` takes, and `**kwargs` "
+            f"in `__init__` for the name. Keras says: {str(error).strip()}"
+        ) from error
+
+
+def warn_of_unlike_draws(
+    towers: Mapping[str, Tower], same: dict[Call, Call], taps: Collection[Value]
+) -> None:
+    """Warns of random layers that give every task another picture before a tap.
+
+    Only in front of what is trained: the towers' own Dropout is theirs.
+    """
+    drawn = {task: _own_draws(tower, same, taps) for task, tower in towers.items()}
+    first, *others = drawn.values()
+    alike = all(
+        len(first) == len(other)
+        and all(same_draws(a.layer, b.layer) for a, b in zip(first, other, strict=True))
+        for other in others
+    )
+    if not alike:
+        named_ = {task: [call.path for call in calls] for task, calls in drawn.items()}
+        warnings.warn(
+            f"Random layers in front of a tap draw for each task by itself: {named_}. "
+            "In training, a unit then mixes maps of pictures that were flipped or "
+            "turned otherwise. Give all towers the same random layer on the same "
+            "input, which is then built once, or the same `seed`, or augment in the "
+            "data set",
+            stacklevel=3,
+        )
+
+
+def _own_draws(
+    tower: Tower, same: dict[Call, Call], taps: Collection[Value]
+) -> list[Call]:
+    """The random calls in front of a tap and of all that is trained, built alone."""
+    untrained = set(tower.inputs.values())
+    for call in tower.calls:
+        reads = [x for x in call.reads if isinstance(x, Value)]
+        if untrained.issuperset(reads) and not _trained(call.layer):
+            untrained.update(call.outputs)
+    needed = set(taps)
+    found = []
+    for call in reversed(tower.calls):
+        if not needed.isdisjoint(call.outputs):
+            needed.update(x for x in call.reads if isinstance(x, Value))
+            if untrained.issuperset(call.outputs) and call not in same:
+                found.extend([call] if is_random(call.layer) else [])
+    return found[::-1]
+
+
+def _trained(layer: Any) -> bool:
+    return bool(getattr(layer, "trainable_weights", None))
+
+
+def unrelated(
+    towers: Mapping[str, Tower], tap: Mapping[str, Value]
+) -> tuple[str, str] | None:
+    """Two tasks whose towers have no weights in common up to a tap, if there are any.
+
+    Channel k of one tower's map means what channel k of the other's does where both
+    came from one start. Their kernels are then more like each other channel by
+    channel than one channel is like the next.
+    """
+    found = {task: _kernels_before(towers[task], x) for task, x in tap.items()}
+    tasks = list(found)
+    for n, a in enumerate(tasks):
+        for b in tasks[n + 1 :]:
+            if (found[a] or found[b]) and not _related(found[a], found[b]):
+                return a, b
+    return None
+
+
+def _kernels_before(tower: Tower, value: Value) -> list[np.ndarray]:
+    needed = {value}
+    found: list[np.ndarray] = []
+    seen: list[Any] = []
+    for call in reversed(tower.calls):
+        if not needed.isdisjoint(call.outputs):
+            needed.update(x for x in call.reads if isinstance(x, Value))
+            if call.layer not in seen:
+                found.extend(kernels(call.layer))
+                seen.append(call.layer)
+    return found[::-1]
+
+
+def _related(kernels: list[np.ndarray], others: list[np.ndarray]) -> bool:
+    """Whether kernels are alike: plainly so, or by 4 standard deviations of chance."""
+    scores, excesses = [], []
+    for a, b in zip(kernels, others, strict=False):
+        if a.shape != b.shape:
+            break
+        if np.array_equal(a, b):
+            return True
+        excess, by_chance = _likeness(a, b)
+        excesses.append(excess)
+        scores.append(excess / by_chance)
+    return bool(scores) and (
+        sum(scores) > 4 * len(scores) ** 0.5 or sum(excesses) > 0.5 * len(excesses)
+    )
+
+
+def _likeness(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """By how much the cosine of equal channels is above that of unequal ones.
+
+    And the standard deviation that it would have by chance.
+    """
+    a, b = (x.reshape(-1, x.shape[-1]).astype("float64") for x in (a, b))
+    a, b = (x / np.maximum(np.linalg.norm(x, axis=0), 1e-12) for x in (a, b))
+    cosines = a.T @ b  # (C, C)
+    channels = len(cosines)
+    unequal = cosines[~np.eye(channels, dtype=bool)]
+    mean, deviation = (unequal.mean(), unequal.std()) if channels > 2 else (0.0, 0.0)
+    by_chance = max(deviation, len(a) ** -0.5) / channels**0.5
+    return float(np.diag(cosines).mean() - mean), float(by_chance)
+
+
+def warn_of_unrelated_towers(
+    towers: Mapping[str, Tower], tap: Mapping[str, Value], name: str
+) -> None:
+    """Warns where a unit starts with maps of which channel k means two things."""
+    pair = unrelated(towers, tap)
+    if pair is not None:
+        warnings.warn(
+            f"The towers of '{pair[0]}' and '{pair[1]}' have unrelated weights in "
+            f"front of the first tap, '{name}', so that channel k of one has nothing "
+            "to do with channel k of the other, and what a task takes from the other "
+            "at the start is noise. Start all towers from the same weights, or start "
+            "with nothing shared: `stitch(..., same_task=1.0)`",
+            stacklevel=3,
+        )

@@ -1,0 +1,268 @@
+"""What of several towers is built once, and what they should have in common."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_cross_stitch import split, stitch
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.uniform(0, 255, (4, 8, 8, 3)).astype("float32")
+
+
+def tower(first, outputs=2, seed=None, rescale=True):
+    """Input, rescaled, the layers given, `conv` (the tap), `score`."""
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.Rescaling(1 / 255, name="rescaling")(image) if rescale else image
+    for layer in first:
+        x = layer(x)
+    x = layers.Conv2D(4, 3, padding="same", name="conv")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(image, layers.Dense(outputs, name="score")(x))
+
+
+def names(model):
+    return {x.name for x in model.layers}
+
+
+# Random layers
+
+
+def flips(**arguments):
+    return [
+        layers.RandomFlip("horizontal", name="flip", **arguments),
+        layers.RandomRotation(0.2, name="turn", **arguments),
+    ]
+
+
+def one_object():
+    augment = keras.Sequential(flips(), name="augment")
+    return [augment], [augment]
+
+
+def loaded():
+    both = []
+    for _ in "ab":
+        model = keras.Sequential([keras.Input((8, 8, 3)), *flips()], name="augment")
+        both.append([keras.Sequential.from_config(model.get_config())])
+    return both
+
+
+SAME_PICTURE = {
+    "one object": one_object,
+    "equal ones": lambda: (flips(), flips()),
+    "equal seeds": lambda: (flips(seed=3), flips(seed=3)),
+    "other seeds": lambda: (flips(seed=3), flips(seed=4)),
+    "as loaded from files": loaded,
+}
+
+
+@pytest.mark.parametrize("share_frozen", [True, False])
+@pytest.mark.parametrize("build", SAME_PICTURE.values(), ids=SAME_PICTURE.keys())
+def test_all_tasks_see_the_same_picture(build, share_frozen):
+    first, second = build()
+    towers = {"a": tower(first, seed=0), "b": tower(second, seed=0)}
+
+    model = stitch(towers, ["conv"], same_task=1.0, share_frozen=share_frozen)
+
+    flipped = [x.name for x in model.layers if "flip" in x.name]
+    assert len(flipped) == 1
+    assert flipped[0].startswith("shared")
+    maps = keras.Model(model.input, [model.get_layer(f"{t}_conv").output for t in "ab"])
+    keras.utils.set_random_seed(1)
+    a, b = maps(IMAGES, training=True)
+    np.testing.assert_array_equal(a, b)
+    still = [towers["a"].get_layer("conv")(IMAGES / 255)] * 2
+    assert np.abs(ops.convert_to_numpy(a - still[0])).max() > 1e-2
+
+
+def test_random_layers_are_built_once_in_a_split_too():
+    towers = {"a": tower(flips(), seed=0), "b": tower(flips(), seed=0)}
+
+    model = split(towers, "flip")
+
+    assert {"shared_flip", "shared_turn", "a_conv", "b_conv"} <= names(model)
+
+
+OTHER_PICTURES = {
+    "another range": (flips(), [flips()[0], layers.RandomRotation(0.4, name="turn")]),
+    "another kind": (flips()[:1], [layers.GaussianNoise(0.1, name="noise")]),
+    "one tower alone": (flips(), []),
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), OTHER_PICTURES.values(), ids=OTHER_PICTURES.keys()
+)
+def test_random_layers_that_give_each_task_another_picture_warn(first, second):
+    towers = {"a": tower(first, seed=0), "b": tower(second, seed=0)}
+
+    with pytest.warns(UserWarning, match=r"draw for each task by itself.*the data set"):
+        stitch(towers, ["conv"], same_task=1.0)
+
+    # Without a tap behind them there is nothing to mix.
+    stitch(towers, [])
+
+
+def test_random_layers_on_inputs_of_their_own_warn_but_for_equal_seeds():
+    towers = {"a": tower(flips(), seed=0), "b": tower(flips(), seed=0)}
+    with pytest.warns(UserWarning, match=r"'a': \['flip', 'turn'\]"):
+        stitch(towers, ["conv"], shared_input=False)
+
+    seeded = {"a": tower(flips(seed=1), seed=0), "b": tower(flips(seed=1), seed=0)}
+    model = stitch(seeded, ["conv"], shared_input=False)
+    maps = keras.Model(model.input, [model.get_layer(f"{t}_conv").output for t in "ab"])
+    a, b = maps({"a": IMAGES, "b": IMAGES}, training=True)
+    np.testing.assert_array_equal(a, b)
+
+
+def test_dropout_behind_what_is_trained_is_each_tower_s_own():
+    def build():
+        conv = layers.Conv2D(3, 3, padding="same", name="first")
+        return tower([conv, layers.Dropout(0.5, name="drop")], seed=0)
+
+    model = stitch({"a": build(), "b": build()}, ["conv"])
+
+    assert {"a_drop", "b_drop"} <= names(model)
+
+
+# Layers that only look alike
+
+
+def test_an_argument_that_is_called_as_the_layer_is_is_no_name():
+    frozen = layers.Conv2D(3, 1, trainable=False, name="frozen")
+    towers = {
+        task: tower([layers.MaxPooling2D(3, 1, padding=p, name=p), frozen], seed=0)
+        for task, p in (("a", "valid"), ("b", "same"))
+    }
+
+    model = stitch(towers, [], same_task=1.0)
+
+    together = model(IMAGES)
+    for task, one in towers.items():
+        np.testing.assert_array_equal(together[task], one(IMAGES))
+    with pytest.raises(ValueError, match=r"tower of 'b' has 'same' where.*'valid'"):
+        split(towers, "conv")
+
+
+def test_layers_of_other_names_are_alike():
+    def build(name):
+        wrapped = layers.TimeDistributed(layers.Dense(3, name=f"{name}_inner"))
+        return tower([layers.Conv2D(3, 1, name=name), wrapped], seed=0)
+
+    model = split({"a": build("one"), "b": build("two")}, "conv")
+
+    assert "shared_one" in names(model)
+
+
+class AddsLoss(layers.Layer):
+    def call(self, x):
+        self.add_loss(ops.mean(ops.abs(x)))
+        return x
+
+
+def penalty(layer, x):
+    layer.add_loss(1.0 * ops.mean(x * 0 + 1))
+
+
+class AddsLossElsewhere(layers.Layer):
+    def call(self, x):
+        penalty(self, x)
+        return x
+
+
+class Composite(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = AddsLossElsewhere()
+
+    def call(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [AddsLoss, AddsLossElsewhere, Composite])
+def test_layers_that_add_losses_are_each_built(kind):
+    frozen = layers.Conv2D(3, 1, trainable=False, name="frozen")
+    towers = {task: tower([kind(name="adds"), frozen], seed=0) for task in "ab"}
+
+    model = stitch(towers, ["conv"])
+
+    model(IMAGES)
+    assert len(model.losses) == 2
+    assert {"a_adds", "b_adds"} <= names(model)
+
+
+# Weights that have nothing to do with each other
+
+
+def convolutions(seed, trained=0.0):
+    one = tower([layers.Conv2D(8, 3, activation="relu", name="first")], seed=seed)
+    rng = np.random.default_rng(int(1000 * trained))
+    for weight in one.trainable_weights:
+        size = trained * np.std(weight.numpy())
+        weight.assign_add(rng.normal(size=weight.shape) * size)
+    return one
+
+
+UNRELATED = "The towers of 'a' and '[bc]' have unrelated weights"
+
+
+def test_towers_of_unrelated_weights_warn_once():
+    towers = {task: convolutions(seed) for seed, task in enumerate("abc")}
+
+    with pytest.warns(UserWarning, match=UNRELATED) as caught:
+        stitch(towers, ["first", "conv"])
+
+    caught = [x for x in caught if x.category is UserWarning]
+    assert len(caught) == 1
+    assert "same weights" in str(caught[0].message)
+    assert "same_task=1.0" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error:The towers of:UserWarning")
+def test_others_do_not():
+    started_alike = {task: convolutions(0) for task in "ab"}
+    trained = {"a": convolutions(0, 0.5), "b": convolutions(0, 1.0)}
+    unrelated = {"a": convolutions(0), "b": convolutions(1)}
+
+    stitch(started_alike, ["conv"])
+    stitch(trained, ["first", "conv"])
+    stitch(unrelated, ["first"], same_task=1.0)
+    stitch(unrelated, ["first"], alpha_initializer="identity")
+    stitch(unrelated, [])
+
+
+@pytest.mark.filterwarnings("error:The towers of:UserWarning")
+@pytest.mark.parametrize("seed", range(5))
+def test_small_towers_of_one_start_do_not_either(seed):
+    def build(trained):
+        keras.utils.set_random_seed(seed)
+        x = inputs = keras.Input((5,))
+        for name in ("one", "two"):
+            x = layers.Dense(4, name=name)(x)
+        one = keras.Model(inputs, x)
+        rng = np.random.default_rng([seed, int(10 * trained)])
+        for weight in one.weights:
+            weight.assign_add(trained * 0.3 * rng.normal(size=weight.shape))
+        return one
+
+    stitch({"a": build(0.1), "b": build(0.5)}, ["one", "two"])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_towers_of_other_starts_do_each_time(seed):
+    towers = {"a": convolutions(seed), "b": convolutions(seed + 100)}
+
+    with pytest.warns(UserWarning, match=UNRELATED):
+        stitch(towers, ["conv"])
+
+
+def test_towers_of_other_families_do():
+    other = tower([layers.Conv2D(5, 3, name="first")])
+
+    with pytest.warns(UserWarning, match=UNRELATED):
+        stitch({"a": convolutions(0), "b": other}, ["conv"])
