@@ -244,6 +244,10 @@ def study(
         if distribution.is_chief(strategy):
             for path in studies.write(planned, results or runs / "results"):
                 console.print(f"Wrote {path}")
+            if table == "search":
+                tried = studies.best_first(planned)
+                rows = [(method, f"{value:+.1f}") for method, value in tried]
+                _print_table(("tried on a part of train", "Δm, % ↑"), rows)
 
 
 @app.command()

@@ -208,6 +208,10 @@ def _with_option(
         # Files are options of the command line.
         if not isinstance(getattr(getattr(recipe, part), field.name), Path | None)
     }
+    if method.schedule:
+        # All that is trained from the start learns at the single-task networks' rate.
+        fine = method.schedule == "finetuning"
+        known["learning_rate"] = "finetuning" if fine else "single_task"
     if key not in known:
         raise ValueError(
             f"There is no option '{key}' in '{spelled}'. There are: {', '.join(known)}"

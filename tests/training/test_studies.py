@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from training import provenance, recipes, runs
+from training import methods, provenance, recipes, runs
 from training.study import studies
 
 
@@ -69,6 +69,43 @@ def test_every_method_of_a_study_can_be_planned(scenes, study, name):
 
     for run in studies.plan(experiment, study, [0]):
         assert studies.methods.plan(run.method, run.experiment.recipe)
+
+
+def test_a_search_gives_baseline_and_method_as_many_tries_on_a_part_of_train(scenes):
+    planned = studies.plan(scenes, "search", [0])
+    tried = [methods.plan(run.method, run.experiment.recipe) for run in planned]
+    rates = {
+        name: [x.schedule.learning_rate for x in tried if x.spelled.startswith(name)]
+        for name in ("single_task_as_long", "cross_stitch_from_start")
+    }
+    one, other = rates.values()
+
+    assert one == other
+    assert len(set(one)) == studies.TRIES
+    assert one[0] == scenes.recipe.single_task.learning_rate
+    assert {run.experiment.recipe.data.train_split for run in planned} == {
+        "train[:80%]"
+    }
+    assert {run.experiment.recipe.data.test_split for run in planned} == {"train[80%:]"}
+    assert planned[0].folder.parts[-3] == "scenes-search"
+    again = studies.plan(scenes, "search", [0])  # the same at every start
+    assert [run.folder for run in planned] == [run.folder for run in again]
+    part = recipes.change(scenes.recipe, "data", train_split="train[:50%]")
+    with pytest.raises(ValueError, match=r"'train\[:50%\]' of .* Name a whole one"):
+        studies.plan(dataclasses.replace(scenes, recipe=part), "search", [0])
+
+
+def test_what_was_tried_is_told_best_first(scenes):
+    planned = studies.plan(scenes, "search", [0])
+    finish(planned[0], 50.0)
+    finish(planned[1], 55.0)
+    finish(planned[2], 40.0)
+
+    assert studies.best_first(planned) == [
+        ("cross_stitch_from_start", pytest.approx(5.0)),
+        ("single_task_as_long", 0.0),
+        (planned[2].method, pytest.approx(-10.0)),
+    ]
 
 
 def test_label_fractions_are_recipes_of_their_own(scenes):

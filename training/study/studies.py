@@ -13,6 +13,7 @@ from training.study import delta_m
 from training.study.results import ALL_TASKS, read_rows
 
 LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
+TRIES = 8  # of a search, for the baseline and for cross-stitch each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,33 @@ def _label_fraction(recipe):
     ]
 
 
+def _search(recipe):
+    """Settings, tried on a part of train: as many of the baseline as of cross-stitch.
+
+    The first try of each is the recipe's own. The others are drawn at random, at the
+    same learning rates for both; alpha's is drawn as such, and not as a multiple.
+    """
+    rng = np.random.default_rng(0)
+    spelled = ["single_task_as_long", "cross_stitch_from_start"]
+    for _ in range(TRIES - 1):
+        rate = _rounded(recipe.single_task.learning_rate * 2 ** rng.uniform(-2, 2))
+        of_alpha = 10 ** rng.uniform(-2, 0.5)
+        units = {
+            "alpha_multiplier": _rounded(of_alpha / rate),
+            "same_task": float(rng.choice([0.5, 0.7, 0.9, 1.0])),
+            "per": str(rng.choice(["channel", "layer"])),
+        }
+        spelled += [
+            methods.spell(spelled[0], recipe, learning_rate=rate),
+            methods.spell(spelled[1], recipe, learning_rate=rate, **units),
+        ]
+    return spelled
+
+
+def _rounded(value):
+    return float(f"{value:.2g}")
+
+
 STUDIES = {
     "demo": _demo,
     "methods": _methods,
@@ -120,6 +148,7 @@ STUDIES = {
     "splits": _splits,
     "per-class": _per_class,
     "label-fraction": _label_fraction,
+    "search": _search,
 }
 
 
@@ -136,7 +165,8 @@ def plan(experiment, study, seeds):
     names = [study]
     if study == "all":
         dense = hasattr(experiment.recipe.data, "label_fraction")
-        names = [x for x in STUDIES if dense or x != "label-fraction"]
+        others = {"search"} if dense else {"search", "label-fraction"}
+        names = [x for x in STUDIES if x not in others]
     experiments = {name: _experiments(experiment, name) for name in names}
     return [
         Run(name, one, method, seed)
@@ -274,7 +304,9 @@ def _alphas(run):
 
 
 def _experiments(experiment, study):
-    """The experiment itself, or its variants over label fractions."""
+    """The experiment itself, or its variants: label fractions, or a part of train."""
+    if study == "search":
+        return [dataclasses.replace(experiment, recipe=_on_train(experiment.recipe))]
     if study != "label-fraction":
         return [experiment]
     variants = [
@@ -284,6 +316,45 @@ def _experiments(experiment, study):
         for percent in LABEL_FRACTIONS
     ]
     return [*variants, experiment]
+
+
+def _on_train(recipe):
+    """The recipe that is trained on four fifths of train, and judged on the last."""
+    split = recipe.data.train_split
+    if "[" in split:
+        raise ValueError(
+            f"`search` divides the train split, and '{split}' of the recipe "
+            f"'{recipe.name}' is a part already. Name a whole one in the recipe"
+        )
+    changed = recipes.change(
+        recipe, "data", train_split=f"{split}[:80%]", test_split=f"{split}[80%:]"
+    )
+    return dataclasses.replace(changed, name=f"{recipe.name}-search")
+
+
+def best_first(planned):
+    """What was tried of finished runs, as (method and settings, Delta_m), best first.
+
+    Delta_m is the mean over the seeds of that against the first method that was
+    planned, the baseline with the recipe's own settings.
+    """
+    values = {
+        (run.method, run.seed): {
+            (task, name): value
+            for task, of_task in runs.metrics(run.folder).items()
+            for name, value in of_task.items()
+        }
+        for run in planned
+        if run.finished
+    }
+    own = planned[0].method
+    changes: dict[str, list[float]] = {}
+    for (method, seed), ours in values.items():
+        theirs = values.get((own, seed))
+        if theirs and all(theirs.values()):
+            changes.setdefault(method, []).append(delta_m.delta_m(ours, theirs))
+    means = {method: float(np.mean(x)) for method, x in changes.items()}
+    return sorted(means.items(), key=lambda x: -x[1])
 
 
 def _starts(run):
