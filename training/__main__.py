@@ -72,6 +72,12 @@ Dtype = Annotated[
         "faster on CPUs with AVX512_BF16, and slower on others.",
     ),
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Other tasks than the recipe's, as in segmentation,normals,depth."
+    ),
+]
 Toy = Annotated[bool, typer.Option("--toy", help="The recipe's toy size: seconds.")]
 Replicas = Annotated[
     int | None, typer.Option(min=2, help="Mirror over N logical CPUs, for testing.")
@@ -121,6 +127,7 @@ def fit(
             f"it: {', '.join(COMPARED)}."
         ),
     ] = None,
+    tasks: Tasks = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     runs: Runs = Path("runs"),
@@ -143,7 +150,13 @@ def fit(
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or COMPARED))
         chosen = _recipe(
-            recipe, toy, methods, backbone=backbone, weights=weights, dtype=dtype
+            recipe,
+            toy,
+            methods,
+            backbone=backbone,
+            weights=weights,
+            dtype=dtype,
+            tasks=tasks,
         )
         experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
@@ -175,12 +188,14 @@ def study(
         str,
         typer.Argument(
             help="demo, methods, init, alpha-rate, tower-init, alpha, splits, "
-            "per-class, label-fraction or all."
+            "per-class, label-fraction, search or all. `search` tries settings on a "
+            "part of train."
         ),
     ],
     data: Data = None,
     backbone: Backbone = None,
     weights: Weights = None,
+    tasks: Tasks = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1.")] = 1,
     shard: Annotated[
         str, typer.Option(help="k/n: the k-th of n machines that share RUNS.")
@@ -220,6 +235,7 @@ def study(
             weights=weights,
             dtype=dtype,
             trains=not dry_run,
+            tasks=tasks,
         )
         planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
         mine = studies.shard(planned, shard)
@@ -230,6 +246,7 @@ def study(
         planned = studies.plan(experiment, table, range(seeds))
         mine = studies.shard(planned, shard)
         for one in dict.fromkeys(run.experiment for run in planned):
+            open_experiment(one.recipe, data, runs)  # of its own splits
             of_one = (run.method for run in planned if run.experiment is one)
             fitting.check(one, list(dict.fromkeys(of_one)))
         with _progress() as progress:
@@ -395,12 +412,22 @@ def prepare_voc2008(
 
 
 def _recipe(
-    name, toy, spelled=(), *, backbone=None, weights=None, dtype=None, trains=True
+    name,
+    toy,
+    spelled=(),
+    *,
+    backbone=None,
+    weights=None,
+    dtype=None,
+    trains=True,
+    tasks=None,
 ):
     """The recipe, checked with its methods before any data are prepared, and shown."""
     from training import methods
 
     recipe = recipes.find(name, toy)
+    if tasks is not None:
+        recipe = recipes.with_tasks(recipe, tasks.split(","))
     if backbone is not None:
         if not isinstance(recipe.tower, recipes.SavedBackbone):
             raise ValueError(f"The recipe '{name}' has no backbone: leave --backbone")

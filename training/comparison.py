@@ -99,10 +99,13 @@ def rows(experiment, methods, seed, published=PUBLISHED):
         ]
         for (task, name), of in values.items()
     ]
-    costs = [recorded.Run(experiment.folder(x, seed)).costs for x in methods]
-    for name, (title, unit, digits) in recorded.COSTS.items():
-        shown = (f"{of[name] / unit:.{digits}f}" if name in of else "" for of in costs)
-        body.append([title, *shown])
+    of_methods = [
+        recorded.shown_costs(recorded.Run(experiment.folder(x, seed)).costs)
+        for x in methods
+    ]
+    titles = (title for title, _ in recorded.COSTS.values())
+    costs = zip(titles, *of_methods, strict=True)
+    body += map(list, costs)
     return ["", *map(label, methods)], body
 
 

@@ -15,4 +15,5 @@ class Metric:
     @property
     def title(self):
         arrow = {True: "↑", False: "↓", None: ""}[self.higher_is_better]
-        return ", ".join(filter(None, (self.label, f"{self.unit} {arrow}".strip())))
+        label = f"{self.label}, {self.unit}" if self.unit else self.label
+        return f"{label} {arrow}".strip()

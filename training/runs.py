@@ -112,6 +112,13 @@ def open_experiment(recipe: Recipe, data: Path | None, runs: Path) -> Experiment
     """
     directory = runs / "datasets"
     builder = prepared.prepare(recipe, data, directory)
+    features = list(builder.info.features)
+    for name in recipe.data.tasks:
+        if getattr(TASKS[name], "feature", "objects") not in features:
+            raise ValueError(
+                f"The data set '{recipe.data.dataset}' has no labels of {name}. Each "
+                f"example has: {', '.join(features)}"
+            )
     train, test = recipe.data.train_split, recipe.data.test_split
     # Of two processes the second waits, and finds what the first has made.
     with prepared.locked(recipe, directory):

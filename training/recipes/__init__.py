@@ -173,6 +173,33 @@ def with_labels(recipe: Recipe, percent: int | str) -> Recipe:
     return dataclasses.replace(changed, name=f"{recipe.name}-labels{percent}")
 
 
+def with_tasks(recipe: Recipe, tasks: list[str]) -> Recipe:
+    """The recipe with other tasks of its data set, and their names behind its own."""
+    from training.tasks import TASKS  # which import Keras
+
+    dense = isinstance(recipe.data, Data)
+    known = [x for x, task in TASKS.items() if hasattr(task, "feature") == dense]
+    wrong = [x for x in tasks if x not in known]
+    if wrong or len(tasks) < 2 or len(set(tasks)) < len(tasks):
+        raise ValueError(
+            f"Expected two or more tasks of {', '.join(known)}, which the data of the "
+            f"recipe '{recipe.name}' can have. Received: {','.join(tasks)}"
+        )
+    if tasks == list(recipe.data.tasks):
+        return recipe
+    changed = change(recipe, "data", tasks=tuple(tasks))
+    if isinstance(recipe.data, Data):
+        lacking, share = recipe.data.label_fraction
+        if lacking not in tasks and share < 1:
+            raise ValueError(
+                f"The recipe '{recipe.name}' has labels of {lacking} in part: name it "
+                f"among the tasks. Received: {','.join(tasks)}"
+            )
+        lacking = lacking if lacking in tasks else tasks[0]
+        changed = change(changed, "data", label_fraction=(lacking, share))
+    return dataclasses.replace(changed, name=f"{recipe.name}-{'+'.join(tasks)}")
+
+
 def change(recipe: Recipe, part: str, **values: Any) -> Recipe:
     """The recipe with other values in one of its parts."""
     changed = dataclasses.replace(getattr(recipe, part), **values)

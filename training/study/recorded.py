@@ -12,12 +12,20 @@ from training.files import Row, read_csv, read_json
 from training.methods import METHODS
 from training.study.results import baseline, metric
 
-# {what a run costs: (its title, one unit of it, digits)}
+# {what a run costs: (its title, one unit of it)}
 COSTS = {
-    "parameters": ("parameters, million", 1e6, 2),
-    "multiply_adds": ("multiply-adds an image, billion", 1e9, 2),
-    "seconds": ("trained, minutes", 60, 1),
+    "parameters": ("parameters, million", 1e6),
+    "multiply_adds": ("multiply-adds an image, billion", 1e9),
+    "seconds": ("trained, minutes", 60),
 }
+
+
+def shown_costs(costs):
+    """A text for each of `COSTS`, empty for what is not known, of `Run.costs`."""
+    return [
+        f"{costs[name] / unit:.3g}" if name in costs else ""
+        for name, (_, unit) in COSTS.items()
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _recipe(folder, methods):
             for method, of_method in methods.items()
         ],
         "timed": bool(times),
-        "cost_titles": [title for title, _, _ in recorded.COSTS.values()],
+        "cost_titles": [title for title, _ in recorded.COSTS.values()],
         "stopped": [
             f"{label(x.method)}, seed {x.seed}" for runs in stopped for x in runs
         ],
@@ -130,7 +130,6 @@ def _headlines(rows):
 
 
 def _method(method, runs, delta, times):
-    costs = runs[0].costs
     return {
         "name": method,
         "says": METHODS[method.partition("@")[0]].says,
@@ -138,10 +137,7 @@ def _method(method, runs, delta, times):
         "seeds": [run.seed for run in runs],
         "epochs": len(runs[0].csv("history")),
         "delta": delta,
-        "costs": [
-            f"{costs[name] / unit:.{digits}f}" if name in costs else ""
-            for name, (_, unit, digits) in recorded.COSTS.items()
-        ],
+        "costs": recorded.shown_costs(runs[0].costs),
         "times": [times.get((method, measure), "") for measure in MEASURES],
     }
 

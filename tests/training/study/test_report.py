@@ -69,7 +69,7 @@ def test_gain_and_cost_stand_first(html):
         r"\+\d\.\d\d ± \d\.\d\d<small>\(.* to .*\)( †)?</small>", cells[0]
     )
     # Six epochs of a minute by the single-task networks, and three of its own.
-    assert cells[1:] == ["1.25", "3.40", "9.0"]
+    assert cells[1:] == ["1.25", "3.4", "9"]
     assert html.index("Gain and cost") < html.index("Results")
 
 
