@@ -198,7 +198,8 @@ def test_version_and_label_exclude_each_other():
 def test_the_code_in_docs_runs(behind, door, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # A PNG: what a file holds says what it is, not its name.
-    (tmp_path / "room.jpg").write_bytes(behind.png(behind.pictures()[0]))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "room.jpg").write_bytes(behind.png(behind.pictures()[0]))
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     code, _ = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(code.replace("127.0.0.1:8500", door[0]), {})

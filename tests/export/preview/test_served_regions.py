@@ -124,7 +124,8 @@ def test_a_picture_that_is_too_large_is_not_decoded_for_the_page(region_addresse
 
 def test_the_code_in_docs_runs(region_addresses, shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "room.jpg").write_bytes(shapes.jpeg)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "room.jpg").write_bytes(shapes.jpeg)
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     _, code = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(code.replace("127.0.0.1:8500", region_addresses[0]), {})
