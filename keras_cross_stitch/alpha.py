@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which stay apart for the colour-blind.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+TASK_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def alpha_table(model: keras.Model) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def plot_alpha(model: keras.Model) -> "Figure":
             f"Received: model={model}"
         )
     tasks = list(dict.fromkeys(task for _, alphas in units for task, _ in alphas))
-    colors = {task: _COLORS[i % len(_COLORS)] for i, task in enumerate(tasks)}
+    colors = {task: TASK_COLORS[i % len(TASK_COLORS)] for i, task in enumerate(tasks)}
     longest = max(10, *map(len, tasks))  # 10 letters are "same task,"
     legend_width = 1.6 + 0.08 * longest
     size = (0.6 + 2.0 * len(units) + legend_width, 1.0 + 1.8 * len(tasks))
@@ -159,7 +159,7 @@ def plot_alpha(model: keras.Model) -> "Figure":
     )
     for column, (unit, alphas) in zip(grid.T, units, strict=True):
         name = unit.removeprefix("cross_stitch_")
-        column[0].set_title(_in_lines(name, 18), fontsize="medium")
+        column[0].set_title(in_lines(name, 18), fontsize="medium")
         column[-1].set_xlabel("channel, sorted")
         for (task, source), alpha in alphas.items():
             axes = column[tasks.index(task)]
@@ -171,7 +171,7 @@ def plot_alpha(model: keras.Model) -> "Figure":
                 axes.set(xticks=[], xlabel="")
     for axes, task in zip(grid[:, 0], tasks, strict=True):
         separator = "\n" if len(task) > 14 else " "
-        axes.set_ylabel(rf"$\alpha$ of{separator}" + _in_lines(task, 22))
+        axes.set_ylabel(rf"$\alpha$ of{separator}" + in_lines(task, 22))
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     low, high = grid[0, 0].get_ylim()
@@ -187,7 +187,7 @@ def plot_alpha(model: keras.Model) -> "Figure":
     return figure
 
 
-def _in_lines(name: str, width: int) -> str:
+def in_lines(name: str, width: int) -> str:
     """A name that is broken behind underscores where it is longer than `width`."""
     parts = re.sub(r"(?<=_)(?=.)", " ", name)
     lines = textwrap.wrap(parts, width, break_on_hyphens=False)

@@ -1,0 +1,163 @@
+"""Which tasks share at which unit: measured on data, not read off alpha.
+
+Alpha alone misleads: its weights may be of both signs and of channels that hardly vary,
+and a tower may serve another as nothing but room for more features.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_cross_stitch.cross_stitch import CrossStitch
+
+
+def sharing(
+    model: keras.Model, data: Any, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """Measures what each task takes from each other one, unit by unit.
+
+    Give it data that training has not seen: what a task has learned by heart is of use
+    to it in training alone. Alpha is set to 0 for a moment, task by task, and the model
+    evaluated; then it is as before.
+
+    Args:
+        model: Compiled `keras.Model` with `CrossStitch` layers, whose output is a dict
+            of task to tensor, and that has a loss for each task.
+        data: Tuple `(x, y)` of inputs and a dict of labels, as `model.fit` takes them,
+            or `(x, y, sample_weight)`.
+        batch_size: Integer, of the evaluations.
+
+    Returns:
+        List of dicts, one for each unit and pair of a task and another one, in the
+        order of the graph:
+
+        - `unit`, `task` (that takes) and `source` (that gives).
+        - `part`: what part of the task's mixed map comes from the source. Each channel
+          counts with the standard deviation of the source's map over the data, and the
+          parts of a task, its own too, sum to 1:
+          `sum_c |alpha[i, j, c]| std[j, c]`, over the same for all `j`.
+        - `part_at_start`: the same with the alpha of the start, None where an
+          `alpha_initializer` drew it.
+        - `without`: by what share the task's loss grows where it takes nothing from the
+          source at this unit; 0.5 is half as much again, below 0 it falls.
+        - `shared`: the lesser of `without` and of how much the source's own loss grows
+          without its own map, but at least 0. Both tasks live on a map that is shared.
+          A tower whose own task learns nothing has none, however much others take
+          from it.
+
+    Raises:
+        ValueError: For a model without units, one that is not compiled, or one whose
+            tasks have no losses of their own.
+
+    Example:
+
+    >>> from keras_cross_stitch import stitch
+    >>> def tower():
+    ...     x = keras.Input((4,), name="x")
+    ...     y = keras.layers.Dense(8, activation="relu", name="hidden")(x)
+    ...     return keras.Model(x, keras.layers.Dense(1, name="out")(y))
+    >>> model = stitch({"a": tower(), "b": tower()}, at=["hidden"])
+    >>> model.compile("sgd", {"a": "mse", "b": "mse"})
+    >>> data = np.ones((2, 4)), {"a": np.ones((2, 1)), "b": np.zeros((2, 1))}
+    >>> rows = sharing(model, data)
+    >>> [(row["task"], row["source"]) for row in rows]
+    [('a', 'b'), ('b', 'a')]
+    """
+    units = [layer for layer in model.layers if isinstance(layer, CrossStitch)]
+    if not units:
+        raise ValueError(
+            "The model has no CrossStitch layer; `stitch()` makes a model with them. "
+            f"Received: model={model}"
+        )
+    if not model.compiled:
+        raise ValueError(
+            "`sharing` needs the losses of the tasks: compile the model first. "
+            f"Received: model={model}"
+        )
+    x, y, *weight = data
+    arguments = {
+        "sample_weight": weight[0] if weight else None,
+        "batch_size": batch_size,
+        "verbose": 0,
+        "return_dict": True,
+    }
+
+    def losses() -> Mapping[str, float]:
+        return model.evaluate(x, y, **arguments)
+
+    given = losses()
+    rows = []
+    for unit in units:
+        missing = [task for task in unit.tasks if f"{task}_loss" not in given]
+        if missing:
+            raise ValueError(
+                "Each task of a unit must have a loss of its own in "
+                f"`compile(loss={{task: ...}})`. Received none for {missing}: "
+                f"{sorted(given)}"
+            )
+        alpha = keras.ops.convert_to_numpy(unit.alpha)
+        scales = _scales(model, unit, x, batch_size)
+        parts, parts_at_start = _parts(alpha, scales), None
+        if unit.alpha_initializer is None:
+            start = keras.ops.convert_to_numpy(unit._initial_alpha(alpha.shape))
+            parts_at_start = _parts(start, scales)
+        growth = np.zeros((len(unit.tasks), len(unit.tasks)))
+        for i, task in enumerate(unit.tasks):
+            for j in range(len(unit.tasks)):
+                with _cut(unit, i, j):
+                    loss = losses()[f"{task}_loss"]
+                before = given[f"{task}_loss"]
+                growth[i, j] = (loss - before) / max(abs(before), 1e-12)
+        for i, task in enumerate(unit.tasks):
+            for j, source in enumerate(unit.tasks):
+                if i != j:
+                    rows.append(
+                        {
+                            "unit": unit.name,
+                            "task": task,
+                            "source": source,
+                            "part": float(parts[i, j]),
+                            "part_at_start": None
+                            if parts_at_start is None
+                            else float(parts_at_start[i, j]),
+                            "without": float(growth[i, j]),
+                            "shared": float(max(0, min(growth[i, j], growth[j, j]))),
+                        }
+                    )
+    return rows
+
+
+def _scales(model: keras.Model, unit: CrossStitch, x: Any, batch_size: int) -> Any:
+    """The standard deviation of each channel of what goes into a unit: (T, C)."""
+    maps = keras.Model(model.input, unit.input).predict(
+        x, batch_size=batch_size, verbose=0
+    )
+    if isinstance(maps, dict):
+        maps = [maps[task] for task in unit.tasks]
+    axis = 1 if unit.data_format == "channels_first" else -1
+    maps = [np.moveaxis(x, axis, -1).astype("float64") for x in maps]
+    return np.stack([x.reshape(-1, x.shape[-1]).std(axis=0) for x in maps])
+
+
+def _parts(alpha: Any, scales: Any) -> Any:
+    """What part of each task's map comes from which: (T, T), rows that sum to 1."""
+    if alpha.ndim == 2:
+        alpha = alpha[..., None]  # per layer: one for all channels
+    amounts = (np.abs(alpha) * scales).sum(axis=-1)
+    return amounts / np.maximum(amounts.sum(axis=1, keepdims=True), 1e-12)
+
+
+@contextmanager
+def _cut(unit: CrossStitch, i: int, j: int) -> Iterator[None]:
+    """While it lasts, task i takes nothing from task j."""
+    alpha = keras.ops.convert_to_numpy(unit.alpha)
+    cut = alpha.copy()
+    cut[i, j] = 0
+    unit.alpha.assign(cut)
+    try:
+        yield
+    finally:
+        unit.alpha.assign(alpha)

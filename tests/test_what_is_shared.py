@@ -1,0 +1,121 @@
+"""sharing: parts by hand, and the case that alpha alone gets wrong."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_cross_stitch import LearningRateGroups, sharing, stitch
+
+random = np.random.default_rng(0)
+
+
+def tower(hidden=32, depth=1, inputs=8):
+    x = keras.Input((inputs,), name="x")
+    y = x
+    for k in range(depth):
+        y = keras.layers.Dense(hidden, activation="relu", name=f"h{k + 1}")(y)
+    return keras.Model(x, keras.layers.Dense(1, name="out")(y))
+
+
+def small(**unit):
+    model = stitch({"b": tower(3), "a": tower(3)}, at=["h1"], **unit)
+    model.compile("sgd", {"a": "mse", "b": "mse"})
+    x = random.normal(size=(20, 8)).astype("float32")
+    return model, (x, {"a": random.normal(size=(20, 1)), "b": x[:, :1]})
+
+
+def maps_of(model, x):
+    """What goes into the unit, in NumPy, in the order of its tasks: (T, N, C)."""
+    return np.stack(
+        [
+            np.maximum(x @ kernel + bias, 0)
+            for kernel, bias in (
+                model.get_layer(f"{task}_h1").get_weights() for task in "ab"
+            )
+        ]
+    )
+
+
+@pytest.mark.parametrize("per", ["channel", "layer"])
+def test_parts_weigh_alpha_by_the_spread_of_the_maps(per):
+    model, (x, y) = small(per=per, same_task=0.8)
+    unit = model.get_layer("cross_stitch_h1")
+    alpha = random.normal(size=unit.alpha.shape)
+    unit.alpha.assign(alpha)
+    rows = sharing(model, (x, y))
+
+    spread = maps_of(model, x).std(axis=1)
+    by_channel = alpha if per == "channel" else alpha[..., None]
+    for row, i in zip(rows, (0, 1), strict=True):
+        assert (row["unit"], row["task"]) == ("cross_stitch_h1", "ab"[i])
+        own = (abs(by_channel[i, i]) * spread[i]).sum()
+        other = (abs(by_channel[i, 1 - i]) * spread[1 - i]).sum()
+        assert row["part"] == pytest.approx(other / (own + other), rel=1e-4)
+        own, other = 0.8 * spread[i].sum(), 0.2 * spread[1 - i].sum()
+        assert row["part_at_start"] == pytest.approx(other / (own + other), rel=1e-4)
+
+
+def test_without_is_the_growth_of_the_loss_and_alpha_is_as_before():
+    model, (x, y) = small()
+    alpha = model.get_layer("cross_stitch_h1").alpha
+    before = keras.ops.convert_to_numpy(alpha)
+    rows = sharing(model, (x, y), batch_size=10)
+    np.testing.assert_array_equal(alpha, before)
+
+    maps = maps_of(model, x)
+
+    def loss(i, alpha):
+        kernel, bias = model.get_layer(f"{'ab'[i]}_out").get_weights()
+        mixed = alpha[i, 0] * maps[0] + alpha[i, 1] * maps[1]
+        return ((mixed @ kernel + bias - y["ab"[i]]) ** 2).mean()
+
+    def growth(i, j):
+        cut = before.copy()
+        cut[i, j] = 0
+        return loss(i, cut) / loss(i, before) - 1
+
+    for row, i in zip(rows, (0, 1), strict=True):
+        without = growth(i, 1 - i)
+        assert row["without"] == pytest.approx(without, rel=1e-3, abs=1e-5)
+        shared = max(0, min(without, growth(1 - i, 1 - i)))
+        assert row["shared"] == pytest.approx(shared, rel=1e-3, abs=1e-5)
+
+
+def problem(n, seed):
+    """Tasks a and b of one function, and labels that are noise."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(n, 8)).astype("float32")
+    f = np.sin(2 * x[:, :1]) * x[:, 1:2] + x[:, 2:3] * x[:, 3:4]
+    a, b = (f + 0.1 * random.normal(size=f.shape) for _ in "ab")
+    return x, {"a": a, "b": b, "noise": random.normal(size=f.shape)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tasks_of_one_function_share_more_than_either_with_noise(seed):
+    keras.utils.set_random_seed(seed)
+    tasks = ["a", "b", "noise"]
+    model = stitch({task: tower(depth=2) for task in tasks}, at=["h1", "h2"])
+    model.compile(
+        LearningRateGroups(keras.optimizers.Adam(3e-3), alpha=10),
+        dict.fromkeys(tasks, "mse"),
+    )
+    model.fit(*problem(400, seed), epochs=40, batch_size=50, verbose=0)
+    rows = sharing(model, problem(400, seed + 100), batch_size=400)
+
+    for unit in ("cross_stitch_h1", "cross_stitch_h2"):
+        of_pair = dict.fromkeys([("a", "b"), ("a", "noise"), ("b", "noise")], 0.0)
+        for row in rows:
+            if row["unit"] == unit:
+                of_pair[tuple(sorted([row["task"], row["source"]]))] += row["shared"]
+        assert max(of_pair, key=of_pair.get) == ("a", "b"), of_pair
+
+
+def test_models_that_cannot_be_measured_are_refused():
+    model, data = small()
+    with pytest.raises(ValueError, match="no CrossStitch layer"):
+        sharing(tower(), data)
+    with pytest.raises(ValueError, match="compile the model first"):
+        sharing(stitch({"a": tower(), "b": tower()}, at=["h1"]), data)
+    model.compile("sgd", {"a": "mse"})
+    with pytest.raises(ValueError, match=r"a loss of its own .* Received none for \["):
+        sharing(model, data)
