@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(ROOT)}}
-    options = {"timeout": 600, "resources": resources, "record_timing": False}
+    options = {"timeout": 3600, "resources": resources, "record_timing": False}
     NotebookClient(notebook, **options).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -61,3 +62,19 @@ def test_what_the_design_draws_is_there():
             assert folder.is_dir(), line
         else:
             assert all((folder / name).exists() for name in names), line
+
+
+def test_every_link_within_the_site_leads_somewhere(site):
+    elsewhere = re.compile(r"\w+:")  # https:, mailto:, data:
+    for page in site.rglob("*.html"):
+        if page.name == "404.html":  # read from any folder of a server
+            continue
+        text = page.read_text("utf-8")
+        for link in set(re.findall(r'(?:href|src)="([^"]+)"', text)):
+            path, _, part = unquote(link).partition("#")
+            if elsewhere.match(path):
+                continue
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            if part and target.suffix == ".html":
+                assert f'id="{part}"' in target.read_text("utf-8"), link

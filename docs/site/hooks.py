@@ -40,7 +40,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Formulas become MathML, which browsers draw without a script."""
+    """Notebooks link to pages; formulas become MathML, drawn without a script."""
+    content = re.sub(r'(href="(?!https?:)[^"#]+)\.md(["#])', r"\1.html\2", content)
 
     def mathml(match):
         display = "block" if match[1] == "div" else "inline"
