@@ -16,7 +16,7 @@ from rich.table import Table
 
 from training import recipes
 from training.methods import METHODS
-from training.preemption import Preempted, at_sigterm
+from training.preemption import Preempted, preemptible
 
 console = Console()
 app = typer.Typer(
@@ -143,8 +143,9 @@ def fit(
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
-        from training import comparison, distribution, fitting
+        from training import distribution, fitting
         from training.runs import open_experiment
+        from training.study import comparison
         from training.study.report import write_report
 
         strategy = distribution.strategy(replicas)
@@ -500,12 +501,8 @@ def _errors_in_a_line():
 
     SIGTERM ends it with one line and `Preempted.EXIT_CODE`.
     """
-
-    def stop():
-        raise Preempted("Stopped, as asked. What is done is kept")
-
     try:
-        with at_sigterm(stop):
+        with preemptible():
             yield
     except (ValueError, OSError, FloatingPointError) as error:
         text = " ".join(str(error).split())

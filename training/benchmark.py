@@ -1,16 +1,22 @@
 """What methods and bfloat16 do to a step, and whether a step waits for its data."""
 
+import functools
 import statistics
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import keras
 
 from training import batches, fitting, methods, recipes, towers
+from training.runs import Experiment
 
 BASELINE = "single_task"
 COLUMNS = ("method", "measure", "ms", "of_single_task")
 DTYPES = ("float32", "mixed_bfloat16")
 
 
-def measure(experiment, steps):
+def measure(experiment: Experiment, steps: int) -> list[tuple[str, str, str]]:
     """Times train steps, interleaved, and returns the rows of a table.
 
     Args:
@@ -32,8 +38,8 @@ def measure(experiment, steps):
         for dtype in DTYPES
         for method in ("single_task", "cross_stitch")
     }
-    measured = {
-        key: lambda model=model: model.train_on_batch(*fixed)
+    measured: dict[Any, Callable[[], Any]] = {
+        key: functools.partial(model.train_on_batch, *fixed)
         for key, model in models.items()
     }
     both = models[own, "cross_stitch"]
@@ -42,7 +48,9 @@ def measure(experiment, steps):
     return _rows(_interleaved(measured, steps), own)
 
 
-def of_methods(experiment, names, steps):
+def of_methods(
+    experiment: Experiment, names: Iterable[str], steps: int
+) -> list[tuple[str, str, str, str]]:
     """Times a train step and an answer of each method, all in turns.
 
     Args:
@@ -62,14 +70,15 @@ def of_methods(experiment, names, steps):
             )
         )
     )
-    measured = {}
+    measured: dict[tuple[str, str], Callable[[], Any]] = {}
     for name in dict.fromkeys((BASELINE, *names)):
         if methods.plan(name, recipe).method.join is None:
             continue
         model = _model(experiment, name, recipe.training.dtype)
         answers = fitting.answering(model, tasks)
-        measured[name, "step"] = lambda model=model: model.train_on_batch(*fixed)
-        measured[name, "answer"] = lambda of=answers: of.predict_on_batch(fixed[0])
+        step = functools.partial(model.train_on_batch, *fixed)
+        answer = functools.partial(answers.predict_on_batch, fixed[0])
+        measured |= {(name, "step"): step, (name, "answer"): answer}
     found = _interleaved(measured, steps)
     return [
         (*key, f"{ms:.2f}", f"{ms / found[BASELINE, key[1]]:.3f}")
@@ -77,11 +86,13 @@ def of_methods(experiment, names, steps):
     ]
 
 
-def _interleaved(measured, steps):
+def _interleaved(
+    measured: Mapping[Any, Callable[[], Any]], steps: int
+) -> dict[Any, float]:
     """{what: median time in ms} of functions that are called in turns."""
     for step in measured.values():  # traces the steps
         step()
-    times = {key: [] for key in measured}
+    times: dict[Any, list[float]] = {key: [] for key in measured}
     for _ in range(steps):
         for key, step in measured.items():
             start = time.perf_counter()
@@ -90,14 +101,14 @@ def _interleaved(measured, steps):
     return {key: statistics.median(x) for key, x in times.items()}
 
 
-def _model(experiment, method, dtype):
+def _model(experiment: Experiment, method: str, dtype: str) -> keras.Model:
     recipe = recipes.change(experiment.recipe, "training", dtype=dtype)
     of_tasks = towers.build(recipe, experiment.tasks, seed=0)
     model = methods.plan(method, recipe).join(of_tasks)
     return fitting.compiled(model, experiment.tasks, recipe, 1e-4)
 
 
-def _rows(ms, own):
+def _rows(ms: Mapping[Any, float], own: str) -> list[tuple[str, str, str]]:
     base = ms["float32", "single_task"]
     rows = []
     for dtype in DTYPES:

@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 
-def count(model):
+def count(model: keras.Model) -> dict[str, int]:
     """The parameters of a model, and its multiply-adds for one example.
 
     Those of convolutions and matrix products; all else is cheap beside them, and is not
@@ -28,7 +28,7 @@ def count(model):
     }
 
 
-def _multiply_adds(operation):
+def _multiply_adds(operation: tf.Operation) -> int:
     """For each number of the answer, as many as it is a sum of products."""
     if operation.type == "Conv2D":
         summed = operation.inputs[1].shape[:3].num_elements()

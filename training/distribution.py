@@ -7,13 +7,15 @@ the chief alone writes there. Nothing else in `training` knows how many there ar
 import contextlib
 import math
 import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 
-def strategy(replicas=None):
+def strategy(replicas: int | None = None) -> tf.distribute.Strategy:
     """The `tf.distribute` strategy to train under: one for a process, made first.
 
     Args:
@@ -37,14 +39,14 @@ def strategy(replicas=None):
     return tf.distribute.get_strategy()
 
 
-def workers(strategy):
+def workers(strategy: tf.distribute.Strategy) -> int:
     """How many workers train together."""
     resolver = strategy.cluster_resolver
     jobs = resolver.cluster_spec().as_dict() if resolver else {}
     return sum(len(jobs.get(job, ())) for job in ("chief", "worker")) or 1
 
 
-def is_chief(strategy):
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
     """Whether this worker is the one that writes files."""
     if workers(strategy) == 1:
         return True
@@ -53,7 +55,7 @@ def is_chief(strategy):
     return (resolver.task_type, resolver.task_id) == (first, 0)
 
 
-def from_chief(strategy, number):
+def from_chief(strategy: tf.distribute.Strategy, number: int) -> int:
     """The chief's whole number, on every worker; none goes on before all are here.
 
     What decides the way that all go comes from here: a shared folder may show a new
@@ -70,7 +72,7 @@ def from_chief(strategy, number):
 
 
 @contextlib.contextmanager
-def lost_workers_named():
+def lost_workers_named() -> Iterator[None]:
     """Raises a ConnectionError when another worker has ended."""
     try:
         yield
@@ -81,7 +83,11 @@ def lost_workers_named():
         ) from error
 
 
-def batches_of_replicas(strategy, batch_size, make):
+def batches_of_replicas(
+    strategy: tf.distribute.Strategy,
+    batch_size: int,
+    make: Callable[[np.ndarray], tf.data.Dataset],
+) -> tf.distribute.DistributedDataset:
     """The batches, in equal parts for the replicas; a worker makes its own alone.
 
     Args:
@@ -94,7 +100,7 @@ def batches_of_replicas(strategy, batch_size, make):
         ValueError: If the batch cannot be divided by the replicas.
     """
 
-    def of_worker(context):
+    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         size = context.get_per_replica_batch_size(batch_size)
         # Every so many-th row, so that each replica has its share of those examples
         # that have labels, which are the first half of a batch.
@@ -105,7 +111,7 @@ def batches_of_replicas(strategy, batch_size, make):
     return strategy.distribute_datasets_from_function(of_worker)
 
 
-def traffic(model, replicas):
+def traffic(model: keras.Model, replicas: int) -> int:
     """Bytes that a replica sends in a step, and as many that it receives.
 
     The gradients are summed round a ring of R replicas, each of which sends (R - 1) / R
@@ -124,14 +130,14 @@ def traffic(model, replicas):
     return round(2 * (replicas - 1) / replicas * gradients)
 
 
-def for_current_strategy(model):
+def for_current_strategy(model: keras.Model) -> keras.Model:
     """The model, not yet compiled, as it can be fitted under the strategy in scope."""
     if workers(tf.distribute.get_strategy()) == 1:
         return model
     return MultiWorkerModel(model.input, model.output, name=model.name)
 
 
-def build_losses(model, target):
+def build_losses(model: keras.Model, target: Mapping[str, tf.Tensor]) -> None:
     """Makes the metrics of a compiled model's losses, which Keras makes in a step.
 
     Args:
@@ -161,9 +167,11 @@ class MultiWorkerModel(keras.Model):
     """
 
     # Private: the look at the first batch.
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
         pass
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         logs = super().train_step(data)
         return {name: tf.reshape(value, [1]) for name, value in logs.items()}

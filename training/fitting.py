@@ -3,10 +3,14 @@
 import contextlib
 import functools
 import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from rich.progress import Progress
 
 from keras_cross_stitch import (
     AlphaHistory,
@@ -20,9 +24,12 @@ from training.callbacks import Backup, History, ShowProgress, StopAtNaN
 from training.files import remove_unfinished, unfinished, write_csv, write_json
 from training.locks import lock
 from training.preemption import at_sigterm
+from training.recipes import Recipe, Schedule
+from training.runs import Experiment
+from training.tasks import Scores
 
 
-def check(experiment, spelled):
+def check(experiment: Experiment, spelled: Iterable[str]) -> None:
     """Raises a ValueError for what would only fail once other runs are done."""
     batches.pipeline(experiment.recipe).check(
         experiment.builder, experiment.recipe.data
@@ -35,7 +42,15 @@ def check(experiment, spelled):
             plan.join(fresh)
 
 
-def fit(experiment, method, seed, *, strategy, progress, wait=False):
+def fit(
+    experiment: Experiment,
+    method: str,
+    seed: int,
+    *,
+    strategy: tf.distribute.Strategy,
+    progress: Progress,
+    wait: bool = False,
+) -> dict[str, dict[str, float]] | None:
     """Trains and evaluates a run, and first those that it starts from.
 
     What is finished is not run again; what was stopped goes on where it was.
@@ -78,7 +93,9 @@ def fit(experiment, method, seed, *, strategy, progress, wait=False):
         if not distribution.from_chief(strategy, (run / "model.keras").exists()):
             keras.backend.clear_session()
             if plan.schedule:
-                model = _train(experiment, plan, seed, starts, strategy, progress)
+                model = _train(
+                    experiment, plan, plan.schedule, seed, starts, strategy, progress
+                )
             else:
                 model = _averaged(starts, experiment.tasks)
             if writes:
@@ -90,7 +107,7 @@ def fit(experiment, method, seed, *, strategy, progress, wait=False):
     return runs.metrics(run)
 
 
-def _made_with(strategy):
+def _made_with(strategy: tf.distribute.Strategy) -> dict[str, Any]:
     """What changes a run's numbers, though the recipe says nothing of it."""
     return {
         # Batch normalisation is over a replica's part of the batch.
@@ -99,7 +116,9 @@ def _made_with(strategy):
     }
 
 
-def evaluate(model, tasks, test):
+def evaluate(
+    model: keras.Model, tasks: Mapping[str, Any], test: tf.data.Dataset
+) -> dict[str, Scores]:
     """The scores of a model that gives answers, {task: `Scores`}."""
     scores = {name: task.scores() for name, task in tasks.items()}
     for inputs, targets in test:
@@ -109,7 +128,12 @@ def evaluate(model, tasks, test):
     return scores
 
 
-def compiled(model, tasks, recipe, schedule):
+def compiled(
+    model: keras.Model,
+    tasks: Mapping[str, Any],
+    recipe: Recipe,
+    schedule: float | keras.optimizers.schedules.LearningRateSchedule,
+) -> keras.Model:
     """The model, which may get weights of its losses, with losses and optimizer."""
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     if any(isinstance(layer, CrossStitch) for layer in model.layers):
@@ -129,7 +153,7 @@ def compiled(model, tasks, recipe, schedule):
     return model
 
 
-def answering(model, tasks):
+def answering(model: keras.Model, tasks: Mapping[str, Any]) -> keras.Model:
     """The model with each task's answer in place of its logits."""
     logits = model.output
     answers = {
@@ -139,13 +163,21 @@ def answering(model, tasks):
     return keras.Model(model.input, answers)
 
 
-def _train(experiment, plan, seed, starts, strategy, progress):
+def _train(
+    experiment: Experiment,
+    plan: methods.Plan,
+    schedule: Schedule,
+    seed: int,
+    starts: list[Path],
+    strategy: tf.distribute.Strategy,
+    progress: Progress,
+) -> keras.Model:
     recipe, tasks = plan.recipe, experiment.tasks
     examples, batch_size = experiment.train_examples, recipe.training.batch_size
-    epochs = plan.schedule.epochs
+    epochs = schedule.epochs
     steps = len(examples[0]) // batch_size
 
-    def batches_from(done, rows=None):
+    def batches_from(done: int, rows: np.ndarray | None = None) -> tf.data.Dataset:
         left = range(done, epochs * steps)
         make = batches.pipeline(recipe).train_batches
         return make(examples, recipe, tasks, seed, left, rows)
@@ -154,10 +186,10 @@ def _train(experiment, plan, seed, starts, strategy, progress):
     backup = Backup(run / "backup" / "latest.npz", steps, seed, writes)
     with strategy.scope():
         joined = _joined(plan, tasks, seed, starts)
-        schedule = keras.optimizers.schedules.CosineDecay(
-            plan.schedule.learning_rate, epochs * steps
+        decay = keras.optimizers.schedules.CosineDecay(
+            schedule.learning_rate, epochs * steps
         )
-        model = compiled(joined, tasks, recipe, schedule)
+        model = compiled(joined, tasks, recipe, decay)
         _, targets = next(iter(batches_from(0)))
         distribution.build_losses(model, {name: x[:1] for name, x in targets.items()})
         done = backup.restore(model)
@@ -198,7 +230,9 @@ def _train(experiment, plan, seed, starts, strategy, progress):
         return answering(joined, tasks)
 
 
-def _joined(plan, tasks, seed, starts):
+def _joined(
+    plan: methods.Plan, tasks: Mapping[str, Any], seed: int, starts: list[Path]
+) -> keras.Model:
     """The method's model, of untrained towers or of those that it starts from."""
     if starts:
         start = keras.models.load_model(starts[0], compile=False)
@@ -209,7 +243,7 @@ def _joined(plan, tasks, seed, starts):
     return plan.join(of_tasks)
 
 
-def _averaged(starts, tasks):
+def _averaged(starts: list[Path], tasks: Mapping[str, Any]) -> keras.Model:
     """The models' common answer."""
     models = [keras.models.load_model(path, compile=False) for path in starts]
     inputs = keras.tree.map_structure(
@@ -226,7 +260,7 @@ def _averaged(starts, tasks):
     return keras.Model(inputs, answers)
 
 
-def _save(model, tasks, run):
+def _save(model: keras.Model, tasks: Mapping[str, Any], run: Path) -> None:
     units = {x.name: x.alpha for x in model.layers if isinstance(x, CrossStitch)}
     if units:
         with unfinished(run / "alpha.npz") as temporary:
@@ -239,9 +273,9 @@ def _save(model, tasks, run):
         model.save(temporary)
 
 
-def _evaluate(experiment, run):
+def _evaluate(experiment: Experiment, run: Path) -> None:
     model = keras.models.load_model(run / "model.keras", compile=False)
-    scores = {}
+    scores: dict[str, Scores] = {}
     for tasks, test in batches.test_passes(
         experiment.builder, experiment.recipe, experiment.tasks
     ):

@@ -13,7 +13,7 @@ class Metric:
     digits: int = 1  # behind the point, of one value; one more of a mean over seeds
 
     @property
-    def title(self):
+    def title(self) -> str:
         arrow = {True: "↑", False: "↓", None: ""}[self.higher_is_better]
         label = f"{self.label}, {self.unit}" if self.unit else self.label
         return f"{label} {arrow}".strip()

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 
@@ -13,6 +14,33 @@ class Preempted(BaseException):
     """
 
     EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+AGAIN = 2.0  # seconds after which a program that goes on is asked once more
+
+
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """Raises a `Preempted`, wherever the program is, when SIGTERM comes.
+
+    Again and again while the block goes on: what is raised while the garbage collector
+    calls, Python reports and drops.
+    """
+    timers: list[threading.Timer] = []
+
+    def stop() -> None:
+        timer = threading.Timer(AGAIN, signal.raise_signal, [signal.SIGTERM])
+        timer.daemon = True
+        timer.start()
+        timers.append(timer)
+        raise Preempted("Stopped, as asked. What is done is kept")
+
+    with at_sigterm(stop):
+        try:
+            yield
+        finally:
+            for timer in timers:
+                timer.cancel()
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class Experiment:
         }
 
     @functools.cached_property
-    def train_examples(self):
+    def train_examples(self) -> tuple:
         data = self.recipe.data
         kind = batches.pipeline(self.recipe)
         return kind.load(self.builder, data.train_split, data, self.tasks)
@@ -164,12 +164,12 @@ def metrics(folder: Path) -> dict[str, dict[str, float]] | None:
 
 
 def rows(
-    method: str, seed: int, of_run: Mapping[str, Mapping[str, float]]
+    method: str, seed: int, of_run: Mapping[str, Mapping[str, float]] | None
 ) -> list[Row]:
-    """A run's metrics as tidy rows."""
+    """A run's metrics as tidy rows, none where it is not finished."""
     return [
         Row(method, seed, task, metric, value)
-        for task, values in of_run.items()
+        for task, values in (of_run or {}).items()
         for metric, value in values.items()
     ]
 

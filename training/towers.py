@@ -6,6 +6,9 @@ Every tower ends in a layer named `logits`, by which it is found in a joined mod
 import contextlib
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -17,11 +20,14 @@ from training.recipes import (
     FastRcnnAlexNet,
     FastRcnnBackbone,
     FcnAlexNet,
+    Recipe,
     SavedBackbone,
 )
 
 
-def build(recipe, tasks, seed):
+def build(
+    recipe: Recipe, tasks: Mapping[str, Any], seed: int
+) -> dict[str, keras.Model]:
     """The untrained towers, {task: model from image to logits}.
 
     All start from the same weights, so that channel k means the same in each.
@@ -35,11 +41,11 @@ def build(recipe, tasks, seed):
     return towers
 
 
-def take_out(model, task):
+def take_out(model: keras.Model, task: str) -> keras.Model:
     """The tower of a task, as a model of its own, out of a model without units."""
     tower = keras.Model(model.input, model.get_layer(f"{task}_logits").output)
 
-    def own_name(layer):
+    def own_name(layer: keras.Layer) -> keras.Layer:
         prefix = task if layer.name.startswith(f"{task}_") else "shared"
         config = {**layer.get_config(), "name": layer.name.removeprefix(f"{prefix}_")}
         return type(layer).from_config(config)
@@ -49,7 +55,7 @@ def take_out(model, task):
     return alone
 
 
-def identity(tower):
+def identity(tower: Any) -> dict[str, str]:
     """What a result depends on, of a recipe's tower: its files, not their paths."""
     files = {}
     if isinstance(tower, SavedBackbone):
@@ -62,7 +68,8 @@ def identity(tower):
     }
 
 
-def _fcn_alexnet(recipe, outputs):
+# Each of these is for recipes with one kind of tower, see `_KINDS`.
+def _fcn_alexnet(recipe: Any, outputs: int) -> keras.Model:
     with _dtype(recipe):
         tower = fcn_alexnet(
             outputs,
@@ -77,7 +84,7 @@ def _fcn_alexnet(recipe, outputs):
     return keras.Model(tower.input, _logits(tower.output))
 
 
-def _saved_backbone(recipe, outputs):
+def _saved_backbone(recipe: Any, outputs: int) -> keras.Model:
     height, width = recipe.data.image_size
     backbone = _backbone(recipe)
     with _dtype(recipe):
@@ -97,7 +104,7 @@ def _saved_backbone(recipe, outputs):
     return keras.Model(backbone.input, _logits(x))
 
 
-def _fast_rcnn_alexnet(recipe, outputs):
+def _fast_rcnn_alexnet(recipe: Any, outputs: int) -> keras.Model:
     """RoIs are pooled from `conv5`, in the place of `pool5`, which has its name."""
     tower = recipe.tower
     decay = keras.regularizers.L2(tower.weight_decay / 2)
@@ -128,7 +135,7 @@ def _fast_rcnn_alexnet(recipe, outputs):
     return model
 
 
-def _fast_rcnn_backbone(recipe, outputs):
+def _fast_rcnn_backbone(recipe: Any, outputs: int) -> keras.Model:
     """RoIs are pooled from several maps, which are put behind each other."""
     tower = recipe.tower
     backbone = _backbone(recipe)
@@ -145,7 +152,14 @@ def _fast_rcnn_backbone(recipe, outputs):
     return keras.Model({"image": backbone.input, "rois": rois}, x)
 
 
-def _per_region(x, outputs, units, dropout, normalized=False, kernel_regularizer=None):
+def _per_region(
+    x: keras.KerasTensor,
+    outputs: int,
+    units: int,
+    dropout: float,
+    normalized: bool = False,
+    kernel_regularizer: keras.regularizers.Regularizer | None = None,
+) -> keras.KerasTensor:
     """From pooled RoIs (N, R, size, size, C) through fc6 and fc7 to their logits."""
     of_region = math.prod(x.shape[2:])
     x = keras.layers.Reshape((-1, of_region), name="flatten")(x)
@@ -169,14 +183,14 @@ def _per_region(x, outputs, units, dropout, normalized=False, kernel_regularizer
     return _logits(x)
 
 
-def _backbone(recipe):
+def _backbone(recipe: Any) -> keras.Model:
     """The saved model at the recipe's image size, frozen as far as it says."""
     path = _existing(recipe.tower.backbone)
     saved = keras.models.load_model(path, compile=False)
     frozen_to = _layer(saved, recipe.tower.frozen_to, path, "is frozen up to it").output
     frozen = {layer.name for layer in keras.Model(saved.inputs, frozen_to).layers}
 
-    def as_in_recipe(layer):
+    def as_in_recipe(layer: keras.Layer) -> keras.Layer:
         config = {**layer.get_config(), "dtype": recipe.training.dtype}
         # Frozen batch normalisation keeps its statistics, too.
         return type(layer).from_config(
@@ -187,7 +201,7 @@ def _backbone(recipe):
     with _dtype(recipe):
         pixels = _pixels(image, saved, recipe.tower)
 
-        def on_pixels(layer, *inputs, **options):
+        def on_pixels(layer: keras.Layer, *inputs: Any, **options: Any) -> Any:
             return layer(*(pixels if x is image else x for x in inputs), **options)
 
         backbone = keras.models.clone_model(
@@ -200,7 +214,9 @@ def _backbone(recipe):
     return backbone
 
 
-def _pixels(image, saved, tower):
+def _pixels(
+    image: keras.KerasTensor, saved: keras.Model, tower: Any
+) -> keras.KerasTensor:
     """The image, in [0, 255], as the saved model expects it."""
     if tower.pixel_range is not None:
         low, high = tower.pixel_range
@@ -216,7 +232,9 @@ def _pixels(image, saved, tower):
     return image
 
 
-def _layer(backbone, name, path, why):
+def _layer(
+    backbone: keras.Model, name: str, path: Path, why: str
+) -> keras.layers.Layer:
     names = [layer.name for layer in backbone.layers]
     if name not in names:
         raise ValueError(
@@ -234,16 +252,16 @@ _KINDS = {
 }
 
 
-def _upsampling(recipe):
+def _upsampling(recipe: Any) -> int:
     return STRIDE * recipe.data.target_size[0] // recipe.data.image_size[0]
 
 
-def _logits(x):
+def _logits(x: keras.KerasTensor) -> keras.KerasTensor:
     return keras.layers.Identity(dtype="float32", name="logits")(x)
 
 
 @contextlib.contextmanager
-def _dtype(recipe):
+def _dtype(recipe: Any) -> Iterator[None]:
     """The layers that are made meanwhile have the recipe's dtype policy."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(recipe.training.dtype)
@@ -253,7 +271,7 @@ def _dtype(recipe):
         keras.config.set_dtype_policy(before)
 
 
-def _existing(path):
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(
             f"There is no backbone {path}. Give a saved Keras model with --backbone "

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from typing import Annotated, get_origin, get_type_hints
 
 import keras
@@ -12,8 +13,9 @@ import pytest
 import tensorflow as tf
 from typer.testing import CliRunner
 
-from training import benchmark, fitting, methods, recipes
+from training import benchmark, fitting, methods, preemption, recipes
 from training.__main__ import app, path, prepare_app
+from training.preemption import Preempted, preemptible
 
 
 def training(*arguments):
@@ -132,7 +134,29 @@ def test_sigterm_ends_in_one_line_and_a_code_of_its_own(demo, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_the_garbage_collector_drops_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr(preemption, "AGAIN", 0.01)
+    reached = []
+
+    def work():
+        Dropped()
+        reached.append("went on")
+        time.sleep(10)
+        reached.append("was never stopped")
+
+    with preemptible(), pytest.raises(Preempted):
+        work()
+    assert reached == ["went on"]
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @shares_the_demo
 def test_sigterm_at_any_moment_loses_nothing(demo, tmp_path):
     """While models are built, trained, saved, evaluated: twenty times by chance."""

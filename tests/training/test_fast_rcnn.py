@@ -17,7 +17,6 @@ from keras_cross_stitch import alexnet, fcn_alexnet, split, stitch
 from training import (
     alexnet_weights,
     callbacks,
-    comparison,
     fitting,
     recipes,
     runs,
@@ -25,6 +24,7 @@ from training import (
 )
 from training.preemption import Preempted
 from training.runs import open_experiment
+from training.study import comparison
 from training.study.report import write_report
 from training.tasks import Attributes, Detection
 

@@ -1,16 +1,21 @@
 """Batches of (image, {task: map}), each determined by (seed, step)."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from training.recipes import Data
 
-def features(tasks):
+
+def features(tasks: Mapping[str, Any]) -> set[str]:
     """What is read of the stored examples."""
     return {"image", *(task.feature for task in tasks.values())}
 
 
-def check(builder, data):
+def check(builder: tfds.core.DatasetBuilder, data: Data) -> None:
     """Raises a ValueError for a recipe's data that the prepared ones cannot give."""
     height, width = builder.info.features["image"].shape[:2]
     rows, columns = data.target_size
@@ -23,7 +28,9 @@ def check(builder, data):
     labelled_images(data, builder.info.splits[data.train_split].num_examples, seed=0)
 
 
-def load(builder, split, data, tasks):
+def load(
+    builder: tfds.core.DatasetBuilder, split: str, data: Data, tasks: Mapping[str, Any]
+) -> tuple:
     """All examples of a split, small enough for memory.
 
     Returns:
@@ -34,7 +41,14 @@ def load(builder, split, data, tasks):
     return loaded
 
 
-def train_batches(examples, recipe, tasks, seed, steps, rows=None):
+def train_batches(
+    examples: tuple,
+    recipe: Any,
+    tasks: Mapping[str, Any],
+    seed: int,
+    steps: range,
+    rows: np.ndarray | None = None,
+) -> tf.data.Dataset:
     """The batches of some steps: shuffled, and augmented at random.
 
     A batch depends on the seed and its step alone, so a resumed run goes on with
@@ -59,7 +73,7 @@ def train_batches(examples, recipe, tasks, seed, steps, rows=None):
     rows = np.arange(size) if rows is None else rows
     order = _order(labelled, size, steps.stop, seed)[:, rows]
 
-    def batch(step):
+    def batch(step: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         chosen = tf.gather(order, step)
         chosen_targets = {
             name: tf.gather(target, chosen) for name, target in targets.items()
@@ -83,7 +97,9 @@ def train_batches(examples, recipe, tasks, seed, steps, rows=None):
     )
 
 
-def test_batches(builder, recipe, tasks):
+def test_batches(
+    builder: tfds.core.DatasetBuilder, recipe: Any, tasks: Mapping[str, Any]
+) -> tf.data.Dataset:
     """The test split, in order, every example once."""
     data = recipe.data
     return (
@@ -94,7 +110,7 @@ def test_batches(builder, recipe, tasks):
     )
 
 
-def labelled_images(data, count, seed):
+def labelled_images(data: Data, count: int, seed: int) -> np.ndarray:
     """Which train images have the labels of the `label_fraction` task, (N,) bool.
 
     Those of a small fraction are among those of any larger one.
@@ -110,7 +126,7 @@ def labelled_images(data, count, seed):
     return labelled
 
 
-def _order(labelled, batch_size, steps, seed):
+def _order(labelled: np.ndarray, batch_size: int, steps: int, seed: int) -> np.ndarray:
     """The examples of each step's batch, (steps, batch size)."""
     (with_labels,), (without,) = labelled.nonzero(), (~labelled).nonzero()
     if not len(without):
@@ -125,7 +141,9 @@ def _order(labelled, batch_size, steps, seed):
     )
 
 
-def passes(items, steps, size, seed):
+def passes(
+    items: Sequence[int] | np.ndarray, steps: int, size: int, seed: list[int]
+) -> np.ndarray:
     """The items in a random order, then in another one, and so on: (steps, size)."""
     count = -(-steps * size // len(items))
     passes = [
@@ -134,12 +152,14 @@ def passes(items, steps, size, seed):
     return np.concatenate(passes)[: steps * size].reshape(steps, size)
 
 
-def _examples(builder, split, data, tasks):
+def _examples(
+    builder: tfds.core.DatasetBuilder, split: str, data: Data, tasks: Mapping[str, Any]
+) -> tf.data.Dataset:
     """(image uint8, {task: target}) of each example, not yet in batches."""
     height, width = builder.info.features["image"].shape[:2]
     rows, columns = height // data.target_size[0], width // data.target_size[1]
 
-    def parse(example):
+    def parse(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         image = example["image"]
         if data.image_size != (height, width):
             image = tf.image.resize(image, data.image_size)
@@ -156,7 +176,9 @@ def _examples(builder, split, data, tasks):
     ).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _draws(count, data, seed):
+def _draws(
+    count: int, data: Data, seed: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """By chance, for each example: whether mirrored, (N,), its box and its tint."""
     flip_seed, crop_seed, tint_seed = tf.unstack(
         tf.random.experimental.stateless_split(seed, 3)
@@ -168,7 +190,13 @@ def _draws(count, data, seed):
     return mirrored, _boxes(count, data.smallest_crop, crop_seed), tints
 
 
-def _augment(image, targets, data, tasks, draws):
+def _augment(
+    image: tf.Tensor,
+    targets: dict[str, tf.Tensor],
+    data: Data,
+    tasks: Mapping[str, Any],
+    draws: list[tf.Tensor],
+) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
     """Flips, crops and tints each example of the batch, as was drawn."""
     mirrored, boxes, tints = draws
     image = _choose(mirrored, tf.reverse(image, axis=[2]), image)
@@ -188,12 +216,12 @@ def _augment(image, targets, data, tasks, draws):
     return image, targets
 
 
-def _choose(chosen, one, other):
+def _choose(chosen: tf.Tensor, one: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
     """For each example of the batch, the one where chosen, else the other."""
     return tf.where(tf.reshape(chosen, [-1] + [1] * (len(one.shape) - 1)), one, other)
 
 
-def _boxes(count, smallest, seed):
+def _boxes(count: int, smallest: float, seed: tf.Tensor) -> tf.Tensor:
     """Random boxes of the image's shape, (N, 4): top, left, bottom, right in [0, 1]."""
     side, top, left = tf.unstack(tf.random.stateless_uniform([3, count], seed))
     side = smallest + (1 - smallest) * side
@@ -201,7 +229,7 @@ def _boxes(count, smallest, seed):
     return tf.stack([top, left, top + side, left + side], axis=1)
 
 
-def _crop(maps, boxes, method):
+def _crop(maps: tf.Tensor, boxes: tf.Tensor, method: str) -> tf.Tensor:
     """Each map's part in its box, enlarged to the size of the map; float32."""
     channels = maps if len(maps.shape) == 4 else maps[..., None]
     parts = tf.image.crop_and_resize(
@@ -210,7 +238,7 @@ def _crop(maps, boxes, method):
     return tf.reshape(parts, tf.shape(maps))
 
 
-def _tint(image, tints):
+def _tint(image: tf.Tensor, tints: tf.Tensor) -> tf.Tensor:
     """Each image brighter or darker, and so again each of its channels."""
     gain = (1 + tints[..., :1]) * (1 + tints[..., 1:])
     return tf.clip_by_value(image * gain, 0.0, 255.0)

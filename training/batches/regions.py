@@ -5,6 +5,9 @@ boxes without area fill it up. Fast R-CNN's sampling: all tasks of a step have t
 RoIs, a quarter at most on objects.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -12,20 +15,26 @@ import tensorflow_datasets as tfds
 
 from training.batches.dense import passes
 from training.datasets import proposals
+from training.recipes import RegionData
 
 ON_OBJECT = 0.5  # the IoU from which a RoI is an object's
 
 
-def features(tasks):
+def features(tasks: Mapping[str, Any]) -> set[str]:
     """What is read of the stored examples."""
     return {"image", "objects"}
 
 
-def check(builder, data):
+def check(builder: tfds.core.DatasetBuilder, data: RegionData) -> None:
     """Nothing to check: images are brought to any size, and all have their boxes."""
 
 
-def load(builder, split, data, tasks):
+def load(
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    data: RegionData,
+    tasks: Mapping[str, Any],
+) -> tuple:
     """All examples of a split, small enough for memory.
 
     Returns:
@@ -39,7 +48,14 @@ def load(builder, split, data, tasks):
     return loaded
 
 
-def train_batches(examples, recipe, tasks, seed, steps, rows=None):
+def train_batches(
+    examples: tuple,
+    recipe: Any,
+    tasks: Mapping[str, Any],
+    seed: int,
+    steps: range,
+    rows: np.ndarray | None = None,
+) -> tf.data.Dataset:
     """The batches of some steps: shuffled, mirrored and sampled at random.
 
     A batch depends on the seed and its step alone, so a resumed run goes on with
@@ -63,7 +79,7 @@ def train_batches(examples, recipe, tasks, seed, steps, rows=None):
     items = list(range(len(images)))
     order = passes(items, steps.stop, size, [seed, 2])
 
-    def batch(step):
+    def batch(step: tf.Tensor) -> tuple:
         chosen = tf.gather(order, step)
         of_images = {name: tf.gather(x, chosen) for name, x in regions.items()}
         seeds = tf.stack([tf.constant(seed, "int64"), step])
@@ -84,13 +100,15 @@ def train_batches(examples, recipe, tasks, seed, steps, rows=None):
     )
 
 
-def test_batches(builder, recipe, tasks):
+def test_batches(
+    builder: tfds.core.DatasetBuilder, recipe: Any, tasks: Mapping[str, Any]
+) -> tf.data.Dataset:
     """The test split, in order, every example once, for tasks of the same inputs."""
     data = recipe.data
     (inputs,) = {task.inputs for task in tasks.values()}
     void = {name: tf.constant(task.void, "float32") for name, task in tasks.items()}
 
-    def parse(image, regions):
+    def parse(image: tf.Tensor, regions: dict[str, tf.Tensor]) -> tuple:
         rois = regions["boxes" if inputs == "objects" else inputs]
         truth = {name: task.truth(regions) for name, task in tasks.items()}
         return {"image": tf.cast(image, "float32"), "rois": rois}, truth
@@ -106,7 +124,9 @@ def test_batches(builder, recipe, tasks):
     )
 
 
-def sample(regions, count, seed):
+def sample(
+    regions: dict[str, tf.Tensor], count: int, seed: tf.Tensor
+) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
     """Some RoIs of each image, a quarter at most on objects, the rest on none.
 
     Where there are not enough without object, the others are on objects, too.
@@ -130,7 +150,7 @@ def sample(regions, count, seed):
     on_object = tf.reduce_max(overlaps, axis=-1) >= ON_OBJECT
     chosen = _draw(there, there & on_object, count, seed)
 
-    def gather(x, indices):
+    def gather(x: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
         return tf.gather(x, indices, batch_dims=1)
 
     best = gather(tf.argmax(overlaps, axis=-1, output_type="int32"), chosen)
@@ -144,7 +164,9 @@ def sample(regions, count, seed):
     }
 
 
-def _draw(there, on_object, count, seed):
+def _draw(
+    there: tf.Tensor, on_object: tf.Tensor, count: int, seed: tf.Tensor
+) -> tf.Tensor:
     """The indices of random candidates, (N, count), of (N, P) bool."""
     chance = tf.random.stateless_uniform(tf.shape(there), seed)
     of_objects = tf.where(on_object, chance, -1.0)
@@ -154,13 +176,15 @@ def _draw(there, on_object, count, seed):
     return tf.math.top_k(rank + chance, count).indices
 
 
-def _mirror(image, regions, seed):
+def _mirror(
+    image: tf.Tensor, regions: dict[str, tf.Tensor], seed: tf.Tensor
+) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
     """Mirrors each example of the batch, by chance."""
     mirrored = tf.random.stateless_uniform([len(image)], seed) < 0.5
     image = tf.where(mirrored[:, None, None, None], tf.reverse(image, axis=[2]), image)
     width = tf.constant(image.shape[2], "float32")
 
-    def flip(boxes):
+    def flip(boxes: tf.Tensor) -> tf.Tensor:
         left, top, right, bottom = tf.unstack(boxes, axis=-1)
         flipped = tf.stack([width - right, top, width - left, bottom], axis=-1)
         return tf.where(mirrored[:, None, None], flipped, boxes)
@@ -169,13 +193,17 @@ def _mirror(image, regions, seed):
     return image, {**regions, **boxes}
 
 
-def _examples(builder, split, data):
+def _examples(
+    builder: tfds.core.DatasetBuilder, split: str, data: RegionData
+) -> tf.data.Dataset:
     """(image uint8, regions) of each example, not yet in batches."""
     wanted = tfds.decode.PartialDecoding(dict.fromkeys(features({}), True))
     stored = builder.as_dataset(split=split, decoders=wanted)
     found = proposals.load(builder, split, data.proposals)
 
-    def parse(example, found):
+    def parse(
+        example: dict[str, tf.Tensor], found: tf.Tensor
+    ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         image, size = _fit(example["image"], data.image_size)
         found = tf.boolean_mask(found, _area(found) > 0)
         objects = example["objects"]
@@ -193,7 +221,7 @@ def _examples(builder, split, data):
     )
 
 
-def _fit(image, size):
+def _fit(image: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
     """The image as large as fits, filled up below and right, and its own (H, W)."""
     own = tf.cast(tf.shape(image)[:2], "float32")
     own = tf.round(own * tf.reduce_min(tf.constant(size, "float32") / own))
@@ -203,11 +231,11 @@ def _fit(image, size):
     return tf.image.pad_to_bounding_box(image, 0, 0, *size), own
 
 
-def _pixels(boxes, size):
+def _pixels(boxes: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Top, left, bottom, right as shares, to left, top, right, bottom in pixels."""
     return tf.gather(boxes * tf.tile(size, [2]), [1, 0, 3, 2], axis=-1)
 
 
-def _area(boxes):
+def _area(boxes: tf.Tensor) -> tf.Tensor:
     sides = boxes[..., 2:] - boxes[..., :2]
     return sides[..., 0] * sides[..., 1]

@@ -229,7 +229,13 @@ def _furnish(rng, room, eye):
     return objects
 
 
-def _propose(rng, room, objects, place, size):
+def _propose(
+    rng: np.random.Generator,
+    room: np.ndarray,
+    objects: list,
+    place: str,
+    size: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray] | None:
     """A random origin and rotation for a thing of this size, or None."""
     half = room / 2
     if place == "top":

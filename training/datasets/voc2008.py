@@ -391,9 +391,10 @@ def _mark_difficult(objects, path):
     with read_as("the annotation of an image", path, "Unpack the devkit anew"):
         for thing in ElementTree.parse(path).getroot().iter("object"):
             edges = (
-                thing.find(f"bndbox/{x}") for x in ("xmin", "ymin", "xmax", "ymax")
+                thing.findtext(f"bndbox/{x}", "")
+                for x in ("xmin", "ymin", "xmax", "ymax")
             )
-            box = tuple(round(float(x.text)) for x in edges)
+            box = tuple(round(float(x)) for x in edges)
             difficult = int(thing.findtext("difficult", "0"))
             annotated[thing.findtext("name"), box] = difficult
     lacking = 0

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 STRIDE = 32  # pixels of the image to a cell of a tower's last map
 
@@ -46,7 +46,7 @@ class FcnAlexNet:
     """FCN-32s on AlexNet, from scratch."""
 
     width: float
-    normalization: str | None
+    normalization: Literal["batch", "local_response"] | None
     dropout: float
     weight_decay: float
     common_start: bool  # all towers from one initialisation
@@ -69,7 +69,7 @@ class FastRcnnAlexNet:
     """Fast R-CNN on AlexNet, its boxes pooled to 6x6, from scratch or from weights."""
 
     width: float
-    normalization: str | None
+    normalization: Literal["batch", "local_response"] | None
     dropout: float
     weight_decay: float
     common_start: bool  # all towers from one initialisation
@@ -101,9 +101,8 @@ class Training:
 
     batch_size: int
     momentum: float
-    # `None` for the sum of the tasks' losses, or how `weigh_losses` weighs them:
-    # "uncertainty" or "dynamic_average"
-    loss_weighting: str | None
+    # `None` for the sum of the tasks' losses, or how `weigh_losses` weighs them
+    loss_weighting: Literal["uncertainty", "dynamic_average"] | None
     dtype: str  # a Keras dtype policy; what is published is float32, on every machine
 
 

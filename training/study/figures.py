@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from scipy.stats import spearmanr
 
 from keras_cross_stitch import CrossStitch, plot_alpha
@@ -51,8 +52,8 @@ def gallery(columns, scale=None):
     rows = len(next(iter(columns.values())))
     height, width = np.shape(next(iter(columns.values()))[0])[:2]
     side = WIDTH / len(columns)
-    figure = Figure((WIDTH, side * rows * height / width + 0.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure = Figure((WIDTH, side * rows * height / width + 0.5), layout=layout)
     grid = figure.subplots(rows, len(columns), squeeze=False)
     for axes, (title, images) in zip(grid.T, columns.items(), strict=True):
         axes[0].set_title(title)

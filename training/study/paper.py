@@ -17,7 +17,9 @@ _NYUV2 = [
 ]
 _VOC2008 = [("detection", "mean_ap_voc2008"), ("attributes", "mean_ap")]
 
-TABLES = {
+Table = dict[str, dict[tuple[str, str], float]]
+
+TABLES: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     # Table 1: what alpha starts at
     ("nyuv2", "init"): {
         "cross_stitch@same_task=0.1": (34.6, 18.8, 38.5, 53.7, 59.4, 47.9, 18.2, 33.3),
@@ -81,20 +83,20 @@ _SPLITS = {
 _DATASETS = {"nyuv2": "nyuv2", "voc2008_alexnet": "voc2008"}  # by recipe
 
 
-def table(recipe, study):
+def table(recipe: str, study: str) -> Table:
     """The paper's table as `{method: {(task, metric): value}}`; empty without one."""
-    dataset = _DATASETS.get(recipe)
-    columns = {"nyuv2": _NYUV2, "voc2008": _VOC2008}.get(dataset, ())
+    dataset = _DATASETS.get(recipe, "")
+    columns = {"nyuv2": _NYUV2, "voc2008": _VOC2008}.get(dataset, [])
     return {
         method: dict(zip(columns, values, strict=True))
         for method, values in TABLES.get((dataset, study), {}).items()
     }
 
 
-def splits(recipe):
+def splits(recipe: str) -> dict[tuple[str, str], dict[str, float]]:
     """Figure 2b as `{(task, metric): {layer: difference}}`; empty without one."""
     columns = {"nyuv2": [("segmentation", "miou")], "voc2008": _VOC2008}
     return {
         (task, metric): dict(zip(_LAYERS, _SPLITS[task], strict=True))
-        for task, metric in columns.get(_DATASETS.get(recipe), ())
+        for task, metric in columns.get(_DATASETS.get(recipe, ""), ())
     }

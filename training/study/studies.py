@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +19,8 @@ TRIES = 8  # of a search, for the baseline and for cross-stitch each
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One run of a study."""
+class Planned:
+    """A run that a study asks for."""
 
     study: str
     experiment: Experiment
@@ -169,7 +171,7 @@ def plan(experiment, study, seeds):
         names = [x for x in STUDIES if x not in others]
     experiments = {name: _experiments(experiment, name) for name in names}
     return [
-        Run(name, one, method, seed)
+        Planned(name, one, method, seed)
         for name in names
         for seed in seeds
         for one in experiments[name]
@@ -226,7 +228,7 @@ def write(planned, results):
         ValueError: If a run is of another recipe than the study's, or if a file holds
             rows of another recipe or dtype: what is to be made anew.
     """
-    files = {}
+    files: dict[Path, list[Planned]] = {}
     for run in planned:
         path = results / run.experiment.recipe.name / f"{run.study}.csv"
         if run.finished:
@@ -260,7 +262,9 @@ def _merged(path, finished):
             f"those of this study. Of another are: {'; '.join(others)}. Make these "
             "anew, all of their seeds, or give another folder with --results"
         )
-    lines = {of_run: [] for of_run in made}  # in the order of the file
+    lines: dict[tuple[str, int], list[tuple]] = {
+        of_run: [] for of_run in made
+    }  # in the order of the file
     for row in (*rows, *delta_m.rows(rows)):
         of_run = row.method, row.seed
         lines[of_run].append((*row, *made[of_run]))
@@ -276,7 +280,7 @@ def _made(run):
 
 def _rows(run):
     """The run's metrics, and what else its study is about, as tidy rows."""
-    values = runs.metrics(run.folder)
+    values: Any = runs.metrics(run.folder)
     if run.study == "per-class":
         values = {}
         for row in read_csv(run.folder / "per_class.csv"):
@@ -290,7 +294,7 @@ def _rows(run):
 def _alphas(run):
     """{task: {"alpha/<unit>/from_<source>/<statistic>": value}} of a stitched run."""
     tasks = sorted(run.experiment.recipe.data.tasks)  # as alpha's axes are
-    values = {task: {} for task in tasks}
+    values: dict[str, dict[str, float]] = {task: {} for task in tasks}
     with np.load(run.folder / "alpha.npz") as units:
         for unit, alpha in units.items():
             for (i, task), (j, source) in itertools.product(

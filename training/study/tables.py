@@ -56,7 +56,7 @@ def filled(text, results=RESULTS):
             )
     if len(marks) % 2:
         raise ValueError(f"Expected '<!-- /table -->' after '{marks[-1]}'")
-    return _TABLE.sub(lambda match: match[1] + _of(*match.groups()[1:], results), text)
+    return _TABLE.sub(lambda x: x[1] + _of(x[2], x[3], x[4], results), text)
 
 
 def _of(recipe, study, is_brief, results):
@@ -122,7 +122,7 @@ def _table(table):
         if method not in table.cells:
             lines.append(_paper_line(method, values))
     if len(lines[0]) > _MOST_COLUMNS + 2:
-        lines = list(zip(*lines, strict=True))
+        lines = [list(line) for line in zip(*lines, strict=True)]
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

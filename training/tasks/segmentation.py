@@ -85,11 +85,8 @@ class Segmentation:
         return image
 
     def _colours(self):
-        colours = np.array(
-            matplotlib.colormaps["tab20b"].colors
-            + matplotlib.colormaps["tab20c"].colors
-            + matplotlib.colormaps["tab20"].colors
-        )
+        maps = ("tab20b", "tab20c", "tab20")
+        colours = np.concatenate([matplotlib.color_sequences[x] for x in maps])
         # Neighbours in these maps are shades of one hue; steps of 7 part them.
         steps = 7 * np.arange(self.outputs) % len(colours)
         return (255 * colours[steps]).round().astype("uint8")  # (classes, 3)

@@ -5,9 +5,10 @@ import shutil
 import matplotlib.image
 import pytest
 
-from training import comparison, runs
+from training import runs
 from training.files import Row, write_csv
 from training.provenance import Made
+from training.study import comparison
 
 TASKS = ("segmentation", "normals")
 

@@ -21,7 +21,7 @@ from training.study.results import (
 )
 
 PICTURES = 5
-PUBLISHED = Path(__file__).parents[1] / "docs" / "results"
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 LEGEND = (
     "↑: higher is better, ↓: lower is. In brackets: where 95 % of all seeds are, by "
     "the published ones. Δm: the mean over tasks and their metrics of the change "
