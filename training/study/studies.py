@@ -345,7 +345,7 @@ def best_first(planned):
     values = {
         (run.method, run.seed): {
             (task, name): value
-            for task, of_task in runs.metrics(run.folder).items()
+            for task, of_task in (runs.metrics(run.folder) or {}).items()
             for name, value in of_task.items()
         }
         for run in planned
