@@ -11,9 +11,10 @@ from typing import Any, TypedDict
 class Meaning(TypedDict, total=False):
     """Of one task's answers. Whatever is not said is left out."""
 
-    kind: str  # "classes", "normals", "detection" or "attributes"
+    kind: str  # "classes", "normals", "depth", "detection" or "attributes"
     names: list[str]  # of the classes or attributes, by index
     colours: list[list[int]]  # red, green, blue of each, to 255
+    range: list[float]  # of numbers: what the first and the last colour stand for
     units: str
     description: str
     drawn_from: float  # the least score or probability that is drawn
@@ -81,10 +82,20 @@ def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 1
 
 
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(x) in (int, float) for x in value)
+        and value[0] < value[1]
+    )
+
+
 _KEYS = {
     "kind": ("a string", _is_text),
     "names": ("a list of strings", _are_texts),
     "colours": ("a list of [red, green, blue], whole numbers to 255", _are_colours),
+    "range": ("two numbers, the smaller first", _is_range),
     "units": ("a string", _is_text),
     "description": ("a string", _is_text),
     "drawn_from": ("a number from 0 to 1", _is_share),

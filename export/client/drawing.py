@@ -95,6 +95,8 @@ def draw(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
             return Drawing(rows=[(_name(i, meaning), f"{values[i]:.3f}") for i in best])
     if len(outputs) == 1 and meaning.get("kind") == "normals" and values.ndim == 3:
         return _normals(values)
+    if len(outputs) == 1 and "range" in meaning and values.shape[2:] == (1,):
+        return _numbers(values[..., 0], meaning)
     units = meaning.get("units", "")
     return Drawing(
         rows=[row for name in outputs for row in _rows(name, outputs, units)]
@@ -156,6 +158,28 @@ def _normals(normals: np.ndarray) -> Drawing:
         ("faces the camera", (128, 128, 255)),
     ]
     return Drawing(image.round().clip(0, 255).astype("uint8"), legend=legend)
+
+
+def _numbers(values: np.ndarray, meaning: Meaning) -> Drawing:
+    """A map of numbers, such as metres, in colours from end to end of its range."""
+    low, high = meaning["range"]
+    given = meaning.get("colours", [])
+    colours = np.array(given if len(given) > 1 else [[255] * 3, [0] * 3], "float32")
+    place = (values - low) / (high - low) * (len(colours) - 1)  # (H, W)
+    place = np.nan_to_num(place)
+    image = np.stack(
+        [np.interp(place, np.arange(len(colours)), x) for x in colours.T], axis=-1
+    )
+    ends = np.linspace(0, len(colours) - 1, 5).round().astype(int)
+    legend = [
+        (
+            f"{low + (high - low) * k / (len(colours) - 1):.3g} "
+            f"{meaning.get('units', '')}".strip(),
+            tuple(int(x) for x in colours[k]),
+        )
+        for k in ends
+    ]
+    return Drawing(image.round().astype("uint8"), legend=legend)
 
 
 def _rows(

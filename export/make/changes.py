@@ -70,7 +70,7 @@ def changes(
 
 
 def changed_answers(before: np.ndarray, after: np.ndarray, meaning: Meaning) -> str:
-    """How many classes are others, or by what angle normals have turned."""
+    """How many classes are others, how far normals have turned, or depth moved."""
     if meaning.get("kind") == "classes":
         other = before.argmax(axis=-1) != after.argmax(axis=-1)
         return f"{100 * other.mean():.2g} % other classes"
@@ -78,6 +78,9 @@ def changed_answers(before: np.ndarray, after: np.ndarray, meaning: Meaning) -> 
         cosine = (before * after).sum(axis=-1)
         angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
         return f"{angle.mean():.2g} degrees"
+    if meaning.get("kind") == "depth":
+        change = np.abs(before - after).mean()
+        return f"{change:.2g} {meaning.get('units', '')}".strip()
     return ""
 
 

@@ -49,6 +49,8 @@ def test_what_is_written_is_read_beside_a_model_and_in_a_version(tmp_path, encod
         (b'{"rooms": {"colours": [[1, 2, true]]}}', "whole numbers to 255"),
         (b'{"rooms": {"drawn_from": "0.5"}}', "must be a number from 0 to 1"),
         (b'{"rooms": {"drawn_from": NaN}}', "must be a number from 0 to 1"),
+        (b'{"rooms": {"range": [10, 0]}}', "must be two numbers, the smaller first"),
+        (b'{"rooms": {"range": [0, NaN]}}', "must be two numbers, the smaller first"),
         (b'{"rooms": {"units": []}}', "'units' of 'rooms'"),
         (b'{"rooms": {"description": {}}}', "'description' of 'rooms'"),
     ],

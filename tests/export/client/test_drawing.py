@@ -37,6 +37,19 @@ def test_classes_without_colours_or_names_differ_all_the_same():
     assert len({tuple(colour) for colour in drawing.map[0]}) == 4
 
 
+def test_depth_has_the_colours_of_its_range_and_a_scale():
+    meaning = {"kind": "depth", "range": [0.0, 10.0], "units": "metres"}
+    metres = np.array([[[0.0], [2.5], [10.0]], [[-3.0], [99.0], [np.nan]]], "float32")
+    drawing = draw({"depth": metres}, {**meaning, "colours": [[0] * 3, [200, 100, 0]]})
+
+    np.testing.assert_array_equal(drawing.map[0], [[0] * 3, [50, 25, 0], [200, 100, 0]])
+    np.testing.assert_array_equal(drawing.map[1, :2], [[0] * 3, [200, 100, 0]])
+    assert drawing.legend[0] == ("0 metres", (0, 0, 0))
+    assert drawing.legend[-1] == ("10 metres", (200, 100, 0))
+    grey = draw({"depth": metres}, meaning)  # without colours: from white to black
+    assert grey.map[0, :, 0].tolist() == [255, 191, 0]
+
+
 def test_classes_of_a_whole_image_are_the_best_names():
     drawing = draw({"kind": np.array([0.1, 0.7, 0.2])}, CLASSES)
     assert drawing.rows == [("floor", "0.700"), ("lamp", "0.200"), ("wall", "0.100")]
