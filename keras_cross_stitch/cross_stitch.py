@@ -108,7 +108,7 @@ class CrossStitch(keras.layers.Layer):
         shapes = _by_task(input_shape)
         shape = self._common_shape(shapes)
         _check_sizes_are_known_alike(self.name, shapes)
-        axis = 1 if self.data_format == "channels_first" else -1
+        axis = self._channel_axis
         channels = shape[axis]
         if self.per == "channel" and channels is None:
             raise ValueError(
@@ -120,10 +120,15 @@ class CrossStitch(keras.layers.Layer):
         axes = {axis: channels} if self.per == "channel" else None
         self.input_spec = [keras.layers.InputSpec(axes=axes) for _ in shapes]
         self.tasks = tuple(str(task) for task in shapes)
+        self._add_alpha([channels] * len(shapes))
+
+    def _add_alpha(self, channels: list[int | None]) -> None:
+        """Adds alpha, of tasks with the channels given; per layer where they differ."""
+        tasks = len(channels)
+        per_channel = self.per == "channel" and len(set(channels)) == 1
         self.alpha = self.add_weight(
             name="alpha",
-            shape=(len(shapes), len(shapes))
-            + ((channels,) if self.per == "channel" else ()),
+            shape=(tasks, tasks, channels[0]) if per_channel else (tasks, tasks),
             initializer=self._initial_alpha,
             regularizer=self.alpha_regularizer,
             constraint=self.alpha_constraint,
@@ -133,6 +138,10 @@ class CrossStitch(keras.layers.Layer):
         )
         # LearningRateGroups spares it from weight decay, whatever its layer's name.
         self.alpha.is_cross_stitch_alpha = True
+
+    @property
+    def _channel_axis(self) -> int:
+        return 1 if self.data_format == "channels_first" else -1
 
     def _initial_alpha(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         tasks, _, *channels = shape
@@ -150,13 +159,21 @@ class CrossStitch(keras.layers.Layer):
         return alpha * ops.ones(shape, dtype=dtype)
 
     def call(self, inputs: Any) -> Any:
-        maps = _by_task(inputs)
-        # Again, since later calls may come with shapes that would broadcast.
-        rank = len(self._common_shape({task: x.shape for task, x in maps.items()}))
-        given = _checked_when_run(list(maps.values()))
+        maps = self._checked(_by_task(inputs))
+        tasks = range(len(maps))
         # A copy, not the variable: a custom gradient may capture no variable.
-        weights = self._weights(ops.copy(self.alpha), len(maps), rank)
-        return _like(inputs, [_mix(weights[i], *given) for i in range(len(maps))])
+        weights = self._weights(ops.copy(self.alpha), len(maps), len(maps[0].shape))
+        rows = [[self._given(maps, i, j) for j in tasks] for i in tasks]
+        return _like(inputs, [_mix(weights[i], *rows[i]) for i in tasks])
+
+    def _checked(self, maps: dict[Any, Any]) -> list[Any]:
+        # Again, since later calls may come with shapes that would broadcast.
+        self._common_shape({task: x.shape for task, x in maps.items()})
+        return _checked_when_run(list(maps.values()))
+
+    def _given(self, maps: list[Any], i: int, j: int) -> Any:
+        """What task j gives to task i."""
+        return maps[j]
 
     def as_constants(
         self, inputs: Any, leave_out: Collection[tuple[int, int]] = ()
@@ -181,14 +198,16 @@ class CrossStitch(keras.layers.Layer):
         for i in range(len(maps)):
             sources = [j for j in range(len(maps)) if (i, j) not in leave_out or i == j]
             row = [ops.cast(weights[i][j], maps[j].dtype) for j in sources]
-            mixed.append(_sum_of_products(row, [maps[j] for j in sources]))
+            mixed.append(
+                _sum_of_products(row, [self._given(maps, i, j) for j in sources])
+            )
         return _like(inputs, mixed)
 
     def _weights(self, alpha: Any, tasks: int, rank: int) -> Any:
         """alpha, where each alpha[i, j] has a shape that multiplies a map."""
         # (C,), or (C, 1, 1) where channels stand first.
         trailing: tuple[int, ...] = (1,)
-        if self.per == "channel":
+        if len(self.alpha.shape) == 3:
             first = self.data_format == "channels_first"
             trailing = (-1,) + (1,) * (rank - 2 if first else 0)
         return ops.reshape(alpha, (tasks, tasks, *trailing))

@@ -15,6 +15,7 @@ from keras_cross_stitch.copying import alike
 from keras_cross_stitch.cross_stitch import CrossStitch
 from keras_cross_stitch.joining import Joined, new_inputs
 from keras_cross_stitch.opening import Call, Tower, Value
+from keras_cross_stitch.projecting import ProjectedCrossStitch
 from keras_cross_stitch.sharing import (
     built_once,
     may_be_built_once,
@@ -32,6 +33,7 @@ def stitch(
     *,
     shared_input: bool = True,
     share_frozen: bool = True,
+    project: bool = False,
     name: str = "cross_stitch",
     **unit: Any,
 ) -> keras.Model:
@@ -69,6 +71,10 @@ def stitch(
             Random layers that are the same but for their seed and read the same,
             such as the towers' augmentation, are built once in any case, so that
             all tasks see the same picture.
+        project: Whether towers may have other channels or sizes at a tap: what a
+            task takes of another then goes through a learned 1x1 convolution and a
+            resize, see `projecting.ProjectedCrossStitch`. Where shapes are equal,
+            the unit is the same as without.
         name: String, the model's name.
         **unit: Arguments of every `CrossStitch`, such as `per` or `same_task`.
 
@@ -129,7 +135,7 @@ def stitch(
                     f"one. Received: at={at}"
                 )
         maps = {task: joined.run(task, [value])[0] for task, value in tap.items()}
-        mix = _unit(joined, label, tap, unit)
+        mix = _unit(joined, label, tap, unit, project)
         try:
             outputs = mix(maps)
         except ValueError as error:
@@ -310,7 +316,11 @@ def _used_otherwise(calls: list[Call], same: Mapping[Call, Call]) -> str | None:
 
 
 def _unit(
-    joined: Joined, label: str, tap: Mapping[str, Value], arguments: dict
+    joined: Joined,
+    label: str,
+    tap: Mapping[str, Value],
+    arguments: dict,
+    project: bool,
 ) -> CrossStitch:
     """The unit of a tap, with the dtype of the first tower's layer."""
     task, value = next(iter(tap.items()))
@@ -321,4 +331,8 @@ def _unit(
         policy = policy.name.split("_from_")[1]
     name = f"cross_stitch_{re.sub('[/:]', '_', label)}"
     joined.claim(name, f"the unit at '{label}'")
-    return CrossStitch(name=name, **{"dtype": policy, **arguments})
+    shapes = [value.shape[1:] for value in tap.values()]
+    # Sizes that are not known yet may differ, which a projection resizes.
+    differ = len(set(shapes)) > 1 or any(None in shape for shape in shapes)
+    kind = ProjectedCrossStitch if project and differ else CrossStitch
+    return kind(name=name, **{"dtype": policy, **arguments})
