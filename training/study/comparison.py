@@ -123,10 +123,14 @@ def _shown(name, of_metric, usual, method):
 
 def _usual(experiment, published):
     """{(task, metric): {method: {seed: value}}} that are published of this recipe."""
-    path = published / experiment.recipe.name / "methods.csv"
-    if not path.exists():
-        return {}
-    return by_seed(row for row, by in read_rows(path) if by.recipe == experiment.digest)
+    rows = {  # the studies of whole methods, which have some of their runs in common
+        row
+        for study in ("demo", "methods")
+        if (path := published / experiment.recipe.name / f"{study}.csv").exists()
+        for row, by in read_rows(path)
+        if by.recipe == experiment.digest
+    }
+    return by_seed(sorted(rows))
 
 
 def _save(figure: Figure, path: Path, *, dpi: int) -> None:

@@ -95,8 +95,9 @@ def test_the_table_ends_in_delta_m_and_says_where_values_usually_are(
             (*Row("ensemble", seed, "segmentation", "miou", value), *made)
             for seed, value in enumerate([20.0, 21.0, 22.0])
         ]
-        path = tmp_path / "published" / "tiny" / "methods.csv"
-        write_csv(path, (*Row._fields, *Made._fields), published)
+        for study in ("demo", "methods"):  # which have these runs in common
+            path = tmp_path / "published" / "tiny" / f"{study}.csv"
+            write_csv(path, (*Row._fields, *Made._fields), published)
         _, body = comparison.rows(experiment, methods, 0, tmp_path / "published")
         return {name: values for name, *values in body}
 
