@@ -14,6 +14,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 import yaml
@@ -329,31 +330,102 @@ def labels_of_some_tasks():
     }
 
 
+def a_table():
+    """Eight images, and a table in which each task lacks some labels."""
+    images = np.random.default_rng(0).uniform(0, 1, (8, 4)).astype("float32")
+    rows = [
+        f"{k}.jpg,{'' if k == 2 else 30 + k},{'' if k == 5 else k % 2}"
+        for k in range(8)
+    ]
+    Path("labels.csv").write_text("\n".join(["file,age,kind", *rows]), encoding="utf-8")
+    x = keras.Input((4,), name="image")
+    outputs = {
+        "age": keras.layers.Dense(1)(x),
+        "kind": keras.layers.Dense(2, activation="softmax")(x),
+    }
+    return {"pd": pd, "images": images, "model": keras.Model(x, outputs)}
+
+
 def weigh_losses():
     return {"weigh_losses": keras_cross_stitch.weigh_losses}
+
+
+def numbers_for_every_label():
+    """The labels of the table, filled up."""
+    kind = np.arange(8) % 2
+    age = (30.0 + np.arange(8))[:, None]
+    return {"np": np, "labels": {"kind": kind, "age": age}}
+
+
+def towers_with_a_frozen_layer():
+    def tower(units, activation):
+        keras.utils.set_random_seed(0)
+        x = keras.Input((4,), name="image")
+        y = keras.layers.Dense(8, activation="relu", trainable=False, name="stem")(x)
+        y = keras.layers.Dense(8, activation="relu", name="hidden")(y)
+        return keras.Model(x, keras.layers.Dense(units, activation)(y))
+
+    return {
+        "LearningRateGroups": keras_cross_stitch.LearningRateGroups,
+        "kind": tower(2, "softmax"),
+        "age": tower(1, None),
+        "losses": {"kind": "sparse_categorical_crossentropy", "age": "mae"},
+    }
+
+
+def maps():
+    maps = np.random.default_rng(0).uniform(size=(4, 6, 6, 1)).astype("float32")
+    return {"maps": maps, "map_labels": {"depth": maps + 1, "edges": maps > 0.5}}
+
+
+def nothing_more():
+    return {}
 
 
 NEEDS = {
     "at=[{": towers_with_layers_of_other_names,
     "backbone.layers[:54]": backbone,
     "sample_from_datasets": labels_of_some_tasks,
+    "read_csv": a_table,
     "weigh_losses(model": weigh_losses,
+    "sample_weight=": numbers_for_every_label,
+    'save("stitched.keras")': nothing_more,
+    "share_frozen=False": towers_with_a_frozen_layer,
+    "def flipped": maps,
+    "train_on_batch": nothing_more,
+    "GradientTape": nothing_more,
 }
 
 
-@pytest.mark.usefixtures("fit_must_help")
-def test_the_python_blocks_of_using_run_and_train(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs/using.md").read_text()
+def run_blocks_of_using(numbers, namespace):
+    text = (ROOT / "docs/using.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    namespace = {}
-    for block in blocks:
+    assert len(blocks) == len(NEEDS)
+    for block in blocks[numbers]:
         needs = [NEEDS[words] for words in NEEDS if words in block]
         assert len(needs) == 1, f"say in NEEDS what this block needs:\n{block}"
         namespace.update(needs[0]())
         exec(block, namespace)
 
-    assert len(blocks) == len(NEEDS)
+
+@pytest.mark.usefixtures("fit_must_help")
+def test_the_python_blocks_of_using_run_and_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks_of_using(slice(3), {})
+
+
+def test_the_shorter_python_blocks_of_using_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fit = keras.Model.fit
+    monkeypatch.setattr(
+        keras.Model, "fit", lambda *args, **more: fit(*args, **more, verbose=0)
+    )
+    names = ["MaskedLoss", "MaskedMetric", "stitch"]
+    namespace = {name: getattr(keras_cross_stitch, name) for name in names}
+    run_blocks_of_using(slice(3, None), {"keras": keras, "tf": tf, **namespace})
+    printed = capsys.readouterr().out
+    assert "(4, 6, 6, 1) ['depth', 'edges']" in printed
+    assert "['age_loss', 'kind_loss', 'loss']" in printed
 
 
 @pytest.mark.parametrize("package", ["keras_cross_stitch", "training", "export"])
