@@ -51,8 +51,9 @@ def export_saved_model(
             `~` is the home folder. Versions are its subfolders.
         version: Positive integer. Defaults to one above the highest that is there;
             of two exports at once, each gets a number of its own.
-        from_jpeg: Whether to add a signature `<task>_from_jpeg` per task that takes
-            encoded images. The model must have one input, `(N, H, W, 3)`.
+        from_jpeg: Whether to add signatures that take encoded images:
+            `<task>_from_jpeg` per task, and `from_jpeg` of all tasks. The model must
+            have one input, `(N, H, W, 3)`.
         sample: A batch of inputs to compare the models on, as the model is called
             with: an array, or a list or dict of them. For a `tf.data.Dataset` of
             `(inputs, labels)` it is `next(iter(dataset))[0]`. With `from_jpeg` it
@@ -83,6 +84,7 @@ def export_saved_model(
             be of one size. The orientation in a JPEG file's EXIF data is not
             applied, as TensorFlow does not read it: photographs of phones must be
             turned upright, and saved so, before they are sent.
+        `from_jpeg`: the same for all tasks; the outputs are `serving_default`'s.
 
     Raises:
         ValueError: For a model without a dict of outputs, with outputs that would
@@ -194,6 +196,12 @@ def _check_takes_images(model: keras.Model) -> None:
             "`from_jpeg=True` is for models with one input, (N, H, W, 3). Received a "
             f"model with inputs of shape: {shapes}"
         )
+    for task in model.output:
+        if task == "from_jpeg" or task.endswith("_from_jpeg"):
+            raise ValueError(
+                "With `from_jpeg=True` signatures of images end in 'from_jpeg': give "
+                f"the task another name. Received: {task!r}"
+            )
 
 
 def _local(directory: str | os.PathLike) -> pathlib.Path:
@@ -336,15 +344,19 @@ def _write(
     def together(inputs: Any) -> dict[str, Any]:
         return _signatures(run(inputs))["serving_default"]
 
+    image_bytes = tf.TensorSpec((None,), "string", name="image_bytes")
     parts = _signatures(model.output)
-    add("serving_default", together, specs, parts.pop("serving_default"))
+    of_all = parts.pop("serving_default")
+    add("serving_default", together, specs, of_all)
+    if from_jpeg:
+        name = _from_jpeg_name("serving_default")
+        add(name, _from_jpeg(together, model), image_bytes, of_all)
     for task, outputs in parts.items():
         part = _traced(keras.Model(model.input, outputs), model)
         add(task, part, specs, outputs)
         if from_jpeg:
-            image_bytes = tf.TensorSpec((None,), "string", name="image_bytes")
             function = _from_jpeg(part, model)
-            add(f"{task}_from_jpeg", function, image_bytes, outputs)
+            add(_from_jpeg_name(task), function, image_bytes, outputs)
     # The gradients of custom gradients are not served, and take minutes to trace.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     archive.write_out(str(path), options=options, verbose=False)
@@ -356,6 +368,10 @@ def _may_hold_tables(layer: Any) -> bool:
     holders = (keras.layers.Layer, tf.saved_model.experimental.TrackableResource)
     held = keras.tree.flatten(list(vars(layer).values()))
     return any(isinstance(x, holders) for x in held)
+
+
+def _from_jpeg_name(signature: str) -> str:
+    return "from_jpeg" if signature == "serving_default" else f"{signature}_from_jpeg"
 
 
 def _from_jpeg(run: Callable, model: keras.Model) -> Callable:
@@ -394,10 +410,10 @@ def _compare(
     by_name = dict(zip(names, tensors, strict=True))
     for signature, expected in _signatures(outputs).items():
         _check_equal(signature, loaded.signatures[signature](**by_name), expected)
-        if from_jpeg and signature != "serving_default":
+        if from_jpeg:
             # PNG is lossless, and the size is the model's: the same pixels arrive.
             files = [tf.io.encode_png(image) for image in tf.cast(tensors[0], "uint8")]
-            signature = f"{signature}_from_jpeg"
+            signature = _from_jpeg_name(signature)
             served = loaded.signatures[signature](image_bytes=tf.stack(files))
             _check_equal(signature, served, expected)
     return by_name

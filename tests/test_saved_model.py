@@ -69,13 +69,14 @@ def test_there_is_a_signature_per_task_and_one_for_all(model, tmp_path):
     assert set(loaded.signatures) == {"serving_default", "kind", "age"}
 
 
-def test_from_jpeg_adds_a_signature_per_task(signatures):
+def test_from_jpeg_adds_a_signature_per_task_and_one_for_all(signatures):
     assert set(signatures) == {
         "serving_default",
         "kind",
         "age",
         "kind_from_jpeg",
         "age_from_jpeg",
+        "from_jpeg",
     }
     _, inputs = signatures["kind_from_jpeg"].structured_input_signature
     assert {name: x.shape.as_list() for name, x in inputs.items()} == {
@@ -261,7 +262,12 @@ def test_png_arrives_pixel_by_pixel(model, signatures):
     files = [tf.io.encode_png(image.astype("uint8")) for image in images]
     served = signatures["kind_from_jpeg"](image_bytes=tf.stack(files))
     assert set(served) == {"kind"}
-    close(served["kind"], model.predict(images, verbose=0)["kind"])
+    expected = model.predict(images, verbose=0)
+    close(served["kind"], expected["kind"])
+    together = signatures["from_jpeg"](image_bytes=tf.stack(files))
+    assert set(together) == {"kind", "age"}
+    for task, output in together.items():
+        close(output, expected[task])
 
 
 def test_jpeg_and_png_of_any_size_are_resized_to_the_model(model, signatures):
@@ -295,6 +301,15 @@ def test_from_jpeg_of_a_model_without_images_is_an_error(tmp_path, shape):
     model = keras.Model(x, {"a": layers.Flatten()(x)})
     with pytest.raises(ValueError, match=r"models with one input, \(N, H, W, 3\)"):
         export_saved_model(model, tmp_path, from_jpeg=True)
+
+
+@pytest.mark.parametrize("task", ["from_jpeg", "a_from_jpeg"])
+def test_from_jpeg_of_a_task_with_a_signatures_name_is_an_error(tmp_path, task):
+    x = keras.Input((8, 8, 3))
+    model = keras.Model(x, {task: layers.Flatten()(x), "a": layers.Flatten()(x)})
+    with pytest.raises(ValueError, match=f"another name. Received: '{task}'"):
+        export_saved_model(model, tmp_path, from_jpeg=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_from_jpeg_of_two_inputs_is_an_error(tmp_path):
@@ -472,7 +487,9 @@ def test_no_version_is_there_until_it_is_compared(model, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["1"]
 
 
-@pytest.mark.parametrize("signature", ["serving_default", "age", "age_from_jpeg"])
+@pytest.mark.parametrize(
+    "signature", ["serving_default", "from_jpeg", "age", "age_from_jpeg"]
+)
 def test_a_signature_that_differs_is_an_error(model, tmp_path, monkeypatch, signature):
     load = tf.saved_model.load
 
@@ -848,6 +865,7 @@ def test_progress_is_told_a_line_a_signature(tmp_path):
     export_saved_model(model, tmp_path, from_jpeg=True, progress=lines.append)
     assert lines == [
         "serving_default: x -> a",
+        "from_jpeg: image_bytes -> a",
         "a: x -> a",
         "a_from_jpeg: image_bytes -> a",
     ]

@@ -104,7 +104,7 @@ def export(
 
 
 def _check_warmup(warmup: int, tasks: int, from_jpeg: bool) -> None:
-    records = warmup * (1 + tasks * (2 if from_jpeg else 1))
+    records = warmup * (1 + tasks) * (2 if from_jpeg else 1)
     if not 0 <= records <= recorded.MOST_WARMUP_RECORDS:
         raise ValueError(
             f"--warmup must be at least 0, and TF Serving takes "

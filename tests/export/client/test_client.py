@@ -94,7 +94,7 @@ def test_a_wrong_input_is_told_what_the_signature_takes(client, images, received
 
 
 def test_an_unknown_signature_is_told_which_there_are(client, behind):
-    message = r"no signature 'depth'. There are: normals, normals_from_jpeg, segm"
+    message = r"no signature 'depth'. There are: from_jpeg, normals, normals_from"
     with pytest.raises(ServingError, match=message):
         client.predict("depth", behind.pictures())
 

@@ -95,7 +95,7 @@ def test_changed_answers_are_counted_by_what_they_mean():
         ({"drop_below": 0.1}, "--drop-below measures .* on --images: give a folder"),
         ({"dtype": "int8"}, r"\['float32', 'bfloat16'\]. Received: int8"),
         ({"warmup": 251}, "takes 1000 requests .* --warmup 251, which makes 1004"),
-        ({"warmup": 143, "from_jpeg": True}, "--warmup 143, which makes 1001"),
+        ({"warmup": 126, "from_jpeg": True}, "--warmup 126, which makes 1008"),
         ({"warmup": -1}, "--warmup must be at least 0"),
     ],
 )

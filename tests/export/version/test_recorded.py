@@ -8,7 +8,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from export.version import recorded
 
 ARRAYS = {"serving_default", "kind", "age", "normals"}
-FILES = {"kind_from_jpeg", "age_from_jpeg", "normals_from_jpeg"}
+FILES = {"kind_from_jpeg", "age_from_jpeg", "normals_from_jpeg", "from_jpeg"}
 
 
 def test_warmup_has_requests_of_one_example_for_every_signature(version, images):

@@ -1,0 +1,21 @@
+"""All tasks' answers to pictures in one request, and each task's part of them."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+SIGNATURE = "from_jpeg"  # of encoded images, beside each task's
+
+
+def of_task(
+    task: str, outputs: Mapping[str, np.ndarray], names: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """A task's outputs from those of all tasks.
+
+    Args:
+        task: String.
+        outputs: Of all tasks, named `<task>`, or `<task>_<name>` for a task of several.
+        names: Of the outputs of the task's own signature.
+    """
+    alone = [*names] == [task] and task in outputs
+    return {name: outputs[task if alone else f"{task}_{name}"] for name in names}
