@@ -57,7 +57,7 @@ def savedmodel(
     model: Annotated[Path, typer.Argument(help="A multi-task model, .keras.")],
     directory: Annotated[Path, typer.Argument(help="Where TF Serving will look.")],
     from_jpeg: Annotated[
-        bool, typer.Option("--from-jpeg", help="Add <task>_from_jpeg signatures.")
+        bool, typer.Option("--from-jpeg", help="Add signatures that take files.")
     ] = False,
     warmup: Annotated[
         int, typer.Option(help="Requests of each signature that TF Serving replays.")
@@ -183,7 +183,10 @@ def serve(
     port: Annotated[int, typer.Option(help="gRPC.")] = 8500,
     rest_port: Annotated[int, typer.Option(help="REST, and the page.")] = 8501,
     label: Annotated[
-        list[str] | None, typer.Option(help="LABEL=VERSION; repeat for several.")
+        list[str] | None,
+        typer.Option(
+            help="LABEL=VERSION, which is served beside the latest; repeat for several."
+        ),
     ] = None,
 ) -> None:
     """Serve DIRECTORY on 127.0.0.1 as TF Serving would, for development.
@@ -197,7 +200,8 @@ def serve(
         from export.preview.served_model import ServedModel
 
         model = ServedModel(name, directory, _labels(label or []))
-        listening = server.listen(port, rest_port)
+        port, listening = server.listen(port, rest_port)
+        rest_port = listening.getsockname()[1]
     console.print(
         f"Preview server, for development only; Ctrl+C ends it.\n"
         f"gRPC  127.0.0.1:{port}, model '{name}'\n"

@@ -64,4 +64,5 @@ def publish(
 
 def _is_number(path: pathlib.Path) -> bool:
     # Other scripts' digits are decimal too, but no numbers to TensorFlow Serving.
-    return path.name.isascii() and path.name.isdecimal()
+    # Nor are those of more than 64 bits.
+    return path.name.isascii() and path.name.isdecimal() and int(path.name) < 2**63

@@ -17,7 +17,7 @@ HTTP_STATUS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
     grpc.StatusCode.UNIMPLEMENTED: 501,
     grpc.StatusCode.UNAVAILABLE: 503,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 408,  # what is late here is the request
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 

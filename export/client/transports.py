@@ -32,7 +32,6 @@ _CODE = {
     403: grpc.StatusCode.PERMISSION_DENIED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     502: grpc.StatusCode.UNAVAILABLE,  # of a gateway, behind which nobody answers
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
 

@@ -1,122 +1,165 @@
 """TF Serving's REST API on a served model, as an ASGI application; and the page."""
 
-import asyncio
 import base64
 import dataclasses
 import functools
 import io
-import json
+import logging
 import pathlib
 import re
+import zlib
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
-from export.client import drawing, regions
+from export.client import all_tasks, drawing, regions
 from export.client.protocol import HTTP_STATUS, IMAGES, ServingError
 from export.preview import rest_format
-from export.preview.loaded_version import check_images
+from export.preview.loaded_version import LoadedVersion, check_images
+from export.preview.served_model import ServedModel
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PAGE = pathlib.Path(__file__).with_name("page.html")
+# A page of another site, whose name is made to mean this machine, is not answered.
+HOSTS = ["127.0.0.1", "localhost"]
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _PATH = re.compile(
-    r"(?P<name>[^/:]+)(/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
-    r"(?P<method>:predict|:classify|:regress|/metadata)?"
+    r"/v1/models(/(?P<name>[^/:]+))?"
+    r"(/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
+    r"(?P<method>:predict|:classify|:regress|/metadata)?",
+    re.IGNORECASE,
 )
 
 
-def application(model, work, lifespan):
-    """The Starlette application.
+class Work(Protocol):
+    """Runs functions in threads, so many at a time."""
 
-    Args:
-        model: `ServedModel`.
-        work: Admits a request and runs functions in threads; see `Work`.
-        lifespan: As Starlette's.
-    """
-
-    def route(path, answer, method):
-        async def endpoint(request):
-            try:
-                with work.admitted():
-                    body = await _body(request, model.limits)
-                    return await work.run(answer, model, request, body)
-            except ServingError as error:
-                status = HTTP_STATUS.get(error.code, 500)
-                return JSONResponse({"error": error.message}, status)
-
-        return Route(path, endpoint, methods=[method])
-
-    routes = [
-        route("/v1/models/{path:path}", _get, "GET"),
-        route("/v1/models/{path:path}", _post, "POST"),
-        route("/draw", _draw, "POST"),
-        Route("/", lambda request: FileResponse(PAGE)),
-    ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
 
 
-async def _body(request, limits):
+def application(model: ServedModel, work: Work, lifespan: Any) -> Starlette:
+    """The Starlette application. `lifespan` is as Starlette's."""
+
+    async def api(request: Request) -> Response:
+        body = await _body(request, model.limits.body_bytes)
+        if request.method == "POST":
+            return await work.run(_predict, model, request, body)
+        return _get(model, request)  # at once: status waits for no prediction
+
+    async def draw(request: Request) -> Response:
+        body = await _body(request, model.limits.body_bytes)
+        return await work.run(_draw, model, body)
+
+    return Starlette(
+        routes=[
+            Route("/", lambda request: FileResponse(PAGE)),
+            Route("/draw", _answering(draw), methods=["POST"]),
+            Route("/{path:path}", _answering(api), methods=_METHODS),
+        ],
+        lifespan=lifespan,
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)],
+    )
+
+
+def _answering(
+    endpoint: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint, with every error as TF Serving's JSON."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ServingError as error:
+            return _json({"error": error.message}, HTTP_STATUS.get(error.code, 500))
+        except Exception as error:
+            logging.getLogger(__name__).exception("A request was not answered")
+            return _json({"error": f"{type(error).__name__}: {error}"}, 500)
+
+    return answer
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(rest_format.body(content), status, media_type="application/json")
+
+
+async def _body(request: Request, limit: int) -> bytes:
     """The body; one that is too large is read, so that the client hears of it."""
     body, size = bytearray(), 0
-    try:
-        async with asyncio.timeout(limits.seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= limits.body_bytes:
-                    body += chunk
-    except TimeoutError:
-        raise ServingError(
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            f"The request did not arrive whole in {limits.seconds} seconds",
-        ) from None
-    if size > limits.body_bytes:
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            body += chunk
+    if size <= limit and request.headers.get("content-encoding") == "gzip":
+        try:
+            body[:] = zlib.decompressobj(wbits=31).decompress(body, limit + 1)
+        except zlib.error as error:
+            raise ServingError(INVALID, f"The body is no gzip: {error}") from error
+        size = len(body)
+    if size > limit:
         raise ServingError(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"A body may have {limits.body_bytes} bytes. Received: {size}",
+            f"A body may have {limit} bytes. Received: {size} or more",
         )
     return bytes(body)
 
 
-def _target(request):
+def _target(request: Request) -> tuple[str, model_pb2.ModelSpec]:
     """The path as (method, ModelSpec)."""
-    match = _PATH.fullmatch(request.path_params["path"])
+    # Undecoded, as TF Serving splits it: %2F is part of a name.
+    path = request.scope["raw_path"].decode("latin-1").partition("?")[0]
+    match = _PATH.fullmatch(path)
+    if not path.lower().startswith("/v1/"):
+        raise ServingError(grpc.StatusCode.NOT_FOUND, f"There is nothing at {path}")
     if not match:
-        raise ServingError(
-            INVALID, f"Malformed request: {request.method} {request.url.path}"
-        )
-    spec = model_pb2.ModelSpec(name=match["name"])
+        raise ServingError(INVALID, f"Malformed request: {request.method} {path}")
+    if not match["name"]:
+        raise ServingError(INVALID, "Missing model name in request.")
+    spec = model_pb2.ModelSpec(name=unquote(match["name"]))
     if match["version"]:
-        # The largest int64 is no version either, and does not overflow.
-        spec.version.value = min(int(match["version"]), 2**63 - 1)
+        if int(match["version"]) >= 2**63:
+            raise ServingError(
+                INVALID, f"Failed to convert version: {match['version']} to numeric."
+            )
+        spec.version.value = int(match["version"])
     if match["label"]:
-        spec.version_label = match["label"]
-    return match["method"], spec
+        spec.version_label = unquote(match["label"])
+    return (match["method"] or "").lower(), spec
 
 
-def _get(model, request, body):
+def _get(model: ServedModel, request: Request) -> Response:
+    if request.method == "OPTIONS":
+        return _json({})  # and no CORS headers, as TF Serving's without its flag
     method, spec = _target(request)
-    if method == "/metadata":
-        response = model.metadata(spec)
-        signatures = get_model_metadata_pb2.SignatureDefMap()
-        response.metadata["signature_def"].Unpack(signatures)
-        return JSONResponse(
-            {
-                "model_spec": _as_json(response.model_spec),
-                "metadata": {"signature_def": _as_json(signatures)},
-            }
-        )
-    if method:
-        raise ServingError(INVALID, f"Malformed request: GET {request.url.path}")
-    return JSONResponse(_as_json(model.status(spec)))
+    if request.method != "GET" or method not in ("", "/metadata"):
+        path = request.url.path
+        raise ServingError(INVALID, f"Malformed request: {request.method} {path}")
+    if not method:
+        return _json(_as_dict(model.status(spec)))
+    response = model.metadata(spec)
+    signatures = get_model_metadata_pb2.SignatureDefMap()
+    response.metadata["signature_def"].Unpack(signatures)
+    return _json(
+        {
+            "model_spec": _as_dict(response.model_spec),
+            "metadata": {"signature_def": _as_dict(signatures)},
+        }
+    )
 
 
-def _as_json(message):
+def _as_dict(message: Message) -> dict[str, Any]:
     return json_format.MessageToDict(
         message,
         preserving_proto_field_name=True,
@@ -124,32 +167,27 @@ def _as_json(message):
     )
 
 
-def _post(model, request, body):
+def _predict(model: ServedModel, request: Request, content: bytes) -> Response:
     method, spec = _target(request)
     if method in (":classify", ":regress"):
         raise ServingError(grpc.StatusCode.UNIMPLEMENTED, "Use :predict")
     if method != ":predict":
         raise ServingError(INVALID, f"Malformed request: POST {request.url.path}")
     version = model.find(spec)
-    body = rest_format.parsed(body)
-    signature = body.get("signature_name", "serving_default")
-    if not isinstance(signature, str):
-        raise ServingError(INVALID, "'signature_name' must be a string")
+    body = rest_format.parsed(content)
+    signature = body.get("signature_name") or "serving_default"
     arrays = rest_format.arrays(body, version.signature(signature).inputs)
     outputs = version.predict(signature, arrays)
     if "instances" in body:
-        answer = {"predictions": rest_format.rows(outputs)}
-    else:
-        answer = {"outputs": rest_format.columns(outputs)}
-    # Starlette's JSONResponse refuses NaN, which TF Serving writes as such.
-    return Response(json.dumps(answer), media_type="application/json")
+        return _json({"predictions": rest_format.rows(outputs)})
+    return _json({"outputs": rest_format.columns(outputs)})
 
 
-def _draw(model, request, body):
+def _draw(model: ServedModel, body: bytes) -> Response:
     """Not of TF Serving: every task's answer to one picture, drawn for the page."""
     version = model.find(model_pb2.ModelSpec(name=model.name))
     check_images([body], model.limits.pixels)
-    ask = functools.partial(_ask, version, body)
+    ask = _asking(version, body)
     answers = []
     for task in _drawn(version):
         drawn = drawing.answer(ask, task, version.answers)
@@ -163,10 +201,10 @@ def _draw(model, request, body):
                 "rows": drawn.rows,
             }
         )
-    return JSONResponse({"version": version.number, "answers": answers})
+    return _json({"version": version.number, "answers": answers})
 
 
-def _drawn(version):
+def _drawn(version: LoadedVersion) -> Iterable[str]:
     """The tasks that can be asked about a picture, without those drawn with others."""
     known = sorted(version.signature_defs)
     tasks = [name.removesuffix(IMAGES) for name in known if name.endswith(IMAGES)]
@@ -184,18 +222,27 @@ def _drawn(version):
     return dict.fromkeys(drawing.drawn_with(task, version.answers) for task in tasks)
 
 
-def _ask(version, file, task, rois=None):
-    """A task's answer to a JPEG or PNG file."""
-    if task + IMAGES in version.signature_defs:
-        (only_input,) = version.signature(task + IMAGES).inputs
-        return version.predict(
-            task + IMAGES, {only_input: np.array([file], dtype=object)}
-        )
-    pictures = regions.Pictures.read([file], version.signature(task).inputs, rois)
-    return pictures.in_their_pixels(version.predict(task, pictures.inputs))
+def _asking(version: LoadedVersion, file: bytes) -> Callable[..., dict[str, Any]]:
+    """A function of a task, and perhaps rois, that answers to a JPEG or PNG file."""
+    image = np.array([file], dtype=object)
+
+    @functools.cache
+    def all_at_once() -> dict[str, Any]:
+        return version.predict(all_tasks.SIGNATURE, {"image_bytes": image})
+
+    def ask(task: str, rois: np.ndarray | None = None) -> dict[str, Any]:
+        if all_tasks.SIGNATURE in version.signature_defs:
+            names = version.signature(task).outputs
+            return all_tasks.of_task(task, all_at_once(), names)
+        if task + IMAGES in version.signature_defs:
+            return version.predict(task + IMAGES, {"image_bytes": image})
+        pictures = regions.Pictures.read([file], version.signature(task).inputs, rois)
+        return pictures.in_their_pixels(version.predict(task, pictures.inputs))
+
+    return ask
 
 
-def _data_url(image):
+def _data_url(image: np.ndarray) -> str:
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

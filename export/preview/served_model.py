@@ -5,6 +5,7 @@ Speaks in TF Serving's messages, but knows neither gRPC nor REST.
 
 import pathlib
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -22,7 +23,9 @@ State = get_model_status_pb2.ModelVersionStatus
 
 
 class ServedModel:
-    """The latest version in a folder: it is loaded before the one before is dropped.
+    """The latest version in a folder, and those that have a label.
+
+    A new version is loaded before the one before it is dropped.
 
     Args:
         name: What requests call the model.
@@ -34,101 +37,122 @@ class ServedModel:
         ValueError: Where the folder holds no version, or its latest cannot be loaded.
     """
 
-    def __init__(self, name, directory, labels=None, limits=None):
+    def __init__(
+        self,
+        name: str,
+        directory: pathlib.Path | str,
+        labels: Mapping[str, int] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        if not name or set(name) & set("/:"):
+            raise ValueError(
+                "A model's name stands in paths, and may be any but those with '/' or "
+                f"':'. Received: '{name}'"
+            )
         self.name = name
         self.limits = limits or Limits()
         self._directory = pathlib.Path(directory)
         self._labels = labels or {}
         self._states: dict[int, Any] = {}
-        self._broken: tuple | None = None  # the files of a version that did not load
+        self._broken: dict[int, list] = {}  # files of versions that did not load
         self._lock = threading.Lock()
-        self._current: Any = None  # a `LoadedVersion`, once there is one
+        self._loaded: dict[int, LoadedVersion] = {}
+        self._latest = 0  # of those loaded
         self.refresh()
-        if self._current is None:
-            why = [state.status.error_message for state in self._states.values()]
+        if not self._latest:
+            why = [x.status.error_message for x in reversed(self._states.values())]
             raise ValueError(
                 f"'{directory}' must hold versions, folders that are named 1, 2, ... "
                 f"and hold a SavedModel. {why[0] if why else 'None is there'}"
             )
 
-    def refresh(self):
-        """Loads the latest version if it is new. A broken one changes nothing."""
+    def refresh(self) -> None:
+        """Loads what is new, and drops what is wanted no more."""
         with self._lock:
-            path = self._latest()
-            current = self._current.number if self._current else None
-            if path is None or int(path.name) == current:
-                return
-            files = (path, *((f, f.stat().st_mtime_ns) for f in path.rglob("*")))
-            # Tried again when its files change: it may have been half copied.
-            if files != self._broken:
-                self._load(path)
-                done = self._current and self._current.number == int(path.name)
-                self._broken = None if done else files
+            found = versions(self._directory)
+            if not found:
+                return  # away for a moment, perhaps: what is loaded is served on
+            self._tell_of_links()
+            newest = max(found)
+            wanted = found.keys() & {newest, *self._labels.values()}
+            for number in sorted(wanted - self._loaded.keys()):
+                self._load(number, found[number])
+            if newest in self._loaded:
+                self._latest = newest
+            for number in self._loaded.keys() - wanted - {self._latest}:
+                self._loaded = {n: x for n, x in self._loaded.items() if n != number}
+                self._set_state(number, State.END)
 
-    def _latest(self):
-        # None, too, while the folder is away: what is loaded is served on.
-        return next(reversed(versions(self._directory).values()), None)
-
-    def _load(self, path):
-        number = int(path.name)
+    def _load(self, number: int, path: pathlib.Path) -> None:
+        # Tried again when its files change: it may have been half copied.
+        files = [(file, file.stat().st_mtime_ns) for file in sorted(path.rglob("*"))]
+        if self._broken.get(number) == files:
+            return
         self._set_state(number, State.LOADING)
         try:
             loaded = LoadedVersion(path, self.limits)
-        except Exception as error:  # whatever is wrong with it, the old one serves on
-            reason = f"Version {number} could not be loaded: {error}"
-            self._set_state(number, State.END, grpc.StatusCode.UNKNOWN, reason)
+        except Exception as error:  # whatever is wrong with it, the others serve on
+            self._broken[number] = files
+            self._set_state(number, State.END, f"could not be loaded: {error}")
             return
-        before, self._current = self._current, loaded
+        self._broken.pop(number, None)
+        self._loaded = {**self._loaded, number: loaded}
         self._set_state(number, State.AVAILABLE)
-        if before:
-            self._set_state(before.number, State.END)
 
-    def _set_state(self, number, state, code=grpc.StatusCode.OK, message=""):
+    def _tell_of_links(self) -> None:
+        for path in self._directory.iterdir():
+            if path.name.isdecimal() and path.is_symlink() and not path.exists():
+                what = f"is a link to what is not there: {path.readlink()}"
+                self._set_state(int(path.name), State.END, what)
+
+    def _set_state(self, number: int, state: int, error: str = "") -> None:
+        code = grpc.StatusCode.UNKNOWN if error else grpc.StatusCode.OK
         status = State(version=number, state=state)
         status.status.error_code = code.value[0]
-        status.status.error_message = message
-        self._states[number] = status
+        status.status.error_message = error and f"Version {number} {error}"
+        self._states = {**self._states, number: status}
 
-    def find(self, spec):
-        """The `LoadedVersion` that a ModelSpec asks for."""
+    def find(self, spec: model_pb2.ModelSpec) -> LoadedVersion:
+        """The version that a ModelSpec asks for."""
         self._check_name(spec)
-        number = self._number(spec)
-        version = self._current
-        if number not in (None, version.number):
+        number = self._latest
+        if spec.HasField("version"):
+            number = spec.version.value
+        elif spec.HasField("version_label"):
+            if spec.version_label not in self._labels:
+                raise ServingError(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"Unrecognized servable version label: {spec.version_label}. Model "
+                    f"'{self.name}' has: {sorted(self._labels)}",
+                )
+            number = self._labels[spec.version_label]
+        loaded = self._loaded
+        if number not in loaded:
             raise ServingError(
                 grpc.StatusCode.NOT_FOUND,
-                f"Version {number} of model '{self.name}' is not served; version "
-                f"{version.number} is",
+                f"Version {number} of model '{self.name}' is not served. Served: "
+                f"{', '.join(map(str, sorted(loaded)))}",
             )
-        return version
+        return loaded[number]
 
-    def _check_name(self, spec):
+    def _check_name(self, spec: model_pb2.ModelSpec) -> None:
         if spec.name != self.name:
             raise ServingError(
                 grpc.StatusCode.NOT_FOUND,
                 f"Model '{spec.name}' not found: this server has '{self.name}'",
             )
 
-    def _number(self, spec):
-        if spec.HasField("version"):
-            return spec.version.value
-        if not spec.HasField("version_label"):
-            return None
-        if spec.version_label not in self._labels:
-            raise ServingError(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"Unrecognized version label '{spec.version_label}' of model "
-                f"'{self.name}', which has: {sorted(self._labels)}",
-            )
-        return self._labels[spec.version_label]
-
-    def answered_by(self, version, signature=""):
+    def answered_by(
+        self, version: LoadedVersion, signature: str = ""
+    ) -> model_pb2.ModelSpec:
         """The ModelSpec of an answer."""
         spec = model_pb2.ModelSpec(name=self.name, signature_name=signature)
         spec.version.value = version.number
         return spec
 
-    def metadata(self, spec):
+    def metadata(
+        self, spec: model_pb2.ModelSpec
+    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         """The signatures of a version, as GetModelMetadata answers."""
         version = self.find(spec)
         signatures = get_model_metadata_pb2.SignatureDefMap()
@@ -140,18 +164,23 @@ class ServedModel:
         response.metadata["signature_def"].Pack(signatures)
         return response
 
-    def status(self, spec):
-        """The states of all versions, or of one, as GetModelStatus answers."""
+    def status(
+        self, spec: model_pb2.ModelSpec
+    ) -> get_model_status_pb2.GetModelStatusResponse:
+        """The states of all versions, or of one, as GetModelStatus answers.
+
+        A label is not looked at, as TF Serving's does not.
+        """
         self._check_name(spec)
-        number = self._number(spec)
-        states = [
-            state
-            for version, state in sorted(self._states.items(), reverse=True)
-            if number in (None, version)
-        ]
-        if not states:
-            raise ServingError(
-                grpc.StatusCode.NOT_FOUND,
-                f"Could not find version {number} of model '{self.name}'",
-            )
-        return get_model_status_pb2.GetModelStatusResponse(model_version_status=states)
+        states = self._states
+        if spec.HasField("version"):
+            number = spec.version.value
+            if number not in states:
+                raise ServingError(
+                    grpc.StatusCode.NOT_FOUND,
+                    f"Could not find version {number} of model {self.name}",
+                )
+            states = {number: states[number]}
+        return get_model_status_pb2.GetModelStatusResponse(
+            model_version_status=[states[x] for x in sorted(states, reverse=True)]
+        )

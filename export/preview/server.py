@@ -1,7 +1,7 @@
-"""A preview of TF Serving on this machine alone, for development.
+"""A preview of TF Serving for one's own machine, for development.
 
-It answers the same gRPC services and REST paths, on a SavedModel; it is neither fast
-nor safe enough for more.
+It answers the same gRPC services and REST paths, on a SavedModel. It is neither fast
+nor safe enough for more: nothing ends a client that is slow, or stays away.
 """
 
 import asyncio
@@ -10,20 +10,23 @@ import contextlib
 import functools
 import logging
 import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
-import h11
 import tensorflow as tf
 import uvicorn
 from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
 )
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from export.client.protocol import ServingError
 from export.preview import rest
+from export.preview.served_model import ServedModel
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 1.0  # between two looks at the model's folder, as TF Serving
@@ -32,15 +35,15 @@ _THREADS = 4
 
 
 class Work:
-    """Admits so many requests at a time, and answers them in a few threads."""
+    """Answers so many requests at a time, in a few threads."""
 
-    def __init__(self, limit):
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._admitted = 0
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
-    @contextlib.contextmanager
-    def admitted(self):
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function gives; a ServingError where too many wait for a thread."""
         if self._admitted >= self._limit:
             raise ServingError(
                 grpc.StatusCode.UNAVAILABLE,
@@ -48,25 +51,27 @@ class Work:
             )
         self._admitted += 1
         try:
-            yield
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, function, *arguments)
         finally:
             self._admitted -= 1
 
-    async def run(self, function, *arguments):
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, function, *arguments)
 
-
-def _answers(method):
-    """A servicer's method from one that runs in a thread and may raise ServingError."""
+def _answers(method: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """A servicer's method from one that may raise; predictions run in a thread."""
 
     @functools.wraps(method)
-    async def answer(self, request, context):
+    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            with self.work.admitted():
+            if method.__name__ == "Predict":
                 return await self.work.run(method, self, request)
+            return method(self, request)  # at once: status waits for no prediction
         except ServingError as error:
             await context.abort(error.code, error.message)
+        except Exception as error:
+            logging.getLogger(__name__).exception("A request was not answered")
+            message = f"{type(error).__name__}: {error}"
+            await context.abort(grpc.StatusCode.INTERNAL, message)
 
     return answer
 
@@ -74,12 +79,12 @@ def _answers(method):
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     """Predict and GetModelMetadata, as TF Serving answers them."""
 
-    def __init__(self, model, work):
+    def __init__(self, model: ServedModel, work: Work) -> None:
         self.model = model
         self.work = work
 
     @_answers
-    def Predict(self, request):
+    def Predict(self, request: predict_pb2.PredictRequest) -> Any:
         version = self.model.find(request.model_spec)
         signature = request.model_spec.signature_name or "serving_default"
         arrays = version.arrays(signature, request.inputs)
@@ -92,7 +97,9 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return response
 
     @_answers
-    def GetModelMetadata(self, request):
+    def GetModelMetadata(
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest
+    ) -> Any:
         if list(request.metadata_field) != ["signature_def"]:
             raise ServingError(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -102,7 +109,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return self.model.metadata(request.model_spec)
 
     @_answers
-    def Classify(self, request):
+    def Classify(self, request: Any) -> Any:
         raise ServingError(grpc.StatusCode.UNIMPLEMENTED, "Use Predict")
 
     Regress = MultiInference = Classify
@@ -111,83 +118,57 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     """GetModelStatus; the configuration cannot be reloaded."""
 
-    def __init__(self, model, work):
+    def __init__(self, model: ServedModel) -> None:
         self.model = model
-        self.work = work
 
     @_answers
-    def GetModelStatus(self, request):
+    def GetModelStatus(
+        self, request: get_model_status_pb2.GetModelStatusRequest
+    ) -> Any:
         return self.model.status(request.model_spec)
 
     @_answers
-    def HandleReloadConfigRequest(self, request):
+    def HandleReloadConfigRequest(self, request: Any) -> Any:
         raise ServingError(grpc.StatusCode.UNIMPLEMENTED, "Start the server anew")
 
 
-class _TimedProtocol(H11Protocol):
-    """Closes a connection on which half a request's head came, and then nothing.
-
-    uvicorn waits for ever. What it counts down between two requests, this counts down
-    until a head is complete.
-    """
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self._count_down()
-
-    def data_received(self, data):
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
-            self._count_down()
-
-    def _count_down(self):
-        self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive, self.timeout_keep_alive_handler
-        )
-
-
-def _grpc_server(model, work, port):
-    limits = model.limits
+def _grpc_server(model: ServedModel, work: Work, port: int) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),
             # Room for what surrounds the tensors.
-            ("grpc.max_receive_message_length", limits.body_bytes + 2**16),
+            ("grpc.max_receive_message_length", model.limits.body_bytes + 2**16),
             ("grpc.max_send_message_length", -1),
-            # Ends what never sends its request, without harm to what does.
-            ("grpc.max_connection_age_ms", 30_000),
-            ("grpc.max_connection_age_grace_ms", int(1000 * limits.seconds)),
         ]
     )
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
         PredictionService(model, work), server
     )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-        ModelService(model, work), server
+        ModelService(model), server
     )
     server.add_insecure_port(f"{HOST}:{port}")
     return server
 
 
-async def _watch(model, work):
+async def _watch(model: ServedModel) -> None:
     while True:
         await asyncio.sleep(POLL_SECONDS)
         try:
             await asyncio.to_thread(model.refresh)
-        except OSError as error:  # a folder that changes while it is read
-            logging.getLogger(__name__).warning("Looking for versions: %s", error)
+        except Exception:  # such as a folder that changes while it is read
+            logging.getLogger(__name__).exception("Looking for versions failed")
 
 
-def server(model, port) -> uvicorn.Server:
-    """The server of a `ServedModel`: gRPC on `port`, REST where `run` is told."""
+def server(model: ServedModel, port: int) -> uvicorn.Server:
+    """The server of a model: gRPC on `port`, REST where `run` is told."""
     work = Work(model.limits.requests)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app):
+    async def lifespan(app: Any) -> AsyncIterator[None]:
         grpc_server = _grpc_server(model, work, port)
         await grpc_server.start()
-        watching = asyncio.create_task(_watch(model, work))
+        watching = asyncio.create_task(_watch(model))
         yield
         watching.cancel()
         await grpc_server.stop(DRAIN_SECONDS)
@@ -195,25 +176,35 @@ def server(model, port) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             rest.application(model, work, lifespan),
-            http=_TimedProtocol,
             ws="none",
             loop="asyncio",
             lifespan="on",
             log_level="warning",
-            timeout_keep_alive=int(model.limits.seconds),
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )
 
 
-def listen(port, rest_port) -> socket.socket:
-    """The socket for REST; a ValueError where one of the ports is taken."""
-    _listening(port).close()  # gRPC would only say that it could not start
-    return _listening(rest_port)
+def listen(port: int, rest_port: int) -> tuple[int, socket.socket]:
+    """The port for gRPC, and the socket for REST; port 0 is any that is free.
+
+    A ValueError where one of them is taken.
+    """
+    # Both at once, so that they differ. gRPC would only say that it could not start.
+    with _listening(port) as probe:
+        listening = _listening(rest_port)
+        return probe.getsockname()[1], listening
 
 
-def _listening(port):
+def _listening(port: int) -> socket.socket:
+    # Of TCP by its number, without which asyncio leaves Nagle's algorithm on, and an
+    # answer waits 40 ms.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((HOST, port))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((HOST, port))
+        listening.listen()
     except (OSError, OverflowError) as error:
+        listening.close()
         raise ValueError(f"Port {port} of {HOST} cannot be used: {error}") from error
+    return listening

@@ -283,7 +283,7 @@ def served(tmp_path_factory):
 def server(served):
     """The preview server in a thread: the ports of gRPC and REST."""
     labels = {"v1": 1, "v2": 2}
-    limits = Limits(body_bytes=2**20, pixels=10**6, seconds=1.0)
+    limits = Limits(body_bytes=2**20, pixels=10**6)
     model = ServedModel("cross_stitch", served.directory, labels, limits)
     with running(model) as ports:
         yield ports
@@ -304,9 +304,9 @@ def preview():
 
 
 @contextlib.contextmanager
-def running(model, ports=(None, 0)):
-    grpc_port = ports[0] or free_port()
-    with contextlib.closing(socket.create_server(("127.0.0.1", ports[1]))) as listening:
+def running(model, ports=(0, 0)):
+    grpc_port, listening = preview_server.listen(*ports)
+    with listening:
         server = preview_server.server(model, grpc_port)
         thread = threading.Thread(target=server.run, args=[[listening]])
         thread.start()

@@ -88,12 +88,19 @@ def test_what_predict_cannot_do_is_told_in_a_line(picture, grpc_address, tmp_pat
     in_one_line(run("predict", path, *at), message, code=1)
 
 
-def test_what_serve_cannot_do_is_told_in_a_line(served, server, tmp_path):
+def test_what_serve_cannot_do_is_told_in_a_line(served, server, tmp_path, free_port):
+    free_port = free_port()
     in_one_line(run("serve", tmp_path), "must hold versions")
     in_one_line(run("serve", tmp_path / "none"), "must hold versions")
     label = ("--label", "stable")
     in_one_line(run("serve", served.directory, *label), "--label must be LABEL=VERSION")
-    for ports in (("--port", server[0]), ("--port", 0, "--rest-port", server[1])):
+    in_one_line(run("serve", served.directory, "--name", "a/b"), "any but those with")
+    for ports in (
+        ("--port", server[0]),
+        ("--port", 0, "--rest-port", server[1]),
+        ("--port", free_port, "--rest-port", free_port),
+        ("--port", 70_000),
+    ):
         result = run("serve", served.directory, *ports)
         in_one_line(result, "cannot be used: ")
 
@@ -111,7 +118,7 @@ def process(served, tmp_path, wait_for, free_port):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = f"http://127.0.0.1:{ports[1]}/v1/models/rooms/labels/stable"
-        wait_for(lambda: answers(address), seconds=60)
+        wait_for(lambda: answers(address), seconds=180)
         yield process, *ports
     finally:
         process.kill()
@@ -132,7 +139,7 @@ def test_sigterm_answers_what_is_under_way(served, process, wait_for):
     expected = served.predict(image)["normals"]
     body = json.dumps({"signature_name": "normals", "inputs": image.tolist()}).encode()
     head = f"POST /v1/models/rooms:predict HTTP/1.1\r\nContent-Length: {len(body)}"
-    head = f"{head}\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
+    head = f"{head}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     request = predict_pb2.PredictRequest()
     request.model_spec.name = "rooms"
     request.model_spec.signature_name = "normals"

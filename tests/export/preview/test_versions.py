@@ -127,7 +127,8 @@ def test_a_broken_version_is_not_tried_again_until_it_changes(folder, monkeypatc
     model = ServedModel("m", directory)
     no_graph(add(2))
     model.refresh()
-    monkeypatch.setattr(model, "_load", lambda path: pytest.fail("tried again"))
+    loaded = "export.preview.served_model.LoadedVersion"
+    monkeypatch.setattr(loaded, lambda *_: pytest.fail("tried again"))
     model.refresh()
 
 
@@ -140,15 +141,53 @@ def test_a_folder_without_a_good_version_is_an_error(folder, damage):
         ServedModel("m", directory)
 
 
-def test_a_label_names_a_version(folder):
-    model = ServedModel("m", folder[0], {"stable": 1, "gone": 7})
-    for label, found in (("stable", True), ("gone", False), ("new", False)):
-        spec = model_pb2.ModelSpec(name="m", version_label=label)
-        if found:
-            assert model.find(spec).number == 1
-        else:
-            with pytest.raises(ServingError, match=r"is not served|Unrecognized"):
-                model.find(spec)
+def labelled(model, label):
+    return model.find(model_pb2.ModelSpec(name="m", version_label=label)).number
+
+
+def test_labelled_versions_are_served_beside_the_latest(folder):
+    directory, add = folder
+    model = ServedModel("m", directory, {"stable": 1, "canary": 2, "gone": 7})
+    assert served_by(model) == labelled(model, "stable") == 1
+    for label, message in (
+        ("canary", "Version 2 of model 'm' is not served. Served: 1"),
+        ("gone", "Version 7 of model 'm' is not served. Served: 1"),
+        ("new", r"Unrecognized servable version label: new.*\['canary', 'gone', 's"),
+    ):
+        with pytest.raises(ServingError, match=message):
+            labelled(model, label)
+    for number in (2, 3, 4):
+        add(number)
+        model.refresh()
+        assert served_by(model) == number
+    assert (labelled(model, "stable"), labelled(model, "canary")) == (1, 2)
+    states = {number: state(model, number)[0] for number in (1, 2, 3, 4)}
+    assert states == {1: "AVAILABLE", 2: "AVAILABLE", 3: "END", 4: "AVAILABLE"}
+    shutil.rmtree(directory / "1")
+    model.refresh()
+    assert state(model, 1)[0] == "END"
+    assert served_by(model) == 4
+
+
+def test_what_is_named_like_a_version_but_is_none_is_told_or_passed_over(folder):
+    directory, add = folder
+    (directory / "12345678901234567890").mkdir()
+    (directory / "٣").mkdir()
+    (directory / "5").symlink_to(directory / "nowhere")
+    model = ServedModel("m", directory)
+    assert served_by(model) == 1
+    told = f"Version 5 is a link to what is not there: {directory / 'nowhere'}"
+    assert state(model, 5) == ("END", told)
+    (directory / "5").unlink()
+    add(5)
+    model.refresh()
+    assert served_by(model) == 5
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", ""])
+def test_a_name_that_cannot_stand_in_a_path_is_an_error(folder, name):
+    with pytest.raises(ValueError, match=f"'/' or ':'. Received: '{name}'"):
+        ServedModel(name, folder[0])
 
 
 def warm_up(version, *images):
