@@ -189,8 +189,8 @@ def study(
         str,
         typer.Argument(
             help="demo, methods, init, alpha-rate, tower-init, alpha, splits, "
-            "per-class, label-fraction, search or all. `search` tries settings on a "
-            "part of train."
+            "per-class, label-fraction, weightings, search or all. `search` tries "
+            "settings on a part of train."
         ),
     ],
     data: Data = None,

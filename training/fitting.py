@@ -141,10 +141,12 @@ def compiled(
     loss = {name: task.loss() for name, task in tasks.items()}
     if recipe.training.loss_weighting:
         model, loss = weigh_losses(model, loss, by=recipe.training.loss_weighting)
+    weights = recipe.training.loss_weights
     model = distribution.for_current_strategy(model)
     model.compile(
         optimizer,
         loss=loss,
+        loss_weights=weights and dict(zip(tasks, weights, strict=True)),
         # XLA's convolutions are slower than oneDNN's on a CPU, and it cannot compile
         # what goes between replicas.
         jit_compile=bool(tf.config.list_physical_devices("GPU"))

@@ -1,14 +1,17 @@
 """What each method starts from, how it joins the towers, and how long it trains.
 
 A method is spelled `cross_stitch`, `split@conv4`, or, with other values of the
-recipe's units or tower, `cross_stitch@same_task=0.5,per=layer,at=pool1+pool5`.
+recipe's units or tower, `cross_stitch@same_task=0.5,per=layer,at=pool1+pool5`. All that
+is trained takes `learning_rate=0.01`, `loss_weighting=uncertainty`, and
+`loss_weights=1+0.5`, a weight for each task.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from training import recipes
 
@@ -212,9 +215,14 @@ def _with_option(
         # All that is trained from the start learns at the single-task networks' rate.
         fine = method.schedule == "finetuning"
         known["learning_rate"] = "finetuning" if fine else "single_task"
+        known |= {"loss_weighting": "training", "loss_weights": "training"}
     if key not in known:
         raise ValueError(
             f"There is no option '{key}' in '{spelled}'. There are: {', '.join(known)}"
+        )
+    if key == "loss_weights":
+        return recipes.change(
+            recipe, "training", loss_weights=_loss_weights(recipe, text, spelled)
         )
     now = getattr(getattr(recipe, known[key]), key)
     try:
@@ -223,11 +231,37 @@ def _with_option(
         value = text
     if isinstance(now, tuple):  # names, as in at=pool1+pool5
         value = tuple(text.split("+"))
-    if _kind(value) != _kind(now):
+    if key == "loss_weighting":
+        if value not in get_args(recipes.LossWeighting):
+            raise ValueError(
+                f"Expected one of {', '.join(get_args(recipes.LossWeighting))} as the "
+                f"loss_weighting in '{spelled}'. Received: {text!r}"
+            )
+    elif _kind(value) != _kind(now):
         raise ValueError(
             f"Expected another {key} like {now!r} in '{spelled}'. Received: {text!r}"
         )
     return recipes.change(recipe, known[key], **{key: value})
+
+
+def _loss_weights(recipe: recipes.Recipe, text: str, spelled: str) -> tuple[float, ...]:
+    tasks = recipe.data.tasks
+    try:
+        weights = tuple(float(part) for part in text.split("+"))
+    except ValueError:
+        weights = ()
+    if len(weights) != len(tasks) or not all(0 < x < math.inf for x in weights):
+        raise ValueError(
+            f"Expected a positive weight for each of {', '.join(tasks)} in "
+            f"'{spelled}', as in loss_weights={'+'.join('1' * len(tasks))}. "
+            f"Received: {text!r}"
+        )
+    if recipe.training.loss_weighting:
+        raise ValueError(
+            f"The losses in '{spelled}' are weighed as they train, by "
+            f"{recipe.training.loss_weighting}: leave loss_weights"
+        )
+    return weights
 
 
 def _kind(value: Any) -> object:

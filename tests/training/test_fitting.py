@@ -46,6 +46,8 @@ def test_a_run_leaves_what_its_folder_promises(cross_stitch):
         "model.keras",
         "alpha.npz",
         "answers.json",
+        "made_by.json",
+        "costs.json",
         "per_class.csv",
         "metrics.json",
     }
@@ -324,6 +326,22 @@ def test_a_recipe_weighs_its_losses(experiment, train):
     ]
     assert float(history[0]["loss"]) == pytest.approx(sum(losses[0]), rel=1e-5)
     assert not any("dynamic" in layer.name for layer in load(folder).layers)
+
+
+def test_a_method_weighs_its_tasks(tiny, tasks):
+    plan = methods.plan("single_task@loss_weights=0.5+3", tiny)
+    joined = plan.join(towers.build(plan.recipe, tasks, 0))
+    model = fitting.compiled(joined, tasks, plan.recipe, 0.0)
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0, 255, (2, 96, 128, 3))
+    targets = {
+        "segmentation": rng.integers(0, 19, (2, 48, 64)),
+        "normals": rng.normal(size=(2, 48, 64, 3)).astype("float32"),
+    }
+    logs = model.train_on_batch(image, targets, return_dict=True)
+
+    of_tasks = 0.5 * logs["segmentation_loss"] + 3 * logs["normals_loss"]
+    assert logs["loss"] == pytest.approx(of_tasks, rel=1e-5)
 
 
 @pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])

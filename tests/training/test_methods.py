@@ -38,6 +38,10 @@ def test_what_is_spelled_is_what_is_planned(scenes):
     assert planned.tower.common_start is False
     taps = methods.plan("cross_stitch@at=pool1+pool5,per=layer", scenes).recipe.units
     assert (taps.at, taps.per) == (("pool1", "pool5"), "layer")
+    weighed = methods.plan("hard_sharing@loss_weights=1+0.5", scenes).recipe.training
+    assert weighed.loss_weights == (1.0, 0.5)
+    spelled = methods.spell("hard_sharing", scenes, loss_weighting="uncertainty")
+    assert methods.plan(spelled, scenes).recipe.training.loss_weighting == "uncertainty"
     # The recipe's own value is no other method.
     assert methods.spell("cross_stitch", scenes, same_task=0.9) == "cross_stitch"
 
@@ -77,6 +81,15 @@ def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
         ("cross_stitch@same_task=much", "like 0.9 in .* Received: 'much'"),
         ("cross_stitch@same_task=", "like 0.9 in .* Received: ''"),
         ("cross_stitch@", "no option ''"),
+        ("ensemble@loss_weighting=uncertainty", "no option 'loss_weighting'"),
+        ("hard_sharing@loss_weighting=often", "uncertainty, dynamic_average .*'often'"),
+        ("hard_sharing@loss_weights=1", "each of segmentation, normals .*=1.1. .*'1'"),
+        ("hard_sharing@loss_weights=1+-2", "a positive weight .* Received: '1.-2'"),
+        ("single_task@loss_weights=1+nan", "a positive weight"),
+        (
+            "hard_sharing@loss_weighting=uncertainty,loss_weights=1+2",
+            "by uncertainty: leave loss_weights",
+        ),
     ],
 )
 def test_a_method_that_there_is_not_is_refused(scenes, spelled, message):

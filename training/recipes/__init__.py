@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any, Literal
 
+LossWeighting = Literal["uncertainty", "dynamic_average"]
 STRIDE = 32  # pixels of the image to a cell of a tower's last map
 
 
@@ -102,8 +103,10 @@ class Training:
     batch_size: int
     momentum: float
     # `None` for the sum of the tasks' losses, or how `weigh_losses` weighs them
-    loss_weighting: Literal["uncertainty", "dynamic_average"] | None
+    loss_weighting: LossWeighting | None
     dtype: str  # a Keras dtype policy; what is published is float32, on every machine
+    # Of each task's loss, in the tasks' order, where nothing else weighs them
+    loss_weights: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

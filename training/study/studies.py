@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -113,6 +113,18 @@ def _label_fraction(recipe):
     ]
 
 
+def _weightings(recipe):
+    """Beyond the paper: how the tasks' losses are weighed, in what shares layers."""
+    return [
+        "single_task_as_long",
+        *(
+            name if by is None else methods.spell(name, recipe, loss_weighting=by)
+            for name in ("hard_sharing", "cross_stitch_from_start")
+            for by in (None, *get_args(recipes.LossWeighting))
+        ),
+    ]
+
+
 def _search(recipe):
     """Settings, tried on a part of train: as many of the baseline as of cross-stitch.
 
@@ -150,6 +162,7 @@ STUDIES = {
     "splits": _splits,
     "per-class": _per_class,
     "label-fraction": _label_fraction,
+    "weightings": _weightings,
     "search": _search,
 }
 
