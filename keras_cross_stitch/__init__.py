@@ -10,6 +10,7 @@ from keras_cross_stitch.networks import split, stitch
 from keras_cross_stitch.proposals import selective_search
 from keras_cross_stitch.regions import Detections, RoIAlign
 from keras_cross_stitch.saved_model import export_saved_model
+from keras_cross_stitch.taps import common_taps
 from keras_cross_stitch.towers import alexnet, fcn_alexnet
 
 # After `networks`, whose import binds the module of that name.
@@ -28,6 +29,7 @@ __all__ = [
     "RoIAlign",
     "alexnet",
     "alpha_table",
+    "common_taps",
     "export_saved_model",
     "fcn_alexnet",
     "network_table",

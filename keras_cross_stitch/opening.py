@@ -77,6 +77,19 @@ class Tower:
         """The call that gives a value; None for an input."""
         return next((call for call in self.calls if value in call.outputs), None)
 
+    def name_of(self, value: Value) -> str:
+        """The name by which `find` finds a layer's output."""
+        call = self.call_of(value)
+        path = call.path if call else ""
+        for k, values in enumerate(self.outputs.get(path, [])):
+            if value in values:
+                several = len(self.outputs[path]) > 1, len(values) > 1
+                which = f":{k}" if several[0] else ""
+                return (
+                    path + which + (f":out{values.index(value)}" if several[1] else "")
+                )
+        raise ValueError(f"The tower of '{self.task}' has no output {value}")
+
     def find(self, name: str) -> Value:
         """The output that a tap names, or a ValueError that says which there are.
 

@@ -1,8 +1,12 @@
 """Taps: where units stand between towers, and what the names of layers mean."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
+
+from keras_cross_stitch.copying import kernels
 from keras_cross_stitch.opening import Call, Tower, Value
 
 
@@ -88,3 +92,176 @@ def fitting(towers: Mapping[str, Tower], tap: Mapping[str, Value]) -> str:
     }
     found = "; ".join(f"'{task}': {paths or 'none'}" for task, paths in fitting.items())
     return f"Layers of that of '{first}', {shape}, are, in the tower of {found}"
+
+
+class Tap(dict[str, str]):
+    """A tap, {task: name of a layer}, and why it is one."""
+
+    def __init__(self, names: Mapping[str, str], reason: str) -> None:
+        super().__init__(names)
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"Tap({super().__repr__()}, {self.reason!r})"
+
+
+def common_taps(
+    towers: Mapping[str, keras.Model], *, project: bool = False
+) -> list[Tap]:
+    """Finds taps for `stitch`: where towers fit, one at the end of each stage.
+
+    A stage is what computes maps of one size. Its end is the last layer, in front of
+    another with weights, that all of the stage's maps lead to or come from, so that no
+    branch goes round it. Stages of one size belong together, or of the nearest size
+    where shapes need not be equal. Where the size never changes, as for sequences and
+    vectors, three layers are taken by their depth.
+
+    Args:
+        towers: Dict of task name to functional or Sequential model, at least two.
+        project: Whether the taps are for `stitch(..., project=True)`, which takes maps
+            of other channels and sizes. Otherwise the shapes of a tap are equal.
+
+    Returns:
+        List of taps from input to output, each a dict of task name to the name of a
+        layer, with a `reason`. Empty where nothing fits.
+
+    Raises:
+        ValueError: For towers that cannot be opened.
+
+    Example:
+
+    >>> from keras_cross_stitch import alexnet
+    >>> towers = {"kind": alexnet(5, width=0.05), "age": alexnet(1, width=0.05)}
+    >>> for tap in common_taps(towers)[:2]:
+    ...     print(tap["kind"], tap.reason)
+    conv1 the end of (55, 55, 5)
+    conv2 the end of (27, 27, 13)
+    """
+    opened = {task: Tower(task, model, towers) for task, model in towers.items()}
+    ends = {task: _stage_ends(tower) for task, tower in opened.items()}
+    first, *others = opened
+    taps: list[Tap] = []
+    after = dict.fromkeys(opened, -1)
+    for n, value in ends[first]:
+        found = {first: (n, value)}
+        for task in others:
+            near = [
+                (m, other)
+                for m, other in ends[task]
+                if m > after[task] and _fit(value, other, project)
+            ]
+            if not near:
+                break
+            found[task] = min(near, key=lambda x: _apart(value, x[1]))
+            best = _apart(value, found[task][1])
+            if any(_apart(x, found[task][1]) < best for m, x in ends[first] if m > n):
+                break  # a later stage is nearer to it
+        else:
+            _append(taps, found, opened)
+            after = {task: m for task, (m, _) in found.items()}
+    return taps
+
+
+def _append(
+    taps: list[Tap],
+    found: Mapping[str, tuple[int, Value]],
+    towers: Mapping[str, Tower],
+) -> None:
+    shapes = list(dict.fromkeys(str(value.shape[1:]) for _, value in found.values()))
+    projected = ", projected to each other" if len(shapes) > 1 else ""
+    names = {task: towers[task].name_of(value) for task, (_, value) in found.items()}
+    taps.append(Tap(names, f"the end of {' and '.join(shapes)}{projected}"))
+
+
+def _stage_ends(tower: Tower) -> list[tuple[int, Value]]:
+    """[(position, value)] of the ends of the tower's stages, from input to output."""
+    before, earliest = _ancestors(tower.calls)
+    values = {n: call.outputs[0] for n, call in enumerate(tower.calls)}
+    leads = 0  # the calls that lead to one with weights
+    for n in reversed(range(len(tower.calls))):
+        if getattr(tower.calls[n].layer, "weights", None):
+            leads |= before[n] & ~(1 << n)
+    trained = 0  # those that are, or come behind, what is trained
+    for n, call in enumerate(tower.calls):
+        if getattr(call.layer, "trainable_weights", None) or before[n] & trained:
+            trained |= 1 << n
+    of_size: dict[tuple, int] = {}
+    for n, value in values.items():
+        of_size[_size(value)] = of_size.get(_size(value), 0) | 1 << n
+    stages: list[list[int]] = []
+    for n, value in values.items():
+        behind = sum(1 << m for m in values if m > n and before[m] >> n & 1)
+        goes_round = of_size[_size(value)] & ~(before[n] | behind)
+        # What is squeezed to a vector may only weigh the channels of a larger map.
+        pixels = math.prod(size or 2 for size in _size(value))
+        weighs = pixels == 1 and min(earliest[n + 1 :], default=n) < n
+        if goes_round or weighs or not (leads & trained) >> n & 1:
+            continue
+        if not _can_be_tapped(value) or _only_pads(tower.calls[n]):
+            continue
+        if not stages or _apart(values[stages[-1][0]], value) >= 0.5:
+            stages.append([])
+        stages[-1].append(n)
+    ends: list[int] = []
+    for stage in stages:
+        if len(stages) == 1 or len(_size(values[stage[0]])) < 2:
+            ends += _by_depth(stage, tower.calls)
+        else:
+            ends.append(stage[-1])
+    return [(n, values[n]) for n in ends]
+
+
+def _by_depth(stage: list[int], calls: Sequence[Call], most: int = 3) -> list[int]:
+    """At most three calls, evenly apart, each the last in front of a kernel."""
+    lasts = [
+        n
+        for n, following in zip(stage, [*stage[1:], None], strict=True)
+        if following is None or kernels(calls[following].layer)
+    ]
+    parts = min(most, len(lasts))
+    return [lasts[round((k + 1) * len(lasts) / parts) - 1] for k in range(parts)]
+
+
+def _can_be_tapped(value: Value) -> bool:
+    known = value.shape[-1] is not None and 2 <= len(value.shape) <= 5
+    return known and "float" in value.spec.dtype
+
+
+def _only_pads(call: Call) -> bool:
+    return "Padding" in type(call.layer).__name__
+
+
+def _ancestors(calls: Sequence[Call]) -> tuple[list[int], list[int]]:
+    """For each call: the set, as bits, of it and of those that lead to it; and the
+    first position that it reads from, -1 for an input."""
+    giver: dict[Value, int] = {}
+    before: list[int] = []
+    earliest: list[int] = []
+    for n, call in enumerate(calls):
+        read = [giver.get(x, -1) for x in call.reads if isinstance(x, Value)]
+        bits = 1 << n
+        for m in read:
+            bits |= before[m] if m >= 0 else 0
+        before.append(bits)
+        earliest.append(min(read, default=n))
+        giver |= dict.fromkeys(call.outputs, n)
+    return before, earliest
+
+
+def _size(value: Value) -> tuple:
+    return value.shape[1:-1]
+
+
+def _fit(value: Value, other: Value, project: bool) -> bool:
+    if project:
+        return len(value.shape) == len(other.shape) and _apart(value, other) <= 1
+    return value.shape[1:] == other.shape[1:]
+
+
+def _apart(value: Value, other: Value) -> float:
+    """How many halvings two sizes are apart; many where their ranks differ."""
+    if len(value.shape) != len(other.shape):
+        return math.inf
+    sizes = zip(_size(value), _size(other), strict=True)
+    known = [(a, b) for a, b in sizes if a and b]
+    return sum(abs(math.log2(a / b)) for a, b in known) / max(1, len(known))

@@ -1,0 +1,123 @@
+"""Taps that are found: at the ends of stages, fit for `stitch`."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_cross_stitch import common_taps, stitch
+
+
+def unet(outputs, widths=(4, 8)):
+    x = image = keras.Input((16, 16, 3), name="image")
+    skips = []
+    for n, width in enumerate(widths):
+        x = layers.Conv2D(width, 3, padding="same", name=f"first{n}")(x)
+        x = layers.Conv2D(width, 3, padding="same", name=f"down{n}")(x)
+        skips.append(x)
+        x = layers.MaxPooling2D(name=f"pool{n}")(x)
+    x = layers.Conv2D(16, 3, padding="same", name="bottom")(x)
+    for n, width in reversed(list(enumerate(widths))):
+        x = layers.Concatenate(name=f"skip{n}")([layers.UpSampling2D()(x), skips[n]])
+        x = layers.Conv2D(width, 3, padding="same", name=f"up{n}")(x)
+    return keras.Model(image, layers.Conv2D(outputs, 1, name="score")(x))
+
+
+def squeezing(outputs, frozen=False):
+    """Residual blocks whose channels are weighed by what a vector says."""
+    x = image = keras.Input((16, 16, 3), name="image")
+    for n, width in enumerate((4, 6)):
+        x = layers.ZeroPadding2D(name=f"pad{n}")(x)
+        x = layers.Conv2D(width, 3, 2, name=f"enter{n}")(x)
+        weight = layers.GlobalAveragePooling2D(name=f"squeeze{n}")(x)
+        weight = layers.Dense(width, activation="sigmoid", name=f"excite{n}")(weight)
+        weight = layers.Reshape((1, 1, width), name=f"shape{n}")(weight)
+        inner = layers.Multiply(name=f"weigh{n}")([x, weight])
+        inner = layers.Conv2D(width, 3, padding="same", name=f"inner{n}")(inner)
+        x = layers.Add(name=f"block{n}")([x, inner])
+    x = layers.GlobalAveragePooling2D(name="pooled")(x)
+    model = keras.Model(image, layers.Dense(outputs, name="score")(x))
+    for layer in model.layers:
+        layer.trainable = not (frozen and layer.name.endswith("0"))
+    return model
+
+
+def text(outputs, units=5, depth=6):
+    words = keras.Input((7,), dtype="int32", name="words")
+    x = layers.Embedding(9, units, name="embedding")(words)
+    for n in range(depth):
+        x = layers.LSTM(units, return_sequences=True, name=f"lstm{n}")(x)
+    x = layers.LSTM(units, name="last")(x)
+    return keras.Model(words, layers.Dense(outputs, name="score")(x))
+
+
+def named(taps):
+    return [tuple(tap.values()) for tap in taps]
+
+
+def test_a_u_net_is_tapped_at_the_end_of_each_stage_down_and_up():
+    taps = common_taps({"a": unet(2), "b": unet(3)})
+
+    names = ["down0", "down1", "bottom", "up1", "up0"]
+    assert named(taps) == [(name, name) for name in names]
+    assert taps[0].reason == "the end of (16, 16, 4)"
+    assert repr(taps[0]) == (
+        "Tap({'a': 'down0', 'b': 'down0'}, 'the end of (16, 16, 4)')"
+    )
+
+
+def test_branches_that_weigh_channels_are_no_stages_nor_is_padding():
+    taps = common_taps({"a": squeezing(2), "b": squeezing(3)})
+
+    assert named(taps) == [(n, n) for n in ("block0", "block1", "pooled")]
+
+
+def test_what_is_frozen_alike_is_not_tapped():
+    keras.utils.set_random_seed(0)
+    tower = squeezing(2, frozen=True)
+    towers = {"a": tower, "b": keras.models.clone_model(tower)}
+    towers["b"].set_weights(tower.get_weights())
+
+    taps = common_taps(towers)
+
+    assert named(taps) == [(n, n) for n in ("block1", "pooled")]
+    stitch(towers, at=taps)
+
+
+def test_sequences_are_tapped_by_depth():
+    taps = common_taps({"a": text(2), "b": text(3)})
+
+    sequence = [n for n, _ in named(taps)]
+    assert sequence == ["lstm0", "lstm3", "lstm5", "last"]
+
+
+def test_without_projection_shapes_are_equal():
+    taps = common_taps({"a": unet(2), "b": unet(2, widths=(4, 9))})
+
+    assert named(taps) == [(n, n) for n in ("down0", "bottom", "up0")]
+
+
+PAIRS = {
+    "a U-Net and a squeezing net": (unet, squeezing),
+    "texts of other widths": (text, lambda n: text(n, units=8, depth=3)),
+    "U-Nets of other widths": (unet, lambda n: unet(n, widths=(3, 5))),
+    "three": (unet, squeezing, lambda n: unet(n, widths=(3, 5))),
+}
+
+
+@pytest.mark.parametrize("builds", PAIRS.values(), ids=PAIRS.keys())
+def test_models_that_were_not_made_for_each_other_are_joined(builds):
+    towers = {task: build(2) for task, build in zip("abc", builds, strict=False)}
+
+    taps = common_taps(towers, project=True)
+    model = stitch(towers, at=taps, project=True, same_task=1.0)
+
+    assert len(taps) >= 2
+    assert "projected to each other" in taps[0].reason
+    rng = np.random.default_rng(0)
+    shape = (2, *model.input.shape[1:])
+    data = rng.integers(0, 9, shape) if len(shape) == 2 else rng.uniform(size=shape)
+    for task, output in model(data).items():
+        apart = ops.convert_to_numpy(towers[task](data))
+        np.testing.assert_array_equal(output, apart)
+        assert apart.std() > 0
