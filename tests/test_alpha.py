@@ -146,6 +146,7 @@ def test_a_model_without_weights_is_an_error():
         alpha_table(Unbuilt())
 
 
+@pytest.mark.slow
 def test_history_has_the_mean_alpha_at_the_end_of_each_epoch():
     model = stitched()
     means = []
@@ -160,6 +161,7 @@ def test_history_has_the_mean_alpha_at_the_end_of_each_epoch():
     np.testing.assert_array_equal(np.transpose(logged), means)
 
 
+@pytest.mark.slow
 def test_csv_logger_after_it_writes_alpha(tmp_path):
     model = stitched(units=["only"])
     logger = keras.callbacks.CSVLogger(tmp_path / "history.csv")
@@ -171,6 +173,7 @@ def test_csv_logger_after_it_writes_alpha(tmp_path):
     assert last == [row["mean"] for row in alpha_table(model)]
 
 
+@pytest.mark.slow
 def test_csv_is_continued_when_training_resumes(tmp_path):
     for epochs in (1, 3):  # the second time, as if the first had been cut off
         model = stitched(units=["only"])
@@ -187,6 +190,7 @@ def test_csv_is_continued_when_training_resumes(tmp_path):
     assert len({float(alpha) for alpha in alphas}) == 3
 
 
+@pytest.mark.slow
 def test_tensorboard_after_it_writes_alpha(tmp_path):
     model = stitched(units=["only"])
     board = keras.callbacks.TensorBoard(tmp_path, write_graph=False)

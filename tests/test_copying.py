@@ -212,6 +212,7 @@ def _trainable(model, prefix=""):
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
+@pytest.mark.slow
 def test_a_frozen_part_of_a_composite_layer_stays_frozen():
     towers = {task: _tower([_Block(name="block")]) for task in "ab"}
     towers["a"].get_layer("block").norm.trainable = False
@@ -277,6 +278,7 @@ def test_a_frozen_variable_stays_frozen():
 # Quantized towers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_towers_are_stitched_by_units_that_are_not(mode):
     towers = {task: _tower([layers.Dense(6, name="first")]) for task in "ab"}
@@ -689,6 +691,7 @@ def _names(model):
     return {x.name for x in model.layers}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [2, 3, 5])
 def test_a_frozen_trunk_is_built_once(tasks):
     towers = {f"task{n}": _trunk_tower(n + 2) for n in range(tasks)}
@@ -705,6 +708,7 @@ def test_a_frozen_trunk_is_built_once(tasks):
     assert not any(name.startswith("shared") for name in _names(each))
 
 
+@pytest.mark.slow
 def test_a_shared_trunk_trains_as_each_its_own():
     towers = {"a": _trunk_tower(2), "b": _trunk_tower(3)}
     targets = {"a": RNG.normal(size=(3, 2)), "b": RNG.normal(size=(3, 3))}

@@ -107,6 +107,7 @@ def test_outputs_and_gradients_are_those_of_the_paper(tasks, per, shape, data_fo
     assert (np.abs(d_alpha) > 1e-5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["channel", "layer"])
 @pytest.mark.parametrize("tasks", [2, 3, 5])
 def test_gradients_are_the_finite_differences_of_the_outputs(tasks, per):
@@ -466,6 +467,7 @@ def test_a_constraint_holds_after_a_step():
     assert np.array(unit.alpha).min() == 0.0
 
 
+@pytest.mark.slow
 def test_alpha_is_trained():
     inputs = [keras.Input((3,)), keras.Input((3,))]
     unit = CrossStitch()
@@ -717,6 +719,7 @@ print(keras.backend.backend())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends_give_the_same(backend):
     if not importlib.util.find_spec(backend):

@@ -11,6 +11,8 @@ import pytest
 
 import keras_cross_stitch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FETCHED = re.compile(
     r"<(?:script|img|iframe)[^>]* src=\"http|<link[^>]*stylesheet[^>]*//"

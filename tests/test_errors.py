@@ -37,6 +37,7 @@ def namespace(tmp_path_factory):
     return namespace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda x: x.split("\n")[0])
 def test_the_page_quotes_what_is_said(section, namespace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -11,6 +11,8 @@ import tensorflow as tf
 import keras_cross_stitch
 from keras_cross_stitch import LearningRateGroups
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir() if (path / "served").is_dir())
 MODELS = ("per_channel", "per_layer", "uncertainty", "dynamic_average")

@@ -36,6 +36,7 @@ def free_port():
         return str(listening.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_the_guide_runs_and_learns(guide):
     notebook = nbformat.read(guide, as_version=4)

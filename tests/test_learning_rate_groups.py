@@ -136,6 +136,7 @@ rules = pytest.mark.parametrize("rule", [SGD, Adam])
 # Whatever sets the learning rate, the ratio of the groups stays.
 
 
+@pytest.mark.slow
 @rules
 def test_schedule(rule):
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
@@ -146,6 +147,7 @@ def test_schedule(rule):
     assert_weights(model, expected([1e-3] * 2 + [2e-3] * 2 + [5e-4] * 2, rule))
 
 
+@pytest.mark.slow
 @rules
 def test_learning_rate_scheduler_that_sets_absolute_rates(rule):
     model = new_model(LearningRateGroups(rule.keras_optimizer(1.0), MULTIPLIERS))
@@ -154,6 +156,7 @@ def test_learning_rate_scheduler_that_sets_absolute_rates(rule):
     assert_weights(model, expected(rates, rule))
 
 
+@pytest.mark.slow
 @rules
 def test_reduce_learning_rate_on_plateau(rule):
     model = new_model(LearningRateGroups(rule.keras_optimizer(4e-3), MULTIPLIERS))
@@ -165,6 +168,7 @@ def test_reduce_learning_rate_on_plateau(rule):
     assert_weights(model, expected([4e-3, 4e-3, 2e-3, 1e-3], rule))
 
 
+@pytest.mark.slow
 @rules
 def test_assignment(rule):
     model = new_model(LearningRateGroups(rule.keras_optimizer(1e-3), MULTIPLIERS))
@@ -178,6 +182,7 @@ def test_assignment(rule):
 # What the inner optimizer does over all variables, it still does.
 
 
+@pytest.mark.slow
 def test_one_clip_over_all_groups():
     clip = 0.5 * np.sqrt(sum((gradient**2).sum() for gradient in gradients(WEIGHTS)))
     model = new_model(grouped_sgd(global_clipnorm=float(clip)))
@@ -185,6 +190,7 @@ def test_one_clip_over_all_groups():
     assert_weights(model, expected([RATE] * 2, clip=clip))
 
 
+@pytest.mark.slow
 def test_gradient_accumulation():
     optimizer = grouped_sgd(gradient_accumulation_steps=2)
     model = new_model(optimizer)
@@ -196,6 +202,7 @@ def test_gradient_accumulation():
     assert_weights(model, expected([RATE] * 2))
 
 
+@pytest.mark.slow
 def test_moving_average_becomes_the_weights_at_the_end():
     model = new_model(grouped_sgd(use_ema=True, ema_momentum=0.75))
     fit(model, 3)
@@ -207,6 +214,7 @@ def test_moving_average_becomes_the_weights_at_the_end():
     assert_weights(model, average)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keras_optimizer", "rule"),
     [
@@ -225,6 +233,7 @@ def test_weight_decay_leaves_out_alpha_and_what_the_user_excludes(
     assert_weights(model, expected([RATE] * 3, rule, decay=decay))
 
 
+@pytest.mark.slow
 def test_exclusions_made_before_wrapping_are_kept():
     adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
     adamw.exclude_from_weight_decay(var_names=["bias"])
@@ -250,6 +259,7 @@ def test_decay_spares_the_alpha_of_units_and_no_other():
     np.testing.assert_allclose(prelu.alpha, start[1] * (1 - 0.1 * 4 * 0.5), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_multiplier_0_freezes_even_under_weight_decay():
     adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
     model = new_model(LearningRateGroups(adamw, {"first": 0}))
@@ -266,6 +276,7 @@ def test_fixed_loss_scale_cancels():
     assert_weights(model, expected([RATE] * 2))
 
 
+@pytest.mark.slow
 def test_mixed_float16_keeps_the_ratio_under_loss_scaling():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -319,6 +330,7 @@ def apply_twice(optimizer):
     return model.get_weights()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_group_moves_as_under_an_optimizer_of_its_own_rate(name):
     new_optimizer = getattr(keras.optimizers, name)
@@ -364,6 +376,7 @@ def test_an_optimizer_may_be_given_by_name_or_config():
     assert_weights(model, expected([RATE] * 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [{"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}],
@@ -512,6 +525,7 @@ def test_without_groups_it_is_the_inner_optimizer(callback, policy, tmp_path):
 # Saving.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "steps"), [(SGD, 2), (Adam, 3)], ids=["updated", "accumulating"]
 )
@@ -556,6 +570,7 @@ class Interrupt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_backup_and_restore_resumes_where_it_stopped(tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -577,6 +592,7 @@ def test_serialize_and_deserialize():
     assert copy.name == "groups"
 
 
+@pytest.mark.slow
 def test_set_weights_sets_the_state():
     model = new_model(grouped_sgd())
     fit(model, 2)
@@ -631,6 +647,7 @@ class Weights:
         self.get_weights = lambda: weights
 
 
+@pytest.mark.slow
 def test_two_replicas_are_one_device(tmp_path):
     weights = fit_in_subprocess(
         tmp_path,
@@ -657,6 +674,7 @@ tests.test_decay_spares_the_alpha_of_units_and_no_other()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "setup"), [("jax", ""), ("torch", ALL_OPTIMIZERS)])
 def test_other_backends(backend, setup, tmp_path):
     if not importlib.util.find_spec(backend):

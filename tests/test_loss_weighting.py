@@ -120,6 +120,7 @@ def assert_kernels(model, expected, tasks=TASKS):
 some_tasks = pytest.mark.parametrize("tasks", [{"a": 1, "b": 2}, TASKS])
 
 
+@pytest.mark.slow
 @some_tasks
 def test_uncertainty_is_descent_on_kendalls_formula(tasks):
     model = new_model("uncertainty", tasks)
@@ -132,6 +133,7 @@ def test_uncertainty_is_descent_on_kendalls_formula(tasks):
     np.testing.assert_allclose(history["loss"][-1], total, rtol=1e-4)
 
 
+@pytest.mark.slow
 @some_tasks
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_dynamic_weights_are_lius_formula(tasks, temperature):
@@ -143,12 +145,14 @@ def test_dynamic_weights_are_lius_formula(tasks, temperature):
     np.testing.assert_allclose(weights.sum(), len(tasks))
 
 
+@pytest.mark.slow
 def test_dynamic_weights_stay_1_for_two_epochs():
     model = new_model("dynamic_average")
     fit(model, 1, callbacks=[DynamicWeightAverage()])
     np.testing.assert_array_equal(weight_of(model, "weight"), [1, 1, 1])
 
 
+@pytest.mark.slow
 def test_a_loss_of_zero_counts_as_one_that_stays():
     y = {**Y, "b": np.full_like(Y["b"], np.nan)}
     model = new_model("dynamic_average")
@@ -158,6 +162,7 @@ def test_a_loss_of_zero_counts_as_one_that_stays():
     np.testing.assert_allclose(weights.sum(), 3, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_task_without_labels_keeps_its_uncertainty():
     y = {**Y, "b": np.full_like(Y["b"], np.nan)}
     model = new_model("uncertainty")
@@ -205,6 +210,7 @@ def test_an_ignored_class_counts_nowhere(by):
     assert float(loss["a"](nothing, logits)) == float(loss["b"](nothing, logits)) == 0
 
 
+@pytest.mark.slow
 def test_without_a_mask_the_loss_is_the_same():
     x = keras.Input((3,))
     losses = {"c": "mse", "b": keras.losses.MeanSquaredError()}
@@ -221,6 +227,7 @@ def test_without_a_mask_the_loss_is_the_same():
     np.testing.assert_allclose(totals[0], totals[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stitched_model_with_a_rate_for_the_uncertainties():
     towers = {}
     for task, n in TASKS.items():
@@ -245,6 +252,7 @@ def test_a_stitched_model_with_a_rate_for_the_uncertainties():
     )
 
 
+@pytest.mark.slow
 def test_mixed_float16_keeps_the_weights_in_float32():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -394,6 +402,7 @@ def test_the_losses_of_a_model_serve_its_copy():
 # Saving.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])
 def test_a_loaded_model_goes_on_as_the_saved_one(by, tmp_path):
     def callbacks():
@@ -419,6 +428,7 @@ class Interrupt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_dynamic_weights_are_resumed(tmp_path):
     callbacks = [
         DynamicWeightAverage(),
@@ -471,6 +481,7 @@ def assert_result(result, w, weights, error):
         np.testing.assert_allclose(value, of_numpy, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_of_two_replicas_takes_the_mean_over_its_own_labels(tmp_path):
     (result,) = fit_in_subprocess(
         tmp_path,
@@ -492,6 +503,7 @@ assert strategy.num_replicas_in_sync == 2
     assert_result(result, w, list(v.values()), error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends(backend, tmp_path):
     if not importlib.util.find_spec(backend):

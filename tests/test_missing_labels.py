@@ -382,6 +382,7 @@ def assert_close(weights, others, rtol=1e-5):
         np.testing.assert_allclose(weight, other, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.slow
 def test_a_step_without_a_tasks_labels_leaves_its_head_and_trains_the_other():
     model, alone = two_heads(), two_heads(loss_weights={"depth": 1, "kind": 0})
     before = head(model, "kind")
@@ -393,6 +394,7 @@ def test_a_step_without_a_tasks_labels_leaves_its_head_and_trains_the_other():
     assert_close(model.get_weights(), alone.get_weights())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_a_batch_without_any_label_changes_nothing(policy):
     keras.config.set_dtype_policy(policy)
@@ -406,6 +408,7 @@ def test_a_batch_without_any_label_changes_nothing(policy):
     assert_equal(model.get_weights(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_trains_on_what_is_labelled(policy):
     depth, kind = DEPTH.copy(), KIND.copy()
@@ -423,6 +426,7 @@ def test_mixed_precision_trains_on_what_is_labelled(policy):
     assert_close(model.get_weights(), plain.get_weights(), rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [distance, "mse", "msle"])
 def test_nothing_of_a_row_of_weight_0_reaches_the_gradients(loss):
     # Predictions are 0, where the gradient of `distance` to a label of 0 is NaN.
@@ -458,6 +462,7 @@ def test_a_prediction_that_is_no_number_does_not_reach_the_loss():
     np.testing.assert_allclose(values, 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_the_mean_of_the_steps():
     def new_model(**arguments):
         return two_heads(optimizer=keras.optimizers.SGD(0.1, **arguments))
@@ -475,6 +480,7 @@ def test_accumulated_gradients_are_the_mean_of_the_steps():
     )
 
 
+@pytest.mark.slow
 def test_the_masked_metrics_of_an_epoch_are_over_its_labels():
     depth = DEPTH.copy()
     depth[2:] = np.nan
@@ -505,6 +511,7 @@ def test_what_keras_masks_is_missing():
 # Serialization.
 
 
+@pytest.mark.slow
 def test_a_loaded_model_takes_the_same_next_step(tmp_path):
     depth, kind = DEPTH.copy(), KIND.copy()
     depth[:3], kind[2:] = np.nan, -1

@@ -200,6 +200,7 @@ def _same_outputs(build):
     return (2, 2) if build is _dense_tower else (3, 2)
 
 
+@pytest.mark.slow
 def test_with_identity_alpha_the_towers_run_as_if_apart(kind):
     build, at = kind
     towers = _towers(build, _same_outputs(build))
@@ -211,6 +212,7 @@ def test_with_identity_alpha_the_towers_run_as_if_apart(kind):
     assert units == [f"cross_stitch_{name}" for name in at]
 
 
+@pytest.mark.slow
 def test_with_mixing_alpha_they_do_not(kind):
     build, at = kind
     towers = _towers(build, _same_outputs(build))
@@ -238,6 +240,7 @@ def test_variable_paths_and_layer_names_are_unique_and_say_the_task(kind):
     assert all(p.startswith(("seg_", "normals_", "cross_stitch_")) for p in paths)
 
 
+@pytest.mark.slow
 def test_every_weight_is_carried_over(kind):
     build, at = kind
     towers = _towers(build, _same_outputs(build))
@@ -274,6 +277,7 @@ def _nodes(tower):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("join", ["stitch", "split"])
 def test_the_towers_stay_as_they_are(tmp_path, kind, join):
     build, at = kind
@@ -298,6 +302,7 @@ def test_the_towers_stay_as_they_are(tmp_path, kind, join):
     _assert_same(loaded(data), tower(data))
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_and_predicts_the_same(tmp_path, kind):
     build, at = kind
     model = stitch(_towers(build, _same_outputs(build)), at)
@@ -421,6 +426,7 @@ def test_towers_of_different_kinds_are_stitched_where_shapes_agree():
     _assert_outputs_are_those_apart(model, towers)
 
 
+@pytest.mark.slow
 def test_a_keras_application_built_twice_is_stitched_at_its_blocks():
     towers = {"a": _mobilenet_v2(), "b": _mobilenet_v2()}
     _distinct(*towers.values())
@@ -432,6 +438,7 @@ def test_a_keras_application_built_twice_is_stitched_at_its_blocks():
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.slow
 def test_two_keras_applications_of_different_kinds_are_stitched():
     v1 = _application(keras.applications.MobileNet, "conv_pw_3_relu", alpha=0.75)
     towers = {"v2": _mobilenet_v2(), "v1": v1}
@@ -444,6 +451,7 @@ def test_two_keras_applications_of_different_kinds_are_stitched():
     _assert_outputs_are_those_apart(model, towers)
 
 
+@pytest.mark.slow
 def test_three_towers_are_stitched():
     towers = _towers(_fcn, (3, 2, 5))
 
@@ -494,6 +502,7 @@ def test_a_tap_may_have_been_called_elsewhere_before(elsewhere):
     _assert_outputs_are_those_apart(model, towers)
 
 
+@pytest.mark.slow
 def test_without_taps_the_towers_stand_side_by_side():
     towers = _towers(_fcn)
 
@@ -729,6 +738,7 @@ def test_an_adapted_normalization_stays_adapted(join):
         _assert_same(model(data)[task], tower(data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
 def test_units_have_the_dtype_policy_of_the_first_tower_s_tap(policy):
     before = keras.config.dtype_policy()
@@ -748,6 +758,7 @@ def test_units_have_the_dtype_policy_of_the_first_tower_s_tap(policy):
     _assert_outputs_are_those_apart(model, towers)
 
 
+@pytest.mark.slow
 def test_one_step_of_training_changes_every_weight():
     rng = np.random.default_rng(0)
     towers = _towers(_unet)
@@ -1034,6 +1045,7 @@ def _depending_on(tower, at):
     return own
 
 
+@pytest.mark.slow
 def test_the_layers_below_are_shared_and_the_others_are_not(at_layer):
     build, at = at_layer
     towers = _towers(build, (3, 2))
@@ -1050,6 +1062,7 @@ def test_the_layers_below_are_shared_and_the_others_are_not(at_layer):
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.slow
 def test_split_towers_run_as_if_apart_where_the_shared_part_is_the_same(at_layer):
     build, at = at_layer
     towers = _towers(build, (3, 2))
@@ -1095,6 +1108,7 @@ def test_both_tasks_train_the_shared_layers():
     assert tape.gradient(losses["normals"], own) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["bottom", "score"])
 def test_a_split_model_loads_and_trains(tmp_path, at):
     model = split(_towers(_unet), at, name="hard")

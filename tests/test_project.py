@@ -180,6 +180,7 @@ def wheel(tmp_path_factory):
     return wheel
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_library_alone(wheel):
     files = zipfile.ZipFile(wheel).namelist()
 
@@ -199,6 +200,7 @@ print(doctest.testmod(networks))
 """
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_runs_the_examples(wheel, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
     subprocess.run([*install, "--target", tmp_path, wheel], check=True)
@@ -234,6 +236,7 @@ for address in ("127.0.0.1:1", "http://127.0.0.1:1"):
 """
 
 
+@pytest.mark.slow
 def test_the_clients_wheel_asks_without_tensorflow(tmp_path):
     shutil.copytree(ROOT / "export" / "client", tmp_path / "client")
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
@@ -408,12 +411,14 @@ def run_blocks_of_using(numbers, namespace):
         exec(block, namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fit_must_help")
 def test_the_python_blocks_of_using_run_and_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_blocks_of_using(slice(3), {})
 
 
+@pytest.mark.slow
 def test_the_shorter_python_blocks_of_using_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fit = keras.Model.fit
@@ -428,6 +433,7 @@ def test_the_shorter_python_blocks_of_using_run(tmp_path, monkeypatch, capsys):
     assert "['age_loss', 'kind_loss', 'loss']" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["keras_cross_stitch", "training", "export"])
 def test_importing_a_package_sets_nothing_for_other_processes(package):
     """The programs do, before TensorFlow is imported; a test that imports must not."""

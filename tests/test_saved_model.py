@@ -14,6 +14,8 @@ import tensorflow as tf
 from keras_cross_stitch import export_saved_model, stitch
 from keras_cross_stitch.saved_model import _check_equal
 
+pytestmark = pytest.mark.slow
+
 # Else the first export does this, which puts another module in the place of
 # `tf.saved_model`, and what a test has patched there is lost.
 importlib.import_module("tensorflow.saved_model")

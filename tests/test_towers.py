@@ -36,6 +36,7 @@ def test_layers_have_the_names_of_the_paper_in_its_order(build):
     assert build(7, width=0.02, name="segmentation").name == "segmentation"
 
 
+@pytest.mark.slow
 def test_alexnet_at_width_1_has_the_filters_of_the_paper():
     model = alexnet(20, (67, 67, 3), width=1.0, normalization=None)
 
@@ -123,6 +124,7 @@ def test_dropout_and_regularizer_reach_their_layers():
         assert len(model.losses) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upsampling", [32, 16, 8])
 @pytest.mark.parametrize("size", [(96, 64), (33, 97), (31, 70), (4, 9), (48, 80)])
 def test_a_known_size_comes_out_as_it_went_in(size, upsampling):
@@ -159,6 +161,7 @@ def _centres(responses, positions):
     return positions @ responses / responses.sum(axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("size", [512, 480, 496])
 def test_a_cell_of_score_sees_what_lies_where_upsampling_puts_it(size, axis):
@@ -200,6 +203,7 @@ def test_upsampling_is_bilinear(size, factor):
     assert BilinearUpsampling(factor)(known).shape[1:] == expected.shape[1:]
 
 
+@pytest.mark.slow
 def test_a_tower_for_any_size_trains_and_is_exported(tmp_path):
     """As Keras's own bilinear upsampling is not."""
     model = fcn_alexnet(3, width=0.02, upsampling=16)
@@ -301,6 +305,7 @@ def test_logits_are_float32_under_mixed_precision(build, shape, policy):
     assert model.get_layer("pool1").output.dtype == policy.removeprefix("mixed_")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "shape", "labels"),
     [
