@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import secrets
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,12 @@ class Row(NamedTuple):
     task: str
     metric: str
     value: float
+
+
+def kept_with(data: str | os.PathLike, name: str, split: str) -> Path:
+    """The file of what is derived from a split of prepared data, such as proposals."""
+    quoted = urllib.parse.quote(split, safe="")  # "train[:80%]", say
+    return Path(data) / f"{name}-{quoted}.npy"
 
 
 @contextlib.contextmanager

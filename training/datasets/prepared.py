@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import shutil
 import tempfile
-import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -90,12 +89,6 @@ def digest(
             )
         found |= {part: known[part] for part in parts}
     return dict(sorted(found.items()))
-
-
-def kept_with(builder: tfds.core.DatasetBuilder, name: str, split: str) -> Path:
-    """The file of what is derived from a split's examples, such as proposals."""
-    quoted = urllib.parse.quote(split, safe="")  # "train[:80%]", say
-    return Path(builder.data_path) / f"{name}-{quoted}.npy"
 
 
 def fingerprint(folder: Path) -> dict[str, list[float]]:

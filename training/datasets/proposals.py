@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from keras_cross_stitch import selective_search
-from training.datasets.prepared import kept_with
-from training.files import unfinished
+from training.files import kept_with, unfinished
 
 MOST = 1000  # of an image
 
@@ -103,4 +102,4 @@ def _stored(builder, split, feature):
 
 
 def _path(builder, split):
-    return kept_with(builder, "proposals", split)
+    return kept_with(builder.data_path, "proposals", split)

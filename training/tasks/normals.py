@@ -14,8 +14,7 @@ import tensorflow_datasets as tfds
 from keras import ops
 from sklearn.cluster import KMeans
 
-from training.datasets.prepared import kept_with
-from training.files import unfinished
+from training.files import kept_with, unfinished
 from training.metric import Metric
 
 CODEWORDS = 20  # as in the paper
@@ -44,7 +43,7 @@ class Normals:
     @staticmethod
     def prepare(builder, split):
         """Clusters a split's normals, once; the codewords are kept with the data."""
-        path = kept_with(builder, "codewords", split)
+        path = kept_with(builder.data_path, "codewords", split)
         if not path.exists():
             with unfinished(path) as temporary:
                 np.save(temporary, cluster(builder, split))
@@ -52,7 +51,7 @@ class Normals:
     @classmethod
     def for_dataset(cls, builder, split):
         """The task with the codewords of the images that it is trained on."""
-        return cls(np.load(kept_with(builder, "codewords", split)))
+        return cls(np.load(kept_with(builder.data_path, "codewords", split)))
 
     @property
     def outputs(self):
