@@ -343,6 +343,12 @@ def _errors_in_a_line() -> Iterator[None]:
     except (RuntimeError, ImportError) as error:
         _print_error(error)
         sys.exit(1)
+    except Exception as error:
+        tensorflow = sys.modules.get("tensorflow")
+        if not tensorflow or not isinstance(error, tensorflow.errors.OpError):
+            raise
+        _print_error(error.message)  # such as of a disk that is full
+        sys.exit(1)
 
 
 def _print_error(error: object) -> None:

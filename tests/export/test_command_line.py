@@ -4,6 +4,7 @@ from pathlib import Path
 
 import keras
 import pytest
+import tensorflow as tf
 from typer.testing import CliRunner
 
 from export.__main__ import app
@@ -84,6 +85,18 @@ def test_savedmodel_warns_where_bfloat16_is_not_computed(version, monkeypatch, f
     result = run("savedmodel", "m.keras", "out", "--dtype", "bfloat16")
     assert result.exit_code == 0
     assert ("Warning: this machine" in result.stderr) == ("bf16" not in flags)
+
+
+def test_savedmodel_on_a_full_disk_ends_in_one_line(monkeypatch):
+    def export(*_, **__):
+        message = "/out/1/saved_model.pb;\nNo space left on device"
+        raise tf.errors.ResourceExhaustedError(None, None, message)
+
+    monkeypatch.setattr("export.make.savedmodel.export", export)
+    result = run("savedmodel", "m.keras", "out")
+    assert result.exit_code == 1
+    expected = "Error: /out/1/saved_model.pb; No space left on device\n"
+    assert result.stderr == expected
 
 
 def test_savedmodel_checks_what_answers_mean_before_anything_else(tmp_path):
