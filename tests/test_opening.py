@@ -1,0 +1,95 @@
+"""Models that cannot be opened: the two lines that make towers of them."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_cross_stitch import stitch
+
+
+class Plain(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.one = layers.Dense(4, name="one")
+        self.two = layers.Dense(2, name="two")
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+
+class InTraining(keras.Model):
+    """A list of layers, some of which are told whether it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = [layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)]
+        self.score = layers.Dense(3)
+
+    def call(self, x, training=None):
+        x = self.all[0](x)
+        for layer in self.all[1:]:
+            x = layer(x, training=training)
+        return ops.relu(self.score(x)) + 0.5 * x[:, :3]
+
+
+class TwoInputs(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = layers.Dense(4), layers.Dense(2)
+
+    def call(self, inputs):
+        return {"p": self.one(inputs["left"]), "q": self.two(inputs["right"])}
+
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.normal(size=(2, 5)).astype("float32")
+BOTH = {"left": FEATURES, "right": FEATURES[:, :3]}
+MODELS = {
+    "plain": (Plain, FEATURES, True),
+    "plain, not built": (Plain, FEATURES, False),
+    "in training": (InTraining, FEATURES, True),
+    "two inputs": (TwoInputs, BOTH, True),
+    "a Sequential, not built": (
+        lambda: keras.Sequential([layers.Dense(4), layers.Dense(2)]),
+        FEATURES,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "data", "built"), MODELS.values(), ids=MODELS.keys())
+def test_the_error_gives_the_lines_that_make_a_tower(build, data, built):
+    features = keras.Input((5,), name="features")
+    other = keras.Model(features, layers.Dense(2, name="one")(features))
+    model = build()
+    if built:
+        model(data)
+
+    with pytest.raises(ValueError, match=r"tower of 'b'.*these two lines") as caught:
+        stitch({"a": other, "b": model}, [])
+
+    lines = [x.strip() for x in str(caught.value).split("\n") if x.startswith("    ")]
+    assert len(lines) == 2
+    scope = {"keras": keras, "model": model, "towers": {}}
+    exec("\n".join(lines), scope)
+    tower = scope["towers"]["b"]
+    joined = stitch({"a": tower, "b": tower}, [])(data)["b"]
+    expected = model(data)
+    for a, e in zip(
+        keras.tree.flatten(joined), keras.tree.flatten(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+
+
+class Branching(keras.Model):
+    def call(self, x):
+        return x if float(ops.sum(x)) > 0 else -x
+
+
+def test_a_call_that_cannot_be_traced_says_so():
+    features = keras.Input((5,), name="features")
+    other = keras.Model(features, layers.Dense(2)(features))
+
+    with pytest.raises(ValueError, match=r"tower of 'b'.* cannot be traced either: "):
+        stitch({"a": other, "b": Branching()}, [])
