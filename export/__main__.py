@@ -39,10 +39,20 @@ if TYPE_CHECKING:
     from export.meanings import Meanings
 
 console = Console()
+
+
+def path(text: str | Path) -> Path:
+    """What every path is read by: a shell leaves the ~ of --output=~/there as it is."""
+    return Path(text).expanduser()
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 Directory = Annotated[
-    Path, typer.Argument(help="The served model's folder (its latest version), or one.")
+    Path,
+    typer.Argument(
+        parser=path, help="The served model's folder (its latest version), or one."
+    ),
 ]
 Name = Annotated[str, typer.Option(help="The model's name on the server.")]
 
@@ -54,8 +64,12 @@ def main() -> None:
 
 @app.command()
 def savedmodel(
-    model: Annotated[Path, typer.Argument(help="A multi-task model, .keras.")],
-    directory: Annotated[Path, typer.Argument(help="Where TF Serving will look.")],
+    model: Annotated[
+        Path, typer.Argument(parser=path, help="A multi-task model, .keras.")
+    ],
+    directory: Annotated[
+        Path, typer.Argument(parser=path, help="Where TF Serving will look.")
+    ],
     from_jpeg: Annotated[
         bool, typer.Option("--from-jpeg", help="Add signatures that take files.")
     ] = False,
@@ -65,7 +79,8 @@ def savedmodel(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of JPEG or PNG files, or a .npy file, to measure on."
+            parser=path,
+            help="Folder of JPEG or PNG files, or a .npy file, to measure on.",
         ),
     ] = None,
     drop_below: Annotated[
@@ -153,7 +168,9 @@ def bench(
     name: Name = NAME,
     model: Annotated[
         Path | None,
-        typer.Option(help="The .keras file, to time its towers without units too."),
+        typer.Option(
+            parser=path, help="The .keras file, to time its towers without units too."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Calls of each kind.")] = 30,
 ) -> None:
@@ -177,7 +194,7 @@ def bench(
 @app.command()
 def serve(
     directory: Annotated[
-        Path, typer.Argument(help="Folder with the versions: 1, 2, ...")
+        Path, typer.Argument(parser=path, help="Folder with the versions: 1, 2, ...")
     ],
     name: Name = NAME,
     port: Annotated[int, typer.Option(help="gRPC.")] = 8500,
@@ -228,7 +245,8 @@ def _labels(pairs: Iterable[str]) -> dict[str, int]:
 @app.command()
 def predict(
     images: Annotated[
-        list[Path], typer.Argument(help="JPEG or PNG files, or folders of them.")
+        list[Path],
+        typer.Argument(parser=path, help="JPEG or PNG files, or folders of them."),
     ],
     task: Annotated[list[str], typer.Option(help="Repeat for several.")],
     address: Annotated[
@@ -237,9 +255,13 @@ def predict(
     name: Name = NAME,
     model: Annotated[
         Path | None,
-        typer.Option(help="The served folder, for class names and colours."),
+        typer.Option(
+            parser=path, help="The served folder, for class names and colours."
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("."),
+    output: Annotated[
+        Path, typer.Option(parser=path, help="Folder for the pictures.")
+    ] = Path("."),
     timeout: Annotated[float, typer.Option(help="Seconds for each answer.")] = 10.0,
 ) -> None:
     """Ask a served model about IMAGES, and draw each answer.

@@ -1,13 +1,14 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Annotated, get_origin, get_type_hints
 
 import keras
 import pytest
 import tensorflow as tf
 from typer.testing import CliRunner
 
-from export.__main__ import app
+from export.__main__ import app, path
 from export.inspect import verify
 from export.version import recorded
 
@@ -168,3 +169,16 @@ def test_a_server_that_is_not_there_ends_in_one_line(version):
     assert result.exit_code == 1
     assert "Error: UNAVAILABLE: " in result.stderr
     assert "(from 127.0.0.1:1)" in result.stderr
+
+
+def test_every_path_begins_at_home_where_it_says_so(monkeypatch, tmp_path):
+    hints = [
+        hint
+        for command in app.registered_commands
+        for hint in get_type_hints(command.callback, include_extras=True).values()
+        if get_origin(hint) is Annotated and "Path" in str(hint.__origin__)
+    ]
+    assert len(hints) > 5
+    assert {hint.__metadata__[0].parser for hint in hints} == {path}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path("~/there") == tmp_path / "there"
