@@ -11,7 +11,7 @@ import keras
 
 from keras_cross_stitch.copying import carry_over, copy_layer, pairs
 from keras_cross_stitch.opening import Call, Tower, Value
-from keras_cross_stitch.sharing import named
+from keras_cross_stitch.shared_calls import named
 
 
 class Joined:

@@ -16,7 +16,7 @@ from keras_cross_stitch.cross_stitch import CrossStitch
 from keras_cross_stitch.joining import Joined, new_inputs
 from keras_cross_stitch.opening import Call, Tower, Value
 from keras_cross_stitch.projecting import ProjectedCrossStitch
-from keras_cross_stitch.sharing import (
+from keras_cross_stitch.shared_calls import (
     built_once,
     may_be_built_once,
     wanted_once,

@@ -73,7 +73,11 @@ def test_the_demo_exports_one_signature_per_task(demo):
     image = tf.random.uniform((2, 96, 128, 3), 0, 255)
     expected = model.predict(image, verbose=0)
 
-    assert set(served.signatures) == {"serving_default", "segmentation", "normals"}
+    both = {"segmentation", "normals"}
+    pictures = {"from_jpeg", *(f"{task}_from_jpeg" for task in both)}
+    assert set(served.signatures) == {"serving_default"} | both | pictures
+    meanings = folder / "comparison/seed0/serving/1/assets.extra/answers.json"
+    assert meanings.read_text() == (run / "answers.json").read_text()
     for task in ("segmentation", "normals"):
         answer = served.signatures[task](image=image)[task]
         tf.debugging.assert_near(answer, expected[task], atol=1e-4)

@@ -188,5 +188,19 @@ def _export(model, trained, directory):
         # At once: a version of which half is removed would be served.
         exported.rename(outdated)
     if not exported.exists():
-        export_saved_model(model, directory, version=1)
+        images = len(keras.tree.flatten(model.input)) == 1  # and no regions of them
+        export_saved_model(
+            model,
+            directory,
+            version=1,
+            from_jpeg=images,
+            finish=lambda version, inputs: _say_meanings(version, trained.parent),
+        )
     shutil.rmtree(outdated, ignore_errors=True)
+
+
+def _say_meanings(version, run):
+    """Beside the graph, what its answers mean, as the preview's page draws them."""
+    extra = version / "assets.extra"
+    extra.mkdir()
+    shutil.copyfile(run / "answers.json", extra / "answers.json")

@@ -2,6 +2,7 @@ import dataclasses
 import os
 import shutil
 
+import keras
 import matplotlib.image
 import pytest
 
@@ -19,7 +20,7 @@ def test_a_comparison_is_pictures_and_a_model_that_is_exported_once(
     monkeypatch.setattr(
         comparison,
         "export_saved_model",
-        lambda model, directory, version: (directory / str(version)).mkdir(
+        lambda model, directory, version, **more: (directory / str(version)).mkdir(
             parents=True
         ),
     )
@@ -46,23 +47,29 @@ def test_an_export_that_is_stopped_leaves_no_part_of_a_model(tmp_path, monkeypat
     """TensorFlow Serving reads whatever has a number for its name."""
     stops = []
 
-    def export(model, directory, version):
+    def export(model, directory, version, from_jpeg, finish):
         if stops:
             raise KeyboardInterrupt
-        (directory / str(version) / model).mkdir(parents=True)
+        (directory / str(version) / model.name).mkdir(parents=True)
+        finish(directory / str(version), {})
 
     monkeypatch.setattr(comparison, "export_saved_model", export)
     trained = tmp_path / "model.keras"
     trained.touch()
-    comparison._export("old", trained, tmp_path)
+    (tmp_path / "answers.json").write_text("{}")
+    image = keras.Input((4, 4, 3))
+    old, new = (keras.Model(image, image, name=name) for name in ("old", "new"))
+    comparison._export(old, trained, tmp_path)
     os.utime(tmp_path / "1", (0, 0))
     stops.append(True)
     with pytest.raises(KeyboardInterrupt):
-        comparison._export("new", trained, tmp_path)
+        comparison._export(new, trained, tmp_path)
     assert not (tmp_path / "1").exists()
     stops.clear()
-    comparison._export("new", trained, tmp_path)
-    assert [path.name for path in (tmp_path / "1").iterdir()] == ["new"]
+    comparison._export(new, trained, tmp_path)
+    assert (tmp_path / "1/new").exists()
+    assert not (tmp_path / "1/old").exists()
+    assert (tmp_path / "1/assets.extra/answers.json").read_text() == "{}"
     assert not (tmp_path / ".outdated").exists()
 
 
