@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +30,8 @@ from rich.table import Column, Table
 from export import NAME
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from export.client import Client
     from export.client.drawing import Drawing
     from export.inspect.bench import Report as Times
@@ -279,11 +281,32 @@ def predict(
         output.mkdir(parents=True, exist_ok=True)
         with Client(address, name, timeout=timeout) as client:
             answers = _answers(client, model) if model else {}
+            tasks = dict.fromkeys(drawing.drawn_with(t, answers) for t in task)
+            signatures = client.signatures() if len(tasks) > 1 else {}
             for image, drawn_to in names.items():
-                ask = functools.partial(client.predict, images=[image])
-                for each in dict.fromkeys(drawing.drawn_with(t, answers) for t in task):
+                ask = _asking(client, image, tasks, signatures)
+                for each in tasks:
                     drawn = drawing.answer(ask, each, answers)
                     _show(image, each, drawn, output / f"{drawn_to}.{each}.png")
+
+
+def _asking(
+    client: "Client", image: Path, tasks: Collection[str], signatures: Mapping
+) -> Callable[..., Mapping[str, "np.ndarray"]]:
+    """A function of a task: its answer, of one request for all where there can be."""
+    from export.client import all_tasks
+    from export.client.protocol import IMAGES
+
+    one = functools.partial(client.predict, images=[image])
+    needed = {all_tasks.SIGNATURE, *tasks, *(task + IMAGES for task in tasks)}
+    if not needed <= signatures.keys():
+        return one
+    outputs = one(all_tasks.SIGNATURE)
+
+    def ask(task: str, rois: "np.ndarray | None" = None) -> Mapping[str, "np.ndarray"]:
+        return all_tasks.of_task(task, outputs, signatures[task].outputs)
+
+    return ask
 
 
 def _files(images: Iterable[Path]) -> list[Path]:

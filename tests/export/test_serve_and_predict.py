@@ -19,6 +19,7 @@ from tensorflow_serving.apis import predict_pb2
 from typer.testing import CliRunner
 
 from export.__main__ import app
+from export.preview.loaded_version import LoadedVersion
 
 # One process runs all that share the server.
 pytestmark = pytest.mark.xdist_group("serving")
@@ -40,14 +41,23 @@ def picture(served, tmp_path):
 
 @pytest.mark.parametrize("address", ["grpc_address", "rest_address"])
 def test_predict_draws_each_task_over_the_picture(
-    served, picture, address, request, tmp_path
+    served, picture, address, request, tmp_path, monkeypatch
 ):
     path, pixels = picture
+    asked = []  # both tasks in one request
+
+    def watched(version, signature, *rest):
+        asked.append(signature)
+        return predict(version, signature, *rest)
+
+    predict = LoadedVersion.predict
+    monkeypatch.setattr(LoadedVersion, "predict", watched)
     address = request.getfixturevalue(address)
     tasks = ("--task", "segmentation", "--task", "normals")
     folder = ("--model", served.directory, "--output", tmp_path / "drawn")
     result = run("predict", path, *tasks, "--address", address, *folder)
     assert result.exit_code == 0, result.output
+    assert asked == ["from_jpeg"]
 
     expected = served.predict([pixels])
     colours = np.array(served.answers["segmentation"]["colours"])

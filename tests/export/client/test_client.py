@@ -57,6 +57,16 @@ def test_files_and_bytes_are_answered_as_their_pixels(client, behind, tmp_path):
     np.testing.assert_allclose(answer["normals"], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("signature", ["serving_default", "from_jpeg"])
+def test_all_tasks_are_asked_about_files_in_one_request(client, behind, signature):
+    images = behind.pictures(2)
+    answer = client.predict(signature, [behind.png(image) for image in images])
+    expected = behind.predict(images)
+    assert answer.keys() == expected.keys()
+    for task in expected:
+        np.testing.assert_allclose(answer[task], expected[task], atol=1e-5)
+
+
 def test_a_version_can_be_asked_for(door, behind):
     with Client(door[0], version=behind.latest) as client:
         assert client.predict("normals", behind.pictures())["normals"].shape[0] == 1
