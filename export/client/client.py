@@ -266,8 +266,10 @@ def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
     files = sorted(
         path
         for path in folder.iterdir()
-        # Not what macOS leaves beside each file on other systems' discs.
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+        # Not what file managers leave: hidden files, and others by their endings.
+        if path.suffix.lower() in _SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
     )
     if not files:
         raise ValueError(f"There are no JPEG or PNG files in {folder}")

@@ -158,7 +158,8 @@ def test_a_folder_is_its_pictures_in_the_order_of_names(client, behind, tmp_path
     images = behind.pictures(3)
     for name, image in zip(("b.PNG", "a.jpg", "c.jpeg"), images, strict=True):
         (tmp_path / name).write_bytes(behind.png(image))
-    (tmp_path / "._a.jpg").write_bytes(b"left by macOS")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._a.jpg"):
+        (tmp_path / name).write_bytes(b"left by a file manager")
     (tmp_path / "notes.txt").write_text("no picture")
     expected = behind.predict(images[[1, 0, 2]])["normals"]
     for folder in (tmp_path, str(tmp_path)):

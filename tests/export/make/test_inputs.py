@@ -23,7 +23,10 @@ def write(path, *size):
 def test_a_folder_of_images_is_resized_to_the_model_in_the_order_of_names(tmp_path):
     second = write(tmp_path / "b.png", 9, 7)
     first = write(tmp_path / "a.PNG", 20, 30)
-    (tmp_path / "notes.txt").touch()
+    left = (".DS_Store", "Thumbs.db", "desktop.ini", "._a.jpg", ".c.png", "notes.txt")
+    for name in left:
+        (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / "more.png").mkdir()
     (images,) = load_images(tmp_path, takes((9, 7, 3)))
     assert images.dtype == np.float32
     np.testing.assert_array_equal(images[1], second)
