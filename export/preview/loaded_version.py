@@ -33,6 +33,7 @@ class Limits:
     """What one request may cost."""
 
     body_bytes: int = 32 * 2**20  # sent, and as tensors
+    examples: int = 256  # as max_batch_size in tf_serving/batching.config
     pixels: int = 64 * 2**20  # of all images of a request, once decoded
     requests: int = 32  # at a time, those that wait included
 
@@ -121,6 +122,13 @@ class LoadedVersion:
                 INVALID,
                 f"Signature '{signature}' takes {info_in_words(inputs)}, N at least 1. "
                 f"Received: {', '.join(received) or 'nothing'}",
+            )
+        size = max((shape[0] for _, shape in described.values() if shape), default=0)
+        if size > self._limits.examples:
+            raise ServingError(
+                INVALID,  # in TF Serving's words
+                f"Task size {size} is larger than maximum input batch size "
+                f"{self._limits.examples}",
             )
 
     def predict(

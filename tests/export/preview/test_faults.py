@@ -87,6 +87,21 @@ def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(door, i
 
 
 @pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)
+def test_more_examples_than_batching_takes_are_refused_as_by_tf_serving(door, served):
+    files = [served.png(image) for image in served.pictures(257, size=(4, 4))]
+    with Client(door[0], batch=300) as client:
+        answer = client.predict("normals", files[:256])
+        assert len(answer["normals"]) == 256
+        with pytest.raises(ServingError) as raised:
+            client.predict("normals", files)
+    assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    message = "Task size 257 is larger than maximum input batch size 256"
+    assert message in raised.value.message
+    with Client(door[0]) as client:  # in parts
+        assert len(client.predict("normals", files)["normals"]) == 257
+
+
+@pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)
 def test_a_format_that_is_not_promised_is_refused(door):
     gif = b"GIF89a" + struct.pack("<HHBBB", 30_000, 30_000, 0, 0, 0) + b";"
     with Client(door[0]) as client, pytest.raises(ServingError) as raised:

@@ -19,6 +19,7 @@ from google.protobuf import (
 from tensorflow_serving.config import model_server_config_pb2
 
 from export import NAME
+from export.preview.loaded_version import Limits
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "export" / "tf_serving"
@@ -141,6 +142,7 @@ def test_a_request_larger_than_a_batch_is_run_in_parts():
     # TF Serving refuses what is over the first, and runs what is over the second in
     # parts, all of which must fit into the queue.
     assert values["max_batch_size"] > values["max_execution_batch_size"]
+    assert values["max_batch_size"] == Limits().examples  # of the preview server
     queue = values["max_enqueued_batches"] * values["max_execution_batch_size"]
     assert values["max_batch_size"] <= queue
 
