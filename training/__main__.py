@@ -6,8 +6,9 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ from rich.table import Table
 from training import recipes
 from training.methods import METHODS
 from training.preemption import Preempted, preemptible
+
+if TYPE_CHECKING:  # it imports Keras
+    from training.study.studies import Planned
 
 console = Console()
 app = typer.Typer(
@@ -96,7 +100,7 @@ def demo(
     seed: Seed = 0,
     runs: Runs = Path("runs"),
     toy: Toy = False,
-):
+) -> None:
     """Train cross-stitch networks, and compare them with single-task networks.
 
     Without a command, this runs the **scenes** demo whole, in a few minutes on two
@@ -133,7 +137,7 @@ def fit(
     runs: Runs = Path("runs"),
     toy: Toy = False,
     replicas: Replicas = None,
-):
+) -> None:
     """Train a recipe's methods and compare them.
 
     Writes `RUNS/RECIPE/METHOD/seedS/` (model.keras, answers.json, metrics.json,
@@ -215,7 +219,7 @@ def study(
     dtype: Dtype = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
-):
+) -> None:
     """Train all runs of one of the paper's tables, and write their raw values.
 
     Runs that exist are used, and a stopped study goes on. Writes
@@ -279,7 +283,7 @@ def report(
             parser=path, help="The file to write.", show_default="RUNS/report.html"
         ),
     ] = None,
-):
+) -> None:
     """Write one self-contained HTML page of all finished runs."""
     with _errors_in_a_line():
         from training.study.report import write_report
@@ -296,7 +300,7 @@ def tables(
         ),
     ] = None,
     results: Results = Path("docs/results"),
-):
+) -> None:
     """Write the tables of Markdown files anew, from the raw values of the studies.
 
     A table stands between `<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`.
@@ -322,7 +326,7 @@ def bench(
         list[str] | None,
         typer.Option(help="As `fit` has it, repeated: a step and an answer of each."),
     ] = None,
-):
+) -> None:
     """Measure what stitching costs, and that the pipeline keeps up.
 
     With --method, a train step and an answer of each method instead, as multiples of
@@ -361,7 +365,7 @@ def traffic(
     backbone: Backbone = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
-):
+) -> None:
     """Say how many bytes each device sends, and receives, in a training step."""
     with _errors_in_a_line():
         from training import distribution, methods, towers
@@ -385,7 +389,7 @@ def prepare_nyuv2(
     mat: Annotated[Path, typer.Option(parser=path, help="nyu_depth_v2_labeled.mat")],
     splits: Annotated[Path, typer.Option(parser=path, help="splits.mat")],
     mapping: Annotated[Path, typer.Option(parser=path, help="classMapping40.mat")],
-):
+) -> None:
     """Convert the official NYU Depth v2 release to the folder that `fit` reads."""
     with _errors_in_a_line():
         from training.datasets.nyuv2 import prepare_from_mat
@@ -403,7 +407,7 @@ def prepare_voc2008(
     apascal: Annotated[
         Path, typer.Option(parser=path, help="aPascal's attribute_data")
     ],
-):
+) -> None:
     """Convert VOC 2008 and aPascal's attributes to the folder that `fit` reads."""
     with _errors_in_a_line():
         from training.datasets.voc2008 import prepare_from_devkit
@@ -413,16 +417,16 @@ def prepare_voc2008(
 
 
 def _recipe(
-    name,
-    toy,
-    spelled=(),
+    name: str,
+    toy: bool,
+    spelled: Iterable[str] = (),
     *,
-    backbone=None,
-    weights=None,
-    dtype=None,
-    trains=True,
-    tasks=None,
-):
+    backbone: Path | None = None,
+    weights: Path | None = None,
+    dtype: str | None = None,
+    trains: bool = True,
+    tasks: str | None = None,
+) -> recipes.Recipe:
     """The recipe, checked with its methods before any data are prepared, and shown."""
     from training import methods
 
@@ -449,19 +453,19 @@ def _recipe(
     return recipe
 
 
-def _print_recipe(recipe):
+def _print_recipe(recipe: recipes.Recipe) -> None:
     for field in dataclasses.fields(recipe):
         console.print(f"{field.name}: {getattr(recipe, field.name)}", highlight=False)
 
 
-def _print_table(header, rows):
+def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
     console.print(table)
 
 
-def _print_missing(planned):
+def _print_missing(planned: "Sequence[Planned]") -> None:
     from training.study import studies
 
     missing = studies.missing(planned)
@@ -474,18 +478,18 @@ def _print_missing(planned):
     total = (
         "unknown, since nothing of this recipe has run here"
         if None in seconds
-        else _about(sum(seconds))
+        else _about(sum(x for x in seconds if x is not None))
     )
     console.print(f"Missing: {len(missing)} runs, time: {total}")
 
 
-def _about(seconds):
+def _about(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     return f"about {seconds / 60:.0f} minutes"
 
 
-def _progress():
+def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -496,7 +500,7 @@ def _progress():
 
 
 @contextlib.contextmanager
-def _errors_in_a_line():
+def _errors_in_a_line() -> Iterator[None]:
     """Every known error ends the program with one line and exit code 2.
 
     SIGTERM ends it with one line and `Preempted.EXIT_CODE`.

@@ -2,23 +2,30 @@
 
 import shutil
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from matplotlib.figure import Figure
 
 from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
 from training.files import unfinished
+from training.runs import Experiment
 from training.study import delta_m, figures, recorded
 from training.study.results import (
+    OfMetric,
+    Values,
     by_seed,
     label,
     metric,
     prediction_interval,
     read_rows,
 )
+from training.tasks import Task
 
 PICTURES = 5
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
@@ -29,7 +36,7 @@ LEGEND = (
 )
 
 
-def compare(experiment, methods, seed):
+def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path:
     """Writes pictures of finished runs, and the last one's model as a SavedModel.
 
     In `<runs>/<recipe>/`: `gallery/<task>_seed<seed>.png`; and, if the last method has
@@ -49,7 +56,8 @@ def compare(experiment, methods, seed):
     names = [textwrap.fill(label(method), 14) for method in methods]
     titles = ["image", "truth", *names, "change"]
     gallery = target.parents[1] / "gallery"
-    builder, recipe, tasks = experiment.builder, experiment.recipe, experiment.tasks
+    builder: Any = experiment.builder  # not `None`: there is a test split to show
+    recipe, tasks = experiment.recipe, experiment.tasks
     count = builder.info.splits[recipe.data.test_split].num_examples
     for together, test in batches.test_passes(builder, recipe, tasks):
         inputs, targets = _spread(test, count)
@@ -69,7 +77,12 @@ def compare(experiment, methods, seed):
     return target
 
 
-def rows(experiment, methods, seed, published=PUBLISHED):
+def rows(
+    experiment: Experiment,
+    methods: Sequence[str],
+    seed: int,
+    published: Path = PUBLISHED,
+) -> tuple[list[str], list[list[str]]]:
     """The table's header and rows: one row per metric, one column per method.
 
     Behind a value stand the ends of the interval in which it usually is, where values
@@ -109,7 +122,9 @@ def rows(experiment, methods, seed, published=PUBLISHED):
     return ["", *map(label, methods)], body
 
 
-def _shown(name, of_metric, usual, method):
+def _shown(
+    name: str, of_metric: Mapping[str, float], usual: OfMetric | None, method: str
+) -> str:
     if method not in of_metric:
         return ""
     digits = metric(name).digits
@@ -121,7 +136,7 @@ def _shown(name, of_metric, usual, method):
     return f"{value} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _usual(experiment, published):
+def _usual(experiment: Experiment, published: Path) -> Values:
     """{(task, metric): {method: {seed: value}}} that are published of this recipe."""
     rows = {  # the studies of whole methods, which have some of their runs in common
         row
@@ -138,30 +153,35 @@ def _save(figure: Figure, path: Path, *, dpi: int) -> None:
         figure.savefig(temporary, dpi=dpi)
 
 
-def _spread(test, count):
+def _spread(test: tf.data.Dataset, count: int) -> Iterable[tuple]:
     """Inputs and targets of some examples, from all over the split: two lists."""
     wanted = set(np.linspace(0, count - 1, PICTURES, dtype=int).tolist())
     examples = test.unbatch().as_numpy_iterator()
     return zip(*(x for i, x in enumerate(examples) if i in wanted), strict=True)
 
 
-def _answer(model, inputs):
+def _answer(model: keras.Model, inputs: Any) -> Any:
     """The model's answer to one example."""
     one = keras.tree.map_structure(lambda x: x[None], inputs)
     return keras.tree.map_structure(lambda x: x[0], model.predict_on_batch(one))
 
 
-def _scale(described):
+def _scale(described: Mapping[str, Any]) -> figures.Scale | None:
     """What the colours of a task's map of numbers stand for; `None` of other tasks."""
     if "range" not in described:
         return None
     return described["colours"], described["range"], described["units"]
 
 
-def _columns(task, inputs, truth, answers):
+def _columns(
+    task: Task,
+    inputs: Sequence[Any],
+    truth: Sequence[Any],
+    answers: Sequence[Sequence[Any]],
+) -> list[list[np.ndarray]]:
     """Images, truth, answers, and where the last answer is better than the first."""
 
-    def draw(targets_or_answers):
+    def draw(targets_or_answers: Sequence[Any]) -> list[np.ndarray]:
         pairs = zip(targets_or_answers, inputs, strict=True)
         return [task.draw(x, of_example) for x, of_example in pairs]
 
@@ -171,7 +191,9 @@ def _columns(task, inputs, truth, answers):
     # Only of maps, pixel by pixel, can be said which one is nearer.
     if len(drawn) > 1 and task.inputs == "image":
         # Any other colour is a wrong class.
-        options = {"saturation": 1} if task.describe()["kind"] == "classes" else {}
+        options: dict[str, Any] = (
+            {"saturation": 1} if task.describe()["kind"] == "classes" else {}
+        )
         columns.append(
             [
                 figures.difference(*three, **options)
@@ -181,7 +203,7 @@ def _columns(task, inputs, truth, answers):
     return columns
 
 
-def _export(model, trained, directory):
+def _export(model: keras.Model, trained: Path, directory: Path) -> None:
     exported, outdated = directory / "1", directory / ".outdated"
     if exported.exists() and exported.stat().st_mtime < trained.stat().st_mtime:
         shutil.rmtree(outdated, ignore_errors=True)
@@ -199,7 +221,7 @@ def _export(model, trained, directory):
     shutil.rmtree(outdated, ignore_errors=True)
 
 
-def _say_meanings(version, run):
+def _say_meanings(version: Path, run: Path) -> None:
     """Beside the graph, what its answers mean, as the preview's page draws them."""
     extra = version / "assets.extra"
     extra.mkdir()

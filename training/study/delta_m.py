@@ -32,7 +32,7 @@ def rows(of_tasks: Iterable[Row]) -> list[Row]:
             of_run[row.task, row.metric] = row.value
     found = []
     for (method, seed), ours in values.items():
-        theirs = values.get((baseline(method), seed), {})
+        theirs = values.get((baseline(method) or "", seed), {})
         if ours.keys() == theirs.keys() and all(theirs.values()):
             value = round(delta_m(ours, theirs), 3)
             found.append(Row(method, seed, ALL_TASKS, "delta_m", value))

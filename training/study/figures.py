@@ -5,6 +5,8 @@ which stay apart for the colour-blind; lines also differ in markers or dashes.
 """
 
 import collections
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 import matplotlib
@@ -16,9 +18,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from scipy.stats import spearmanr
 
 from keras_cross_stitch import CrossStitch, plot_alpha
+from training.files import Row
 from training.study import results
+from training.study.results import Key
 
 WIDTH = 8.3  # inches, a README's column at 100 dots per inch
+
+# RGB colours, the values of the first and the last, and the unit
+Scale = tuple[Sequence[Sequence[int]], tuple[float, float], str]
 
 _OKABE_ITO = matplotlib.color_sequences["okabe_ito"]
 _COLOURS = [_OKABE_ITO[i] for i in (5, 6, 3, 7, 1, 2, 0)]  # all but yellow
@@ -40,7 +47,9 @@ _STYLE = matplotlib.rc_context(
 
 
 @_STYLE
-def gallery(columns, scale=None):
+def gallery(
+    columns: Mapping[str, Sequence[np.ndarray]], scale: Scale | None = None
+) -> Figure:
     """Pictures in a grid: one row per image, one column per title.
 
     Args:
@@ -71,7 +80,9 @@ def gallery(columns, scale=None):
     return figure
 
 
-def difference(truth, before, after, saturation=64):
+def difference(
+    truth: np.ndarray, before: np.ndarray, after: np.ndarray, saturation: float = 64
+) -> np.ndarray:
     """Where one drawn answer is nearer to the drawn truth than another is.
 
     Args:
@@ -97,7 +108,10 @@ def difference(truth, before, after, saturation=64):
 
 
 @_STYLE
-def learning_curves(losses, starts=None):
+def learning_curves(
+    losses: Mapping[str, Sequence[Mapping[str, Sequence[float]]]],
+    starts: Mapping[str, int] | None = None,
+) -> Figure:
     """Training loss over epochs: a panel per task, a line per run.
 
     Args:
@@ -120,7 +134,7 @@ def learning_curves(losses, starts=None):
     return figure
 
 
-def alpha(units, tasks):
+def alpha(units: Mapping[str, np.ndarray], tasks: Sequence[str]) -> Figure:
     """Every alpha of every unit, as `keras_cross_stitch.plot_alpha` draws a model's.
 
     Args:
@@ -140,7 +154,7 @@ def alpha(units, tasks):
 
 
 @_STYLE
-def alphas_by_epoch(history):
+def alphas_by_epoch(history: Mapping[tuple[str, ...], Sequence[float]]) -> Figure:
     """Each unit's mean alphas over epochs: a panel per task, a line per unit.
 
     Args:
@@ -164,7 +178,11 @@ def alphas_by_epoch(history):
 
 
 @_STYLE
-def splits(rows, metrics, of_paper=None):
+def splits(
+    rows: Iterable[Row],
+    metrics: Sequence[Key],
+    of_paper: Mapping[Key, Mapping[str, float]] | None = None,
+) -> Figure:
     """The gain of a split at each layer over the baseline, as the paper's figure 2b.
 
     Args:
@@ -177,7 +195,7 @@ def splits(rows, metrics, of_paper=None):
     for axes, (task, name) in zip(panels, metrics, strict=True):
         of_metric = values[task, name]
         methods = [method for method in of_metric if method.startswith("split@")]
-        baseline = of_metric.get(results.baseline("split@"), {})
+        baseline = of_metric.get(results.baseline("split@") or "", {})
         layers = [method.partition("@")[2] for method in methods]
         known = results.metric(name)
         gains = np.array(
@@ -206,7 +224,13 @@ def splits(rows, metrics, of_paper=None):
 
 
 @_STYLE
-def per_class(title, classes, gains, counts, deviations=None):
+def per_class(
+    title: str,
+    classes: Sequence[str],
+    gains: np.ndarray,
+    counts: np.ndarray,
+    deviations: np.ndarray | None = None,
+) -> Figure:
     """The change of each class over its frequency, as the paper's figure 6.
 
     Args:
@@ -242,7 +266,9 @@ def per_class(title, classes, gains, counts, deviations=None):
 
 
 @_STYLE
-def label_fraction(by_share, panels):
+def label_fraction(
+    by_share: Mapping[float, Sequence[Row]], panels: Sequence[Key]
+) -> Figure:
     """Metrics over the share of images with labels: a panel each, a line per method.
 
     Args:
@@ -277,25 +303,29 @@ def label_fraction(by_share, panels):
     return figure
 
 
-def _panels(count):
+def _panels(count: int) -> tuple[Figure, np.ndarray]:
     """A figure with so many axes side by side."""
     figure = Figure((WIDTH, 3.6), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def _line(i, **more):
+def _line(i: int, **more: Any) -> dict[str, Any]:
     """The i-th line's own colour and marker."""
     color, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
     return {"color": color, "marker": marker, "ls": "-", "lw": 1.5, "ms": 5, **more}
 
 
-def _legend(figure, panels):
+def _legend(figure: Figure, panels: np.ndarray) -> None:
     """One legend below all panels."""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
-def _gain(values, baseline, higher_is_better):
+def _gain(
+    values: Mapping[int, float],
+    baseline: Mapping[int, float],
+    higher_is_better: bool | None,
+) -> tuple[float, float, float]:
     """Mean paired gain, up is better, and the ends of its interval where it has one."""
     known = results.paired_difference(values, baseline)
     if known is None:
@@ -308,7 +338,7 @@ def _gain(values, baseline, higher_is_better):
     return (mean, low, high) if higher_is_better else (-mean, -high, -low)
 
 
-def _rank_correlation(gains, counts):
+def _rank_correlation(gains: np.ndarray, counts: np.ndarray) -> str:
     """Spearman's, as a sentence; undefined where all classes gain alike."""
     if len(set(gains)) < 2 or len(set(counts)) < 2:
         return "rank correlation undefined: all classes alike"

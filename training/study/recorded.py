@@ -4,13 +4,15 @@ Reads files and trains nothing; opens no model and no data set.
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from training.files import Row, read_csv, read_json
 from training.methods import METHODS
-from training.study.results import baseline, metric
+from training.study.results import Key, baseline, metric
 
 # {what a run costs: (its title, one unit of it)}
 COSTS = {
@@ -20,7 +22,7 @@ COSTS = {
 }
 
 
-def shown_costs(costs):
+def shown_costs(costs: Mapping[str, float]) -> list[str]:
     """A text for each of `COSTS`, empty for what is not known, of `Run.costs`."""
     return [
         f"{costs[name] / unit:.3g}" if name in costs else ""
@@ -35,19 +37,19 @@ class Run:
     folder: Path
 
     @property
-    def method(self):
+    def method(self) -> str:
         return self.folder.parent.name
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         return int(self.folder.name.removeprefix("seed"))
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return (self.folder / "metrics.json").exists()
 
     @property
-    def rows(self):
+    def rows(self) -> list[Row]:
         return [
             Row(self.method, self.seed, task, name, value)
             for task, values in self.json("metrics").items()
@@ -55,7 +57,7 @@ class Run:
         ]
 
     @property
-    def losses(self):
+    def losses(self) -> dict[str, list[float]]:
         """{task: training losses by epoch}."""
         lines = self.csv("history")
         return {
@@ -65,7 +67,7 @@ class Run:
         }
 
     @property
-    def alphas(self):
+    def alphas(self) -> dict[str, np.ndarray]:
         """{unit: alpha}, empty for a method without units."""
         path = self.folder / "alpha.npz"
         if not path.exists():
@@ -74,7 +76,7 @@ class Run:
             return dict(units)
 
     @property
-    def alphas_by_epoch(self):
+    def alphas_by_epoch(self) -> dict[tuple[str, ...], list[float]]:
         """{(unit, task, source): mean alphas by epoch}, empty without units."""
         lines = self.csv("history")
         columns: dict[tuple[str, ...], list[float]] = {}
@@ -87,7 +89,7 @@ class Run:
         return columns
 
     @property
-    def costs(self):
+    def costs(self) -> dict[str, float]:
         """{"parameters", "multiply_adds", "seconds" of all that was trained for it}.
 
         What the run has not kept is left out.
@@ -97,7 +99,7 @@ class Run:
         seconds = self._seconds()
         return {**counted, "seconds": seconds} if seconds else counted
 
-    def _seconds(self):
+    def _seconds(self) -> float:
         lines = self.csv("history")
         own = sum(float(line.get("seconds") or 0) for line in lines)
         known = METHODS[self.method.partition("@")[0]]
@@ -108,21 +110,21 @@ class Run:
         return own + sum(start._seconds() for start in starts)
 
     @property
-    def settings(self):
+    def settings(self) -> dict[str, str]:
         """What the run depended on, as {dotted name: text}; the same for all seeds."""
         flat = _flat(self.json("recipe"))
         return {k: v for k, v in flat.items() if k.rpartition(".")[2] != "seed"}
 
-    def json(self, name):
+    def json(self, name: str) -> Any:
         return read_json(self.folder / f"{name}.json")
 
-    def csv(self, name):
+    def csv(self, name: str) -> list[dict[str, str]]:
         """The lines of a CSV file, none where the run has no such file."""
         path = self.folder / f"{name}.csv"
         return read_csv(path) if path.exists() else []
 
 
-def by_method(folder, finished=True):
+def by_method(folder: Path, finished: bool = True) -> dict[str, list[Run]]:
     """{method: its runs} of a recipe's folder, finished or stopped, by seed."""
     grouped: dict[str, list[Run]] = {}
     for path in folder.glob("*/seed*/recipe.json"):
@@ -135,7 +137,7 @@ def by_method(folder, finished=True):
     }
 
 
-def epochs_before(methods):
+def epochs_before(methods: Mapping[str, Sequence[Run]]) -> dict[str, int]:
     """{method: epochs for which its towers had been trained before it began}."""
     lines = methods["single_task"][0].csv("history") if "single_task" in methods else []
     return {
@@ -145,7 +147,9 @@ def epochs_before(methods):
     }
 
 
-def class_changes(runs, baselines):
+def class_changes(
+    runs: Iterable[Run], baselines: Iterable[Run]
+) -> dict[Key, tuple[list[str], np.ndarray, np.ndarray]]:
     """By how much a method changes the score of each class, seed by seed.
 
     Returns:
@@ -178,7 +182,7 @@ def class_changes(runs, baselines):
     return changes
 
 
-def label_fraction(runs):
+def label_fraction(runs: Iterable[Run]) -> tuple[str, float] | None:
     """The (task, fraction) whose labels the runs had in part, `None` where not told."""
     for run in runs:
         known = run.json("recipe").get("data", {}).get("label_fraction")
@@ -187,11 +191,11 @@ def label_fraction(runs):
     return None
 
 
-def _is_count(name):
+def _is_count(name: str) -> bool:
     return metric(name).higher_is_better is None
 
 
-def _by_class(run):
+def _by_class(run: Run) -> dict[Key, dict[str, float]]:
     """{(task, metric): {class: value}}."""
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for line in run.csv("per_class"):
@@ -201,7 +205,7 @@ def _by_class(run):
     return scores
 
 
-def _flat(value, name=""):
+def _flat(value: Any, name: str = "") -> dict[str, str]:
     """Nested JSON as {dotted name: text}."""
     if isinstance(value, list) and any(isinstance(x, dict) for x in value):
         value = dict(enumerate(value, start=1))

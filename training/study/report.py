@@ -6,22 +6,29 @@ The page asks for nothing: its pictures are in it, and the script that sorts its
 import base64
 import hashlib
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from matplotlib.figure import Figure
 
-from training.files import read_csv, read_text, write_text
+from training.files import Row, read_csv, read_text, write_text
 from training.methods import METHODS
 from training.study import delta_m, figures, paper, recorded
-from training.study.results import baseline, label, metric, statistics
+from training.study.recorded import Run
+from training.study.results import Cell, Key, baseline, label, metric, statistics
 from training.study.tables import notes
+
+Methods = dict[str, list[Run]]  # the finished runs of a recipe
+Picture = tuple[str, str]  # caption, data URI
 
 # The metric that stands for its task in pictures; without one of these, its first.
 MEASURES = ("step", "answer")  # that `bench` times
 _HEADLINES = ("miou", "mean_angle", "mean_ap")
 
 
-def write_report(runs, target):
+def write_report(runs: Path, target: Path) -> Path:
     """Writes the page, whole or not at all.
 
     Args:
@@ -62,7 +69,7 @@ def write_report(runs, target):
     return target
 
 
-def _recipe(folder, methods):
+def _recipe(folder: Path, methods: Methods) -> dict[str, Any]:
     """What the page says of one recipe, for the template."""
     rows = _rows(methods)
     with_delta_m = [*rows, *delta_m.rows(rows)]
@@ -104,21 +111,21 @@ def _recipe(folder, methods):
     }
 
 
-def _in_order(methods):
+def _in_order(methods: Methods) -> Methods:
     order = list(METHODS)
 
-    def place(method):
+    def place(method: str) -> int:
         name = method.partition("@")[0]
         return order.index(name) if name in order else len(order)
 
     return {method: methods[method] for method in sorted(methods, key=place)}
 
 
-def _rows(methods):
+def _rows(methods: Methods) -> list[Row]:
     return [row for runs in methods.values() for run in runs for row in run.rows]
 
 
-def _headlines(rows):
+def _headlines(rows: Iterable[Row]) -> list[Key]:
     """[(task, the metric that stands for it)]."""
     names: dict[str, list[str]] = {}
     for row in rows:
@@ -129,7 +136,12 @@ def _headlines(rows):
     ]
 
 
-def _method(method, runs, delta, times):
+def _method(
+    method: str,
+    runs: Sequence[Run],
+    delta: Cell | None,
+    times: Mapping[tuple[str, str], str],
+) -> dict[str, Any]:
     return {
         "name": method,
         "says": METHODS[method.partition("@")[0]].says,
@@ -142,14 +154,14 @@ def _method(method, runs, delta, times):
     }
 
 
-def _times(folder):
+def _times(folder: Path) -> dict[tuple[str, str], str]:
     """{(method, measure): as a multiple of the single-task baseline's}, of `bench`."""
     path = folder / "costs.csv"
     lines = read_csv(path) if path.exists() else []
     return {(x["method"], x["measure"]): x["of_single_task"] for x in lines}
 
 
-def _settings(methods):
+def _settings(methods: Methods) -> list[tuple[str, list[int], dict[str, str]]]:
     """[(method and its seeds, {setting: value})], once where seeds have the same."""
     grouped: dict[tuple, list[int]] = {}
     for method, runs in methods.items():
@@ -161,7 +173,7 @@ def _settings(methods):
     ]
 
 
-def _curves(methods):
+def _curves(methods: Methods) -> list[Picture]:
     losses = {
         method: [run.losses for run in runs]
         for method, runs in methods.items()
@@ -173,7 +185,7 @@ def _curves(methods):
     return [_picture("Training loss by epoch, a line per run", figure)]
 
 
-def _alphas(methods):
+def _alphas(methods: Methods) -> list[Picture]:
     pictures = []
     for method, runs in methods.items():
         units = runs[0].alphas
@@ -184,7 +196,7 @@ def _alphas(methods):
     return pictures
 
 
-def _alphas_by_epoch(methods):
+def _alphas_by_epoch(methods: Methods) -> list[Picture]:
     pictures = []
     for method, runs in methods.items():
         history = runs[0].alphas_by_epoch
@@ -194,7 +206,7 @@ def _alphas_by_epoch(methods):
     return pictures
 
 
-def _splits(recipe, methods, rows):
+def _splits(recipe: str, methods: Methods, rows: Sequence[Row]) -> list[Picture]:
     if (
         sum(x.startswith("split@") for x in methods) < 2
         or baseline("split") not in methods
@@ -204,17 +216,18 @@ def _splits(recipe, methods, rows):
     return [_picture("Gain of a split at each layer over its baseline", figure)]
 
 
-def _classes(methods):
+def _classes(methods: Methods) -> list[Picture]:
     """The change of each class by the methods of cross-stitch."""
     pictures = []
     for method in ("cross_stitch", "cross_stitch_from_start"):
+        against = baseline(method) or ""
         changes = recorded.class_changes(
-            methods.get(method, []), methods.get(baseline(method), [])
+            methods.get(method, []), methods.get(against, [])
         )
         for (task, name), (classes, gains, counts) in changes.items():
             title = (
                 f"{metric(name).label} of {task}: {label(method)} minus "
-                f"{label(baseline(method))}, seeds: {len(gains)}"
+                f"{label(against)}, seeds: {len(gains)}"
             )
             spread = gains.std(axis=0, ddof=1) if len(gains) > 1 else None
             figure = figures.per_class(
@@ -224,7 +237,7 @@ def _classes(methods):
     return pictures
 
 
-def _label_fractions(recipes):
+def _label_fractions(recipes: Mapping[Path, Methods]) -> list[Picture]:
     """A picture for each recipe that was run with several label fractions."""
     groups: dict[str, dict[float, list]] = {}
     lacking = {}
@@ -244,18 +257,18 @@ def _label_fractions(recipes):
     return pictures
 
 
-def _picture(caption, figure):
+def _picture(caption: str, figure: Figure) -> Picture:
     """(caption, data URI)."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return caption, _data_uri("image/svg+xml", file.getvalue())
 
 
-def _data_uri(kind, content):
+def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _hash(script):
+def _hash(script: str) -> str:
     """What a browser's content security policy knows the script by."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

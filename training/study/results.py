@@ -5,7 +5,9 @@ Knows nothing of how a table is shown.
 
 import csv
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -23,6 +25,11 @@ METRICS = {
 }
 ALL_TASKS = "all tasks"  # what Delta_m is of
 LEVEL = 0.05  # at which a difference is certain
+
+Key = tuple[str, str]  # (task, metric)
+OfMetric = dict[str, dict[int, float]]  # {method: {seed: value}}
+Values = dict[Key, OfMetric]
+_Hypothesis = TypeVar("_Hypothesis", bound=Hashable)
 
 
 class Difference(NamedTuple):
@@ -48,7 +55,7 @@ class Cell:
     best: bool = False  # certainly better than the baseline and all other methods
 
     @property
-    def value(self):
+    def value(self) -> str:
         sign = "+" if self.is_change else ""
         digits = self.metric.digits
         if self.deviation is None:
@@ -57,7 +64,7 @@ class Cell:
         return f"{self.mean:{sign}.{digits}f} ± {self.deviation:.{digits}f}"
 
     @property
-    def gain(self):
+    def gain(self) -> str:
         if self.difference is None:
             return ""
         mean, low, high, seeds, _ = self.difference
@@ -68,7 +75,7 @@ class Cell:
         return f"{change}{interval}{' †' if self.certain else ''}"
 
     @property
-    def is_change(self):
+    def is_change(self) -> bool:
         """Whether the value is a change to the baseline itself, as Delta_m is."""
         return self.metric == METRICS["delta_m"]
 
@@ -83,21 +90,22 @@ class Table:
     paper: dict[str, list[float | None]]  # the paper's values, by method
 
     @property
-    def baselines(self):
+    def baselines(self) -> dict[str, str]:
         """The baseline of each method that a difference is given for."""
         return {
-            method: baseline(method)
+            method: of
             for method, cells in self.cells.items()
-            if any(cell and cell.difference for cell in cells)
+            if (of := baseline(method))
+            and any(cell and cell.difference for cell in cells)
         }
 
-    def seeds(self, method):
+    def seeds(self, method: str) -> str:
         """The number of seeds as text, "2 or 3" where the metrics have not the same."""
         counts = sorted({cell.seeds for cell in self.cells[method] if cell})
         return " or ".join(map(str, counts))
 
 
-def read_rows(path):
+def read_rows(path: Path) -> list[tuple[Row, Made]]:
     """The rows of a tidy CSV file, each with what it was made by.
 
     Returns:
@@ -132,7 +140,7 @@ def read_rows(path):
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def metric(name):
+def metric(name: str) -> Metric:
     """The `Metric` of a name, `miou` or, of one class, `iou/chair`."""
     kind, _, of = name.partition("/")
     if kind not in METRICS:
@@ -145,7 +153,7 @@ def metric(name):
     return dataclasses.replace(known, label=label)
 
 
-def label(method):
+def label(method: str) -> str:
     """A method's name as prose.
 
     >>> label("split@conv4"), label("cross_stitch@same_task=0.5,per=layer")
@@ -162,19 +170,19 @@ def label(method):
     return f"{name},{options}".replace("=", " ").replace('"', "").replace(",", ", ")
 
 
-def baseline(method):
+def baseline(method: str) -> str | None:
     """The method that a method is compared with, `None` for a baseline."""
     known = METHODS.get(method.partition("@")[0])
     return known.baseline if known else None
 
 
-def by_seed(rows):
+def by_seed(rows: Iterable[Row]) -> Values:
     """The values as `{(task, metric): {method: {seed: value}}}`.
 
     Raises:
         ValueError: Where a value stands twice.
     """
-    values: dict = {}
+    values: Values = {}
     for method, seed, task, name, value in rows:
         seeds = values.setdefault((task, name), {}).setdefault(method, {})
         if seed in seeds:
@@ -183,7 +191,9 @@ def by_seed(rows):
     return values
 
 
-def paired_difference(values, of_baseline):
+def paired_difference(
+    values: Mapping[int, float], of_baseline: Mapping[int, float]
+) -> Difference | None:
     """The `Difference` over the seeds that both have, `None` for fewer than two.
 
     Args:
@@ -204,7 +214,7 @@ def paired_difference(values, of_baseline):
     return Difference(mean, mean - half, mean + half, len(seeds), p)
 
 
-def prediction_interval(values):
+def prediction_interval(values: Iterable[float]) -> tuple[float, float] | None:
     """Where one more seed is with 95 % chance, by those before; `None` for few.
 
     Args:
@@ -218,7 +228,7 @@ def prediction_interval(values):
     return float(known.mean()) - half, float(known.mean()) + half
 
 
-def holm(p_values):
+def holm(p_values: Mapping[_Hypothesis, float]) -> set[_Hypothesis]:
     """Which of several hypotheses are rejected, at 5 % for all together (Holm, 1979).
 
     Args:
@@ -242,7 +252,9 @@ def holm(p_values):
     return rejected
 
 
-def statistics(rows, of_paper=None):
+def statistics(
+    rows: Sequence[Row], of_paper: Mapping[str, Mapping[Key, float]] | None = None
+) -> list[Table]:
     """One `Table` per task; methods, tasks and metrics in the order of the rows.
 
     The last column of each is Delta_m, where the rows have it. Which differences are
@@ -274,7 +286,7 @@ def statistics(rows, of_paper=None):
     return tables
 
 
-def _column(key, of_metric):
+def _column(key: Key, of_metric: OfMetric) -> dict[str, Cell]:
     """{method: Cell}, without marks."""
     cells = {}
     for method, values in of_metric.items():
@@ -289,17 +301,21 @@ def _column(key, of_metric):
     return cells
 
 
-def _difference(key, method, of_metric):
+def _difference(key: Key, method: str, of_metric: OfMetric) -> Difference | None:
     """To the method's baseline, or of Delta_m, which has it in it, to zero."""
     task, name = key
     if task == ALL_TASKS:
         return paired_difference(of_metric[method], dict.fromkeys(of_metric[method], 0))
     if metric(name).higher_is_better is None:
         return None
-    return paired_difference(of_metric[method], of_metric.get(baseline(method), {}))
+    return paired_difference(
+        of_metric[method], of_metric.get(baseline(method) or "", {})
+    )
 
 
-def _marked(columns, values):
+def _marked(
+    columns: Mapping[Key, dict[str, Cell]], values: Values
+) -> dict[Key, dict[str, Cell]]:
     """The columns' cells with what is certain, over all of them, and what is best.
 
     The best is certainly better than its baseline, and differs from each other method
@@ -326,7 +342,7 @@ def _marked(columns, values):
     return marked
 
 
-def _best(key, column, of_metric):
+def _best(key: Key, column: dict[str, Cell], of_metric: OfMetric) -> str | None:
     """The method that is better than its baseline and differs from all others."""
     higher = metric(key[1]).higher_is_better
     if higher is None or len(column) < 2:

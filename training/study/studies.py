@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,23 +29,23 @@ class Planned:
     seed: int
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         return self.experiment.folder(self.method, self.seed)
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return runs.metrics(self.folder) is not None
 
 
 DEMO = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")
 
 
-def _demo(recipe):
+def _demo(recipe: recipes.Recipe) -> Sequence[str]:
     """What `python -m training` compares, all of it trained from the start."""
     return DEMO
 
 
-def _methods(recipe):
+def _methods(recipe: recipes.Recipe) -> Sequence[str]:
     """Table 5, with the two baselines that the paper lacks."""
     return [
         "single_task",
@@ -58,21 +59,21 @@ def _methods(recipe):
     ]
 
 
-def _init(recipe):
+def _init(recipe: recipes.Recipe) -> Sequence[str]:
     """Table 1: alpha starts at same_task, and the rest from the other tasks."""
     starts = (0.1, 0.5, 0.7, 0.9)
     swept = [methods.spell("cross_stitch", recipe, same_task=x) for x in starts]
     return ["single_task_longer", *swept]
 
 
-def _alpha_rate(recipe):
+def _alpha_rate(recipe: recipes.Recipe) -> Sequence[str]:
     """Table 2: alpha learns so many times as fast as the towers."""
     rates = (1, 10, 100, 1000)
     swept = [methods.spell("cross_stitch", recipe, alpha_multiplier=x) for x in rates]
     return ["single_task_longer", *swept]
 
 
-def _tower_init(recipe):
+def _tower_init(recipe: recipes.Recipe) -> Sequence[str]:
     """Table 3: stitched from single-task networks, or from the start.
 
     From the start, all towers start alike, or each has its own start.
@@ -86,23 +87,23 @@ def _tower_init(recipe):
     return ["single_task_longer", "cross_stitch", "single_task_as_long", name, *fresh]
 
 
-def _alpha(recipe):
+def _alpha(recipe: recipes.Recipe) -> Sequence[str]:
     """Table 4: what the units learn, from three starts."""
     starts = (0.9, 0.5, 0.1)
     return [methods.spell("cross_stitch", recipe, same_task=x) for x in starts]
 
 
-def _splits(recipe):
+def _splits(recipe: recipes.Recipe) -> Sequence[str]:
     """Figure 2b: which layers are each task's own."""
     return ["single_task_as_long", *(f"split@{layer}" for layer in recipe.splits)]
 
 
-def _per_class(recipe):
+def _per_class(recipe: recipes.Recipe) -> Sequence[str]:
     """Figure 6: which classes gain."""
     return ["single_task", "single_task_longer", "cross_stitch"]
 
 
-def _label_fraction(recipe):
+def _label_fraction(recipe: recipes.Recipe) -> Sequence[str]:
     """Beyond the paper: labels of one task on a part of the images."""
     return [
         "single_task_as_long",
@@ -113,7 +114,7 @@ def _label_fraction(recipe):
     ]
 
 
-def _weightings(recipe):
+def _weightings(recipe: recipes.Recipe) -> Sequence[str]:
     """Beyond the paper: how the tasks' losses are weighed, in what shares layers."""
     return [
         "single_task_as_long",
@@ -125,7 +126,7 @@ def _weightings(recipe):
     ]
 
 
-def _search(recipe):
+def _search(recipe: recipes.Recipe) -> Sequence[str]:
     """Settings, tried on a part of train: as many of the baseline as of cross-stitch.
 
     The first try of each is the recipe's own. The others are drawn at random, at the
@@ -148,11 +149,11 @@ def _search(recipe):
     return spelled
 
 
-def _rounded(value):
+def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-STUDIES = {
+STUDIES: dict[str, Callable[[recipes.Recipe], Sequence[str]]] = {
     "demo": _demo,
     "methods": _methods,
     "init": _init,
@@ -167,7 +168,7 @@ STUDIES = {
 }
 
 
-def plan(experiment, study, seeds):
+def plan(experiment: Experiment, study: str, seeds: Iterable[int]) -> list[Planned]:
     """The runs of a study, or of `all`: seed by seed, so that each is whole early.
 
     Raises:
@@ -192,7 +193,7 @@ def plan(experiment, study, seeds):
     ]
 
 
-def shard(planned, part):
+def shard(planned: Sequence[Planned], part: str) -> list[Planned]:
     """The k-th of n parts, `"k/n"`, of the runs and of those that they start from.
 
     Dealt out like cards, those that others start from first: so all n machines have
@@ -205,18 +206,18 @@ def shard(planned, part):
     return list((starts | _by_folder(planned)).values())[int(k) - 1 :: int(n)]
 
 
-def missing(planned):
+def missing(planned: Iterable[Planned]) -> list[Planned]:
     """The runs that are not finished, those that others start from among them."""
     wanted = itertools.chain.from_iterable((*_starts(run), run) for run in planned)
     return [run for run in _by_folder(wanted).values() if not run.finished]
 
 
-def _by_folder(wanted):
+def _by_folder(wanted: Iterable[Planned]) -> dict[Path, Planned]:
     """Each run once: two studies may have it."""
     return {run.folder: run for run in wanted}
 
 
-def duration(run):
+def duration(run: Planned) -> float | None:
     """About how many seconds the run takes, `None` if nothing like it has run here."""
     schedule = methods.plan(run.method, run.experiment.recipe).schedule
     if schedule is None:
@@ -231,7 +232,7 @@ def duration(run):
     return schedule.epochs * float(np.median(seconds)) if seconds else None
 
 
-def write(planned, results):
+def write(planned: Iterable[Planned], results: Path) -> list[Path]:
     """Writes the raw values of the finished runs, and returns the files' paths.
 
     A file per recipe and study, `<results>/<recipe>/<study>.csv`. What it holds of
@@ -254,7 +255,9 @@ def write(planned, results):
     return list(files)
 
 
-def _merged(path, finished):
+def _merged(
+    path: Path, finished: Sequence[Planned]
+) -> dict[tuple[str, int], list[tuple]]:
     """{(method, seed): lines} of the file and of the runs, with each run's Delta_m."""
     known = read_rows(path) if path.exists() else []
     made = {(row.method, row.seed): by for row, by in known}
@@ -284,14 +287,14 @@ def _merged(path, finished):
     return lines
 
 
-def _made(run):
+def _made(run: Planned) -> Made:
     recipe, dtype = run.experiment.digest, run.experiment.recipe.training.dtype
     path = run.folder / "made_by.json"
     by = read_json(path) if path.exists() else {}
     return Made(recipe, dtype, **by)
 
 
-def _rows(run):
+def _rows(run: Planned) -> list[Row]:
     """The run's metrics, and what else its study is about, as tidy rows."""
     values: Any = runs.metrics(run.folder)
     if run.study == "per-class":
@@ -304,7 +307,7 @@ def _rows(run):
     return runs.rows(run.method, run.seed, values)
 
 
-def _alphas(run):
+def _alphas(run: Planned) -> dict[str, dict[str, float]]:
     """{task: {"alpha/<unit>/from_<source>/<statistic>": value}} of a stitched run."""
     tasks = sorted(run.experiment.recipe.data.tasks)  # as alpha's axes are
     values: dict[str, dict[str, float]] = {task: {} for task in tasks}
@@ -320,7 +323,7 @@ def _alphas(run):
     return values
 
 
-def _experiments(experiment, study):
+def _experiments(experiment: Experiment, study: str) -> list[Experiment]:
     """The experiment itself, or its variants: label fractions, or a part of train."""
     if study == "search":
         return [dataclasses.replace(experiment, recipe=_on_train(experiment.recipe))]
@@ -335,7 +338,7 @@ def _experiments(experiment, study):
     return [*variants, experiment]
 
 
-def _on_train(recipe):
+def _on_train(recipe: recipes.Recipe) -> recipes.Recipe:
     """The recipe that is trained on four fifths of train, and judged on the last."""
     split = recipe.data.train_split
     if "[" in split:
@@ -349,7 +352,7 @@ def _on_train(recipe):
     return dataclasses.replace(changed, name=f"{recipe.name}-search")
 
 
-def best_first(planned):
+def best_first(planned: Sequence[Planned]) -> list[tuple[str, float]]:
     """What was tried of finished runs, as (method and settings, Delta_m), best first.
 
     Delta_m is the mean over the seeds of that against the first method that was
@@ -374,10 +377,11 @@ def best_first(planned):
     return sorted(means.items(), key=lambda x: -x[1])
 
 
-def _starts(run):
+def _starts(run: Planned) -> list[Planned]:
     method = methods.plan(run.method, run.experiment.recipe).method
-    offsets = method.seeds if method.start else ()
+    if not method.start:
+        return []
     return [
         dataclasses.replace(run, method=method.start, seed=run.seed + offset)
-        for offset in offsets
+        for offset in method.seeds
     ]

@@ -6,11 +6,12 @@ one table for all tasks, of the first metric of each.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from training.files import read_text, write_text
 from training.study import paper
-from training.study.results import label, metric, read_rows, statistics
+from training.study.results import Cell, Table, label, metric, read_rows, statistics
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -21,7 +22,7 @@ _MARK = re.compile(r"<!-- */?table\b.*?-->")
 _MOST_COLUMNS = 8  # that fit on a page; a table of more is turned on its side
 
 
-def update_tables(path, results=RESULTS):
+def update_tables(path: Path, results: Path = RESULTS) -> bool:
     """Writes the tables of a Markdown file anew, from their raw values.
 
     Args:
@@ -44,7 +45,7 @@ def update_tables(path, results=RESULTS):
     return after != before
 
 
-def filled(text, results=RESULTS):
+def filled(text: str, results: Path = RESULTS) -> str:
     """The Markdown text with each marked table as its raw values give it."""
     marks = _MARK.findall(text)
     pairs = list(zip(marks[::2], marks[1::2], strict=False))
@@ -59,7 +60,7 @@ def filled(text, results=RESULTS):
     return _TABLE.sub(lambda x: x[1] + _of(x[2], x[3], x[4], results), text)
 
 
-def _of(recipe, study, is_brief, results):
+def _of(recipe: str, study: str, is_brief: str | None, results: Path) -> str:
     path = results / recipe / f"{study}.csv"
     if not path.exists():
         raise ValueError(
@@ -72,7 +73,7 @@ def _of(recipe, study, is_brief, results):
     return markdown(statistics(rows, paper.table(recipe, study)))
 
 
-def brief(tables):
+def brief(tables: Sequence[Table]) -> str:
     """The first metric of each task and Delta_m, of all tasks in one Markdown table.
 
     Args:
@@ -95,7 +96,7 @@ def brief(tables):
     return "\n".join(["", "".join(f"| {' | '.join(x)} |\n" for x in lines), note, ""])
 
 
-def _change(cell):
+def _change(cell: Cell) -> str:
     """The difference to the baseline, or the value of what has none."""
     if not cell.difference:
         return cell.value
@@ -103,7 +104,7 @@ def _change(cell):
     return f"{mean}{cell.gain}"
 
 
-def markdown(tables):
+def markdown(tables: Sequence[Table]) -> str:
     """The tables in Markdown, with a line on how to read them.
 
     Args:
@@ -112,7 +113,7 @@ def markdown(tables):
     return "\n".join(["", *map(_table, tables), " ".join(notes(tables)), ""])
 
 
-def _table(table):
+def _table(table: Table) -> str:
     lines = [[table.task, "seeds", *(metric(name).title for name in table.metrics)]]
     for method, cells in table.cells.items():
         lines.append([label(method), table.seeds(method), *map(_cell, cells)])
@@ -127,19 +128,19 @@ def _table(table):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(cell):
+def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
     value = f"**{cell.value}**" if cell.best else cell.value
     return f"{value}<br>{cell.gain}" if cell.gain else value
 
 
-def _paper_line(method, values):
+def _paper_line(method: str, values: Iterable[float | None]) -> list[str]:
     shown = ("" if value is None else f"*{value}*" for value in values)
     return [f"*paper: {label(method)}*", "", *shown]
 
 
-def notes(tables):
+def notes(tables: Sequence[Table]) -> list[str]:
     """How to read the tables, as sentences: what the numbers are, and of how many."""
     baselines = {
         method.partition("@")[0]: of
