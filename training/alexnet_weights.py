@@ -6,6 +6,9 @@ convolutions in two groups). Caffe's is offered as an `.npy` that holds a pickle
 may run any code when it is read: it is refused, with the lines that convert it.
 """
 
+import os
+
+import keras
 import numpy as np
 
 from training.datasets.files import read_as
@@ -32,7 +35,7 @@ _CONVERT = (
 )
 
 
-def load(model, path):
+def load(model: keras.Model, path: str | os.PathLike) -> None:
     """Sets conv1 to fc7 of an AlexNet tower to the weights of a file.
 
     A layer of the tower that is wider than the file's, as conv1 and conv2 are than
@@ -65,7 +68,7 @@ def load(model, path):
         layer.set_weights([own_kernel, own_bias])
 
 
-def read(path):
+def read(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The weights of a file as {layer: (kernel, bias)}, as Keras lays them out.
 
     They take RGB in [-1, 1], as `keras_cross_stitch.alexnet` scales it.
@@ -82,7 +85,9 @@ def read(path):
         raise ValueError(f"It holds: {', '.join(arrays) or 'no array'}")
 
 
-def _from_caffe(arrays):
+def _from_caffe(
+    arrays: dict[str, np.ndarray],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     kernels = {name: arrays[f"{name}.weight"] for name in LAYERS}
     biases = {name: arrays[f"{name}.bias"] for name in LAYERS}
     for name in ("conv2", "conv4", "conv5"):
@@ -93,7 +98,9 @@ def _from_caffe(arrays):
     return {name: (kernels[name], biases[name]) for name in LAYERS}
 
 
-def _from_torchvision(arrays):
+def _from_torchvision(
+    arrays: dict[str, np.ndarray],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     weights = {}
     for name, theirs in _TORCHVISION.items():
         kernel, bias = arrays[f"{theirs}.weight"], arrays[f"{theirs}.bias"]
@@ -107,7 +114,7 @@ def _from_torchvision(arrays):
     return weights
 
 
-def _ungrouped(kernel):
+def _ungrouped(kernel: np.ndarray) -> np.ndarray:
     """A convolution in two groups as one: each half of the filters reads its half."""
     _, _, inputs, outputs = kernel.shape
     whole = np.zeros((*kernel.shape[:2], 2 * inputs, outputs), kernel.dtype)
@@ -116,7 +123,9 @@ def _ungrouped(kernel):
     return whole
 
 
-def _rescaled(kernel, bias, mean, std):
+def _rescaled(
+    kernel: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """From a kernel on `(pixel - mean) / std` to one on `pixel / 127.5 - 1`."""
     kernel = kernel / std[:, None]
     bias = bias + np.einsum("hwio,i->o", kernel, 127.5 - mean)

@@ -210,7 +210,9 @@ def read_splits(path: str | os.PathLike) -> dict[str, list[str]]:
     }
 
 
-def _read_mat(path, names, official):
+def _read_mat(
+    path: str | os.PathLike, names: tuple[str, ...], official: str
+) -> list[np.ndarray]:
     """The numbers of those names in a MATLAB file, of version 7.3 or older."""
     remedy = f"Use the official {official}."
     with read_as(f"a MATLAB file with {' and '.join(names)}", path, remedy):

@@ -5,7 +5,10 @@ Any data set with an `image` has proposals, and with `objects` a recall.
 
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,7 +22,7 @@ from training.files import kept_with, unfinished
 MOST = 1000  # of an image
 
 
-def prepare(builder, splits):
+def prepare(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> None:
     """Searches the images of each split, once, and prints the recall that results.
 
     One process at a time, see `prepared.locked`.
@@ -42,12 +45,12 @@ def prepare(builder, splits):
         )
 
 
-def load(builder, split, most=MOST):
+def load(builder: tfds.core.DatasetBuilder, split: str, most: int = MOST) -> np.ndarray:
     """The proposals of a split's images in order, (N, P, 4): see `search`, `pad`."""
     return np.load(_path(builder, split))[:, :most]
 
 
-def digest(builder, splits):
+def digest(builder: tfds.core.DatasetBuilder, splits: Iterable[str]) -> str:
     """What identifies the proposals of these splits."""
     total = hashlib.sha256()
     for split in splits:
@@ -55,7 +58,7 @@ def digest(builder, splits):
     return total.hexdigest()
 
 
-def search(image, most=MOST):
+def search(image: np.ndarray, most: int = MOST) -> np.ndarray:
     """Proposals for an image, the largest first.
 
     Args:
@@ -71,7 +74,7 @@ def search(image, most=MOST):
     return np.stack(shares, axis=1).astype("float32")
 
 
-def pad(boxes):
+def pad(boxes: list[np.ndarray]) -> np.ndarray:
     """List of boxes (P, 4) as one array (N, P, 4); boxes without area fill it up."""
     padded = np.zeros((len(boxes), max(map(len, boxes), default=0), 4), "float32")
     for row, of_image in zip(padded, boxes, strict=True):
@@ -79,7 +82,7 @@ def pad(boxes):
     return padded
 
 
-def recall(builder, split, most=MOST):
+def recall(builder: tfds.core.DatasetBuilder, split: str, most: int = MOST) -> float:
     """The share of a split's objects that some proposal overlaps at IoU 0.5."""
     examples = _stored(builder, split, "objects")
     best = [
@@ -89,17 +92,19 @@ def recall(builder, split, most=MOST):
     return float(np.mean(np.concatenate(best) >= 0.5))
 
 
-def _overlap(objects, boxes):
+def _overlap(objects: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """The IoU of each object with its best proposal."""
     overlaps = keras.utils.bounding_boxes.compute_iou(objects, boxes, "yxyx")
     return keras.ops.convert_to_numpy(overlaps).max(axis=1, initial=0)
 
 
-def _stored(builder, split, feature):
+def _stored(
+    builder: tfds.core.DatasetBuilder, split: str, feature: str
+) -> Iterable[dict[str, Any]]:
     """The examples of a split with only that feature, one by one."""
     decoders = tfds.decode.PartialDecoding({feature: True})
     return tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
 
 
-def _path(builder, split):
+def _path(builder: tfds.core.DatasetBuilder, split: str) -> Path:
     return kept_with(builder.data_path, "proposals", split)

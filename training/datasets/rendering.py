@@ -164,7 +164,9 @@ class Hits(NamedTuple):
     silhouettes: np.ndarray  # (solids, N): whether the ray meets the solid at all
 
 
-def _trace(room, solids, eye, rays):
+def _trace(
+    room: np.ndarray, solids: Sequence[Solid], eye: np.ndarray, rays: np.ndarray
+) -> Hits:
     # The room is a box seen from inside: a ray meets the nearest of its far sides.
     away = np.where(rays < 0, -1.0, 1.0)
     sides = (away * room / 2 - (eye - [0, 0, room[2] / 2])) / rays
@@ -190,7 +192,9 @@ def _trace(room, solids, eye, rays):
     return Hits(distances, normals, points, ids, surfaces, silhouettes)
 
 
-def _intersect(solid, part, eye, rays):
+def _intersect(
+    solid: Solid, part: Part, eye: np.ndarray, rays: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which rays meet the part, how far away, and the part's normals there."""
     spans = np.array([part.x, part.y, part.z])  # (3, 2) in fractions of the solid
     half = (spans[:, 1] - spans[:, 0]) * solid.size / 2
@@ -212,7 +216,9 @@ def _intersect(solid, part, eye, rays):
     return near[hit], distance[hit], normal
 
 
-def _hit_box(origin, rays, part):
+def _hit_box(
+    origin: np.ndarray, rays: np.ndarray, part: Part
+) -> tuple[np.ndarray, np.ndarray]:
     del part
     away = np.where(rays < 0, -1.0, 1.0)
     entry = (-away - origin) / rays
@@ -225,7 +231,9 @@ def _hit_box(origin, rays, part):
     return np.where((distance > 0) & (distance < leave), distance, np.inf), normal
 
 
-def _hit_ellipsoid(origin, rays, part):
+def _hit_ellipsoid(
+    origin: np.ndarray, rays: np.ndarray, part: Part
+) -> tuple[np.ndarray, np.ndarray]:
     del part
     distance, _ = _roots(_dot(rays, rays), rays @ origin, origin @ origin - 1)
     reached = np.where(distance > 0, distance, 0)
@@ -233,7 +241,9 @@ def _hit_ellipsoid(origin, rays, part):
     return np.where(distance > 0, distance, np.inf), normal
 
 
-def _hit_frustum(origin, rays, part):
+def _hit_frustum(
+    origin: np.ndarray, rays: np.ndarray, part: Part
+) -> tuple[np.ndarray, np.ndarray]:
     # Inside, x^2 + y^2 < (mean + slope z)^2.
     mean, slope = (part.top + part.bottom) / 2, (part.top - part.bottom) / 2
     radius = mean + slope * origin[2]
@@ -257,13 +267,15 @@ def _hit_frustum(origin, rays, part):
     return distances[first, index], np.where(first[:, None] < 2, side, cap)
 
 
-def _roots(a, b, c):
+def _roots(
+    a: np.ndarray, b: np.ndarray, c: np.ndarray | float
+) -> tuple[np.ndarray, np.ndarray]:
     """Both t with a t^2 + 2 b t + c = 0; NaN where there is none."""
     root = np.sqrt(b * b - a * c)
     return (-b - root) / a, (-b + root) / a
 
 
-def _dot(a, b):
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("nc,nc->n", a, b)
 
 
@@ -273,7 +285,14 @@ _SHAPES = {"box": _hit_box, "ellipsoid": _hit_ellipsoid, "frustum": _hit_frustum
 # Light and colour
 
 
-def _shade(rng, room, solids, surfaces, hits, rays):
+def _shade(
+    rng: np.random.Generator,
+    room: np.ndarray,
+    solids: Sequence[Solid],
+    surfaces: Sequence[Surface],
+    hits: Hits,
+    rays: np.ndarray,
+) -> np.ndarray:
     """The light that each ray brings back: Lambert, some shine, shadows."""
     albedo = _albedo(solids, surfaces, hits, rays)
     shininess = np.array([s.material.shininess for s in surfaces])[hits.surfaces]
@@ -302,7 +321,9 @@ def _shade(rng, room, solids, surfaces, hits, rays):
     return color
 
 
-def _in_shadow(solids, lamp, beams, distances):
+def _in_shadow(
+    solids: Sequence[Solid], lamp: np.ndarray, beams: np.ndarray, distances: np.ndarray
+) -> np.ndarray:
     shadow = np.zeros(len(beams), bool)
     for solid in solids:
         for part in solid.parts:
@@ -311,7 +332,9 @@ def _in_shadow(solids, lamp, beams, distances):
     return shadow
 
 
-def _albedo(solids, surfaces, hits, rays):
+def _albedo(
+    solids: Sequence[Solid], surfaces: Sequence[Surface], hits: Hits, rays: np.ndarray
+) -> np.ndarray:
     """The colour of each point's surface, its texture laid along the nearest axes."""
     origins = np.stack([np.zeros(3)] * 3 + [solid.origin for solid in solids])
     turns = np.stack([np.eye(3)] * 3 + [solid.rotation for solid in solids])[hits.ids]
@@ -342,7 +365,7 @@ def _albedo(solids, surfaces, hits, rays):
     return ((1 - mix) * colors[:, 0] + mix * colors[:, 1]) ** 2.2
 
 
-def _develop(rng, color):
+def _develop(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
     """What a camera makes of the light: exposure, a little blur, gamma and noise."""
     color = color * rng.uniform(0.25, 0.4) / color.mean()
     padded = np.pad(color, ((1, 1), (1, 1), (0, 0)), mode="edge")

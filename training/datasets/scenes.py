@@ -7,13 +7,22 @@ are known exactly. `rendering` draws it, and says what the coordinates are.
 
 import dataclasses
 import zlib
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from training.datasets.normal_maps import encode_normals
-from training.datasets.rendering import HEIGHT, WIDTH, Part, Solid, paint, photograph
+from training.datasets.rendering import (
+    HEIGHT,
+    WIDTH,
+    Part,
+    Solid,
+    View,
+    paint,
+    photograph,
+)
 
 VOID = 255
 MIN_VISIBLE_PIXELS = 25  # smaller objects stay in the image, but get no box
@@ -189,7 +198,9 @@ def render(rng: np.random.Generator) -> dict:
 # Making up a room
 
 
-def _aim_camera(rng, room):
+def _aim_camera(
+    rng: np.random.Generator, room: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     half = room / 2
     eye = rng.uniform([-0.7 * half[0], 0.2, 1.0], [0.7 * half[0], 1.0, 1.9])
     eye[1] -= half[1]
@@ -206,7 +217,9 @@ def _aim_camera(rng, room):
     return eye, np.stack([right, down, forward])
 
 
-def _furnish(rng, room, eye):
+def _furnish(
+    rng: np.random.Generator, room: np.ndarray, eye: np.ndarray
+) -> list[Object]:
     objects: list[Object] = []
     for kind in KINDS:
         for _ in range(rng.poisson(kind.mean_count)):
@@ -263,12 +276,14 @@ def _propose(
     return origin, rotation
 
 
-def _turn(angle):
+def _turn(angle: float) -> np.ndarray:
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
 
 
-def _is_free(solid, room, eye, objects):
+def _is_free(
+    solid: Solid, room: np.ndarray, eye: np.ndarray, objects: list[Object]
+) -> bool:
     low, high = solid.bounds()
     slack = 0.02  # lets things touch, and stand on rugs
     if (np.abs([low, high])[:, :2] > room[:2] / 2 + 1e-6).any():
@@ -285,7 +300,7 @@ def _is_free(solid, room, eye, objects):
 # What there is to find
 
 
-def _find_objects(objects, view):
+def _find_objects(objects: list[Object], view: View) -> tuple[list[dict], np.ndarray]:
     found: list[dict] = []
     instances = np.full(view.ids.shape, -1, np.int32)
     for index, thing in enumerate(objects):
@@ -305,7 +320,9 @@ def _find_objects(objects, view):
     return found, instances
 
 
-def _attributes(thing, visible, silhouette):
+def _attributes(
+    thing: Object, visible: np.ndarray, silhouette: np.ndarray
+) -> np.ndarray:
     boxes = [part.shape == "box" for part in thing.solid.parts]
     main = thing.solid.surfaces[0]
     size = thing.solid.size
@@ -374,14 +391,14 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         del dl_manager  # nothing to download
         return {
             split: self._generate_examples(split, getattr(self.builder_config, split))
             for split in ("train", "test")
         }
 
-    def _generate_examples(self, split, count):
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple]:
         for index in range(count):
             seed = [zlib.crc32(split.encode()), index]
             scene = render(np.random.default_rng(seed))

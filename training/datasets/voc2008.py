@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from xml.etree import ElementTree
@@ -130,14 +130,14 @@ def read_objects(
 
 
 @contextlib.contextmanager
-def _line_named(path, number):
+def _line_named(path: Path, number: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
 
 
-def _check_names(path, expected):
+def _check_names(path: Path, expected: Sequence[str]) -> None:
     names = read_lines(path, REMEDY)
     if names != list(expected):
         differing = sorted(set(names) ^ set(expected)) or "their order"
@@ -147,7 +147,7 @@ def _check_names(path, expected):
         )
 
 
-def _size(path):
+def _size(path: Path) -> tuple[int, int]:
     """(width, height), from the first bytes of the file."""
     try:
         with Image.open(path) as image:
@@ -156,7 +156,9 @@ def _size(path):
         raise ValueError(f"There is no image {path}, or it is damaged") from error
 
 
-def _object(fields, width, height, first, flagged):
+def _object(
+    fields: list[str], width: int, height: int, first: float, flagged: bool
+) -> dict[str, Any]:
     name, *numbers = fields
     expected = 4 + len(ATTRIBUTES) + flagged
     if name not in CLASSES:
@@ -378,16 +380,17 @@ def prepare_from_devkit(
         )
 
 
-def _listed(devkit, name):
+def _listed(devkit: Path, name: str) -> list[str]:
     lines = read_lines(devkit / "ImageSets/Main" / f"{name}.txt", "Unpack it anew")
     return [f"{x}.jpg" for line in lines for x in line.split()]
 
 
-def _mark_difficult(objects, path):
+def _mark_difficult(objects: Sequence[dict], path: Path) -> int:
     """Sets `difficult` as an image's annotation has it; returns how many it lacks."""
     if not objects:
         return 0
-    annotated = {}
+    annotated: dict[tuple, int] = {}
+    thing: Any  # of the annotation, then of aPascal
     with read_as("the annotation of an image", path, "Unpack the devkit anew"):
         for thing in ElementTree.parse(path).getroot().iter("object"):
             edges = (
@@ -406,7 +409,7 @@ def _mark_difficult(objects, path):
     return lacking
 
 
-def _shrink(source, target):
+def _shrink(source: Path, target: Path) -> tuple[float, float]:
     """Writes the image, its longer side `LONGEST`, and returns (x scale, y scale)."""
     image = cv2.imread(os.fspath(source))
     if image is None:
@@ -420,7 +423,7 @@ def _shrink(source, target):
     return size[0] / width, size[1] / height
 
 
-def _line(name, thing, scale):
+def _line(name: str, thing: dict[str, Any], scale: tuple[float, float]) -> str:
     box = " ".join(f"{x:.2f}" for x in thing["box"] * [*scale, *scale])
     attributes = " ".join(map(str, thing["attributes"]))
     of_class = CLASSES[thing["label"]]

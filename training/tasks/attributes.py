@@ -6,10 +6,12 @@ They are tested on the true boxes.
 
 import dataclasses
 import types
+from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from sklearn.metrics import average_precision_score
 
 from keras_cross_stitch import MaskedLoss
@@ -41,37 +43,37 @@ class Attributes:
     )
 
     @classmethod
-    def for_dataset(cls, builder, split):
+    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
         """The task as the data set defines it."""
         return cls(tuple(builder.attribute_names))
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return len(self.names)
 
-    def target(self, rois, matched):
+    def target(self, rois: tf.Tensor, matched: dict[str, tf.Tensor]) -> tf.Tensor:
         on_object = matched["classes"][..., None] > 0
         attributes = tf.cast(matched["attributes"], "float32")
         return tf.where(on_object, attributes, self.void)
 
-    def truth(self, objects):
+    def truth(self, objects: dict[str, tf.Tensor]) -> tf.Tensor:
         return tf.cast(objects["attributes"], "float32")
 
-    def loss(self):
+    def loss(self) -> keras.losses.Loss:
         # The mean over 64 attributes is their sum with the paper's weight of 1/64.
         crossentropy = keras.losses.BinaryCrossentropy(from_logits=True)
         return MaskedLoss(crossentropy, name="attributes_loss")
 
-    def answer(self, logits, name, inputs):
+    def answer(self, logits: Any, name: str, inputs: Any) -> Any:
         return keras.layers.Activation(
             "sigmoid", name=f"{name}_probabilities", dtype="float32"
         )(logits)
 
-    def average(self, logits, name, inputs):
+    def average(self, logits: list[Any], name: str, inputs: Any) -> Any:
         answers = [self.answer(x, f"{name}_{k}", inputs) for k, x in enumerate(logits)]
         return keras.layers.Average(name=f"{name}_average", dtype="float32")(answers)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {
             "kind": "attributes",
             "names": list(self.names),
@@ -83,17 +85,17 @@ class Attributes:
             ),
         }
 
-    def scores(self):
+    def scores(self) -> "AttributePrecision":
         return AttributePrecision(self.names)
 
-    def draw(self, target_or_answer, inputs):
+    def draw(self, target_or_answer: Any, inputs: Any) -> np.ndarray:
         boxes = np.asarray(inputs["rois"])
         areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
         largest = [k for k in np.argsort(-areas)[:DRAWN] if areas[k] > 0]
         texts = [self._told(target_or_answer[k]) for k in largest]
         return draw_boxes(inputs["image"], boxes[largest], np.arange(len(texts)), texts)
 
-    def _told(self, probabilities):
+    def _told(self, probabilities: np.ndarray) -> str:
         likeliest = np.argsort(-probabilities, kind="stable")[:DRAWN]
         return ", ".join(self.names[a] for a in likeliest if probabilities[a] >= 0.5)
 
@@ -101,25 +103,25 @@ class Attributes:
 class AttributePrecision:
     """Average precision of each attribute, over all objects."""
 
-    def __init__(self, names):
+    def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self.truth = [np.zeros((0, len(names)))]
         self.answers = [np.zeros((0, len(names)))]
 
-    def update(self, target, answer):
+    def update(self, target: np.ndarray, answer: np.ndarray) -> None:
         """Adds a batch: 0, 1 or NaN, and probabilities, both (N, R, attributes)."""
         there = ~np.isnan(target).any(axis=-1)
         self.truth.append(target[there])
         self.answers.append(answer[there])
 
-    def result(self):
+    def result(self) -> dict[str, Any]:
         """In percent. Attributes that no object has do not count."""
         by_count = sorted(self.per_class().values(), key=lambda x: x["objects"])
         values = [x["ap"] for x in by_count] or [0.0]
         rarest = {f"mean_ap_rarest_{k}": np.mean(values[:k]) for k in RAREST}
         return {"mean_ap": np.mean(values), **rarest}
 
-    def per_class(self):
+    def per_class(self) -> dict[str, dict[str, float]]:
         """{attribute: {"ap": percent, "objects": that have it}} of those that occur."""
         truth, answers = np.concatenate(self.truth), np.concatenate(self.answers)
         return {

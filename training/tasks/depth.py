@@ -6,11 +6,13 @@ counts nowhere.
 
 import dataclasses
 import types
+from typing import Any, Self
 
 import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from keras_cross_stitch import MaskedLoss
 from training.metric import Metric
@@ -40,18 +42,18 @@ class Depth:
     )
 
     @classmethod
-    def for_dataset(cls, builder, split):
+    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
         """The task as the data set defines it."""
         return cls()
 
-    def target(self, example):
+    def target(self, example: dict[str, tf.Tensor]) -> tf.Tensor:
         metres = tf.cast(example[self.feature], "float32") / 1000
         return tf.where(metres > 0, metres, self.void)
 
-    def flip(self, target):
+    def flip(self, target: tf.Tensor) -> tf.Tensor:
         return tf.reverse(target, axis=[2])
 
-    def enlarge(self, target, shares):
+    def enlarge(self, target: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
         """Nearer by the share of its side that the crop is of the image.
 
         So one camera would see it: the part is as large as what is nearer. As MTAN has
@@ -59,17 +61,17 @@ class Depth:
         """
         return target * tf.reshape(shares, (-1, 1, 1, 1))
 
-    def loss(self):
+    def loss(self) -> keras.losses.Loss:
         return MaskedLoss(keras.losses.MeanAbsoluteError(), name="depth_loss")
 
-    def answer(self, logits, name, inputs=None):
+    def answer(self, logits: Any, name: str, inputs: Any = None) -> Any:
         return keras.layers.ReLU(name=f"{name}_metres", dtype="float32")(logits)
 
-    def average(self, logits, name, inputs=None):
+    def average(self, logits: list[Any], name: str, inputs: Any = None) -> Any:
         answers = [self.answer(x, f"{name}_{k}", inputs) for k, x in enumerate(logits)]
         return keras.layers.Average(name=f"{name}_average", dtype="float32")(answers)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         steps = _COLOURS(np.linspace(0, 1, 16))[:, :3]
         return {
             "kind": "depth",
@@ -80,10 +82,10 @@ class Depth:
             "description": "The depth of each pixel along the camera's axis",
         }
 
-    def scores(self):
+    def scores(self) -> "DepthErrors":
         return DepthErrors()
 
-    def draw(self, target_or_answer, inputs=None):
+    def draw(self, target_or_answer: Any, inputs: Any = None) -> np.ndarray:
         """Near is bright, what is 10 m away dark; black is missing."""
         metres = np.asarray(target_or_answer)[..., 0]
         there = np.isfinite(metres)
@@ -94,12 +96,12 @@ class Depth:
 class DepthErrors:
     """Sums the errors of depth over all pixels of the data set that have one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         # |y - d|, |y - d| / d, (y - d)^2, and how many have max(y / d, d / y) < t
         self.sums = np.zeros(3 + len(THRESHOLDS))
 
-    def update(self, target, answer):
+    def update(self, target: np.ndarray, answer: np.ndarray) -> None:
         """Adds a batch, both (N, H, W, 1) in metres, NaN where there is no depth."""
         there = np.isfinite(target)
         d, y = target[there].astype("float64"), answer[there].astype("float64")
@@ -110,7 +112,7 @@ class DepthErrors:
         self.sums += [error.sum(), (error / d).sum(), np.square(error).sum(), *below]
         self.count += there.sum()
 
-    def result(self):
+    def result(self) -> dict[str, float]:
         """Metres, a ratio, and shares in percent; all 0 without a pixel with depth."""
         absolute, relative, squared, *below = self.sums / max(self.count, 1)
         within = dict(zip(THRESHOLDS, np.multiply(100, below), strict=True))
@@ -121,5 +123,5 @@ class DepthErrors:
             **within,
         }
 
-    def per_class(self):
+    def per_class(self) -> dict[str, dict[str, float]]:
         return {}

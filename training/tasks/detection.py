@@ -8,11 +8,13 @@ is difficult.
 
 import dataclasses
 import types
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from keras import ops
 
 from keras_cross_stitch import Detections
@@ -41,15 +43,15 @@ class Detection:
     )
 
     @classmethod
-    def for_dataset(cls, builder, split):
+    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["objects"]["label"].names))
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return 1 + 5 * len(self.classes)  # of each class, a score and four deltas
 
-    def target(self, rois, matched):
+    def target(self, rois: tf.Tensor, matched: dict[str, tf.Tensor]) -> tf.Tensor:
         deltas = keras.utils.bounding_boxes.encode_box_to_deltas(
             rois,
             matched["boxes"],
@@ -62,19 +64,19 @@ class Detection:
         deltas = tf.where(classes > 0, deltas, 0.0)
         return tf.concat([tf.cast(classes, "float32"), deltas], axis=-1)
 
-    def truth(self, objects):
+    def truth(self, objects: dict[str, tf.Tensor]) -> tf.Tensor:
         columns = [objects["boxes"]]
         for name in ("labels", "difficult"):
             columns.append(tf.cast(objects[name], "float32")[..., None])
         return tf.concat(columns, axis=-1)
 
-    def loss(self):
+    def loss(self) -> keras.losses.Loss:
         return DetectionLoss(len(self.classes), name="detection_loss")
 
-    def answer(self, logits, name, inputs):
+    def answer(self, logits: Any, name: str, inputs: Any) -> Any:
         return self.average([logits], name, inputs)
 
-    def average(self, logits, name, inputs):
+    def average(self, logits: list[Any], name: str, inputs: Any) -> Any:
         """Probabilities and deltas are averaged, and duplicates suppressed once."""
         scores = 1 + len(self.classes)
         softmax = keras.layers.Softmax(name=f"{name}_probabilities", dtype="float32")
@@ -85,7 +87,7 @@ class Detection:
         )
         return detections([probabilities, deltas, inputs["rois"]])
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {
             "kind": "detection",
             "names": list(self.classes),
@@ -99,10 +101,10 @@ class Detection:
             ),
         }
 
-    def scores(self):
+    def scores(self) -> "BoxPrecision":
         return BoxPrecision(self.classes)
 
-    def draw(self, target_or_answer, inputs):
+    def draw(self, target_or_answer: Any, inputs: Any) -> np.ndarray:
         x = target_or_answer
         if isinstance(x, dict):
             classes = np.where(x["scores"] >= DRAWN, x["classes"], -1)
@@ -110,7 +112,9 @@ class Detection:
         return draw_boxes(inputs["image"], x[:, :4], x[:, 4], self.classes)
 
 
-def draw_boxes(image, boxes, labels, names):
+def draw_boxes(
+    image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
     """The image, twice as large, with labelled boxes; those of label -1 are left out.
 
     Args:
@@ -150,11 +154,13 @@ class DetectionLoss(keras.losses.Loss):
     The mean is over all RoIs, as Fast R-CNN has it: the deltas of background count 0.
     """
 
-    def __init__(self, classes, name="detection_loss", **kwargs):
+    def __init__(
+        self, classes: int, name: str = "detection_loss", **kwargs: Any
+    ) -> None:
         super().__init__(name=name, **kwargs)
         self.classes = classes
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         label = ops.cast(y_true[..., 0], "int32")
         score = keras.losses.sparse_categorical_crossentropy(
             ops.maximum(label, 0), y_pred[..., : 1 + self.classes], from_logits=True
@@ -167,7 +173,7 @@ class DetectionLoss(keras.losses.Loss):
         box = 4 * keras.losses.huber(y_true[..., 1:], deltas, delta=1.0)
         return ops.where(label < 0, 0.0, score + ops.where(label > 0, box, 0.0))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "classes": self.classes}
 
 
@@ -185,7 +191,7 @@ class BoxPrecision:
     # How many pixels longer than right - left a box's side is taken to be
     SURPLUS: ClassVar = {"ap": 0.0, "ap_voc2008": 1.0}
 
-    def __init__(self, classes):
+    def __init__(self, classes: tuple[str, ...]) -> None:
         self.classes = classes
         self.objects = np.zeros(len(classes), "int64")
         # Of each way and class, arrays of scores and of whether they are right.
@@ -194,7 +200,7 @@ class BoxPrecision:
             for name in self.SURPLUS
         }
 
-    def update(self, target, answer):
+    def update(self, target: np.ndarray, answer: dict[str, np.ndarray]) -> None:
         """Adds a batch: objects (N, G, 6), and detections as `Detections` gives."""
         for n, objects in enumerate(target):
             objects = objects[objects[:, 4] >= 0]
@@ -213,7 +219,7 @@ class BoxPrecision:
                     right, counts = _judged(boxes, scores, of_class, surplus)
                     self.found[name][c].append((scores[counts], right[counts]))
 
-    def result(self):
+    def result(self) -> dict[str, Any]:
         """In percent. Classes without an object do not count."""
         by_class = self.per_class().values()
         return {
@@ -221,7 +227,7 @@ class BoxPrecision:
             for name in self.SURPLUS
         }
 
-    def per_class(self):
+    def per_class(self) -> dict[str, dict[str, float]]:
         """{class: {"ap", "ap_voc2008": percent, "objects": in the truth}}."""
         return {
             name: {
@@ -233,18 +239,18 @@ class BoxPrecision:
             if self.objects[c]
         }
 
-    def _area(self, c):
+    def _area(self, c: int) -> float:
         right, envelope = self._curve("ap", c)
         return np.sum(np.diff(right, prepend=0) * envelope) / self.objects[c]
 
-    def _at_11_recalls(self, c):
+    def _at_11_recalls(self, c: int) -> float:
         right, envelope = self._curve("ap_voc2008", c)
         # The first detection at which the recall is reached; beyond the last it is 0.
         # In tenths of an object, which are whole numbers: 0.3 as a float is not.
         first = np.searchsorted(10 * right, np.arange(11) * self.objects[c])
         return np.append(envelope, 0.0)[first].sum() / 11
 
-    def _curve(self, name, c):
+    def _curve(self, name: str, c: int) -> tuple[np.ndarray, np.ndarray]:
         """Right ones among the likeliest, and the best precision from there on."""
         scores, right = map(np.concatenate, zip(*self.found[name][c], strict=True))
         right = right[np.argsort(-scores, kind="stable")].cumsum()
@@ -252,7 +258,9 @@ class BoxPrecision:
         return right, np.maximum.accumulate(precision[::-1])[::-1]
 
 
-def _judged(boxes, scores, objects, surplus):
+def _judged(
+    boxes: np.ndarray, scores: np.ndarray, objects: np.ndarray, surplus: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Of an image's detections of a class, which are right, and which count: (D,)."""
     right, counts = np.zeros(len(boxes), bool), np.ones(len(boxes), bool)
     if not len(objects):

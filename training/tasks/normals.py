@@ -6,6 +6,7 @@ down, z away from the camera); (0, 0, 0) is undefined and counts nowhere.
 
 import dataclasses
 import types
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -41,7 +42,7 @@ class Normals:
     metrics = _METRICS
 
     @staticmethod
-    def prepare(builder, split):
+    def prepare(builder: tfds.core.DatasetBuilder, split: str) -> None:
         """Clusters a split's normals, once; the codewords are kept with the data."""
         path = kept_with(builder.data_path, "codewords", split)
         if not path.exists():
@@ -49,29 +50,29 @@ class Normals:
                 np.save(temporary, cluster(builder, split))
 
     @classmethod
-    def for_dataset(cls, builder, split):
+    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
         """The task with the codewords of the images that it is trained on."""
         return cls(np.load(kept_with(builder.data_path, "codewords", split)))
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return len(self.codewords)
 
-    def target(self, example):
+    def target(self, example: dict[str, tf.Tensor]) -> tf.Tensor:
         return decode(example[self.feature])
 
-    def flip(self, target):
+    def flip(self, target: tf.Tensor) -> tf.Tensor:
         """Mirrors the map and, with it, the x axis that the normals refer to."""
         return tf.reverse(target, axis=[2]) * tf.constant([-1.0, 1.0, 1.0])
 
-    def enlarge(self, target, shares):
+    def enlarge(self, target: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
         """As they are: as a longer lens would see them."""
         return target
 
-    def loss(self):
+    def loss(self) -> keras.losses.Loss:
         return CodewordCrossentropy(self.codewords, name="normals_loss")
 
-    def answer(self, logits, name, inputs=None):
+    def answer(self, logits: Any, name: str, inputs: Any = None) -> Any:
         """The unit vector along the codewords' mean under the softmax.
 
         Of Keras's own layers only, so that the saved model needs none of ours.
@@ -93,14 +94,14 @@ class Normals:
             axis=-1, dtype="float32", name=f"{name}_unit"
         )(mean_normal)
 
-    def average(self, logits, name, inputs=None):
+    def average(self, logits: list[Any], name: str, inputs: Any = None) -> Any:
         answers = [self.answer(x, f"{name}_{k}", inputs) for k, x in enumerate(logits)]
         total = keras.layers.Add(name=f"{name}_sum", dtype="float32")(answers)
         return keras.layers.UnitNormalization(
             axis=-1, dtype="float32", name=f"{name}_average"
         )(total)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {
             "kind": "normals",
             "names": ["x", "y", "z"],
@@ -112,10 +113,10 @@ class Normals:
             ),
         }
 
-    def scores(self):
+    def scores(self) -> "AngleHistogram":
         return AngleHistogram()
 
-    def draw(self, target_or_answer, inputs=None):
+    def draw(self, target_or_answer: Any, inputs: Any = None) -> np.ndarray:
         normals = np.asarray(target_or_answer)
         # The customary colours: red is right, green is up, blue is to the camera.
         image = (normals * (1, -1, -1) + 1) / 2 * 255
@@ -123,7 +124,7 @@ class Normals:
         return image.round().clip(0, 255).astype("uint8")
 
 
-def cluster(builder, split):
+def cluster(builder: tfds.core.DatasetBuilder, split: str) -> np.ndarray:
     """Twenty codewords: k-means of a split's normals, (20, 3), unit length."""
     sampled = []
     # Sixty-four pixels of each of up to 1000 images are 64000 normals.
@@ -146,7 +147,7 @@ def cluster(builder, split):
     return centers.astype("float32")
 
 
-def decode(encoded):
+def decode(encoded: tf.Tensor) -> tf.Tensor:
     """Stored normals (uint8, n = v / 127.5 - 1, zero undefined) as unit vectors."""
     normals = tf.math.l2_normalize(tf.cast(encoded, "float32") / 127.5 - 1.0, axis=-1)
     defined = tf.reduce_any(encoded > 0, axis=-1, keepdims=True)
@@ -164,11 +165,13 @@ class CodewordCrossentropy(keras.losses.Loss):
     The mean is over the pixels whose normal is defined.
     """
 
-    def __init__(self, codewords, name="codeword_crossentropy", **kwargs):
+    def __init__(
+        self, codewords: Any, name: str = "codeword_crossentropy", **kwargs: Any
+    ) -> None:
         super().__init__(name=name, **kwargs)
         self.codewords = np.asarray(codewords, "float32")
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         nearest = ops.argmax(ops.matmul(y_true, self.codewords.T), axis=-1)
         defined = ops.any(ops.not_equal(y_true, 0.0), axis=-1)
         return keras.losses.sparse_categorical_crossentropy(
@@ -178,7 +181,7 @@ class CodewordCrossentropy(keras.losses.Loss):
             ignore_class=_UNDEFINED,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "codewords": self.codewords.tolist()}
 
 
@@ -190,10 +193,10 @@ class AngleHistogram:
 
     BINS_PER_DEGREE = 100
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts = np.zeros(180 * self.BINS_PER_DEGREE + 1, "int64")
 
-    def update(self, target, answer):
+    def update(self, target: np.ndarray, answer: np.ndarray) -> None:
         """Adds a batch of normals, both (N, H, W, 3)."""
         defined = target.any(axis=-1)
         cosine = (target[defined].astype("float64") * answer[defined]).sum(axis=-1)
@@ -201,7 +204,7 @@ class AngleHistogram:
         bins = (angle * self.BINS_PER_DEGREE).astype("int64")
         self.counts += np.bincount(bins, minlength=len(self.counts))
 
-    def result(self):
+    def result(self) -> dict[str, float]:
         """Mean and median in degrees, and the percentage within some degrees."""
         total = self.counts.sum()
         if not total:  # no normal is defined: no angle is
@@ -220,5 +223,5 @@ class AngleHistogram:
             **within,
         }
 
-    def per_class(self):
+    def per_class(self) -> dict[str, dict[str, float]]:
         return {}

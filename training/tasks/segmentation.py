@@ -2,11 +2,13 @@
 
 import dataclasses
 import types
+from typing import Any, Self
 
 import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from training.metric import Metric
 
@@ -33,38 +35,38 @@ class Segmentation:
     )
 
     @classmethod
-    def for_dataset(cls, builder, split):
+    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["segmentation"].names))
 
     @property
-    def outputs(self):
+    def outputs(self) -> int:
         return len(self.classes)
 
-    def target(self, example):
+    def target(self, example: dict[str, tf.Tensor]) -> tf.Tensor:
         return tf.cast(example[self.feature][..., 0], "int32")
 
-    def flip(self, target):
+    def flip(self, target: tf.Tensor) -> tf.Tensor:
         return tf.reverse(target, axis=[2])
 
-    def enlarge(self, target, shares):
+    def enlarge(self, target: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
         return target
 
-    def loss(self):
+    def loss(self) -> keras.losses.Loss:
         return keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, ignore_class=VOID, name="segmentation_loss"
         )
 
-    def answer(self, logits, name, inputs=None):
+    def answer(self, logits: Any, name: str, inputs: Any = None) -> Any:
         return keras.layers.Softmax(name=f"{name}_probabilities", dtype="float32")(
             logits
         )
 
-    def average(self, logits, name, inputs=None):
+    def average(self, logits: list[Any], name: str, inputs: Any = None) -> Any:
         answers = [self.answer(x, f"{name}_{k}", inputs) for k, x in enumerate(logits)]
         return keras.layers.Average(name=f"{name}_average", dtype="float32")(answers)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {
             "kind": "classes",
             "names": list(self.classes),
@@ -73,10 +75,10 @@ class Segmentation:
             "description": "The probability of each class at each pixel",
         }
 
-    def scores(self):
+    def scores(self) -> "ConfusionMatrix":
         return ConfusionMatrix(self.classes)
 
-    def draw(self, target_or_answer, inputs=None):
+    def draw(self, target_or_answer: Any, inputs: Any = None) -> np.ndarray:
         classes = np.asarray(target_or_answer)
         if classes.ndim == 3:
             classes = classes.argmax(axis=-1)
@@ -84,7 +86,7 @@ class Segmentation:
         image[classes == VOID] = 0
         return image
 
-    def _colours(self):
+    def _colours(self) -> np.ndarray:
         maps = ("tab20b", "tab20c", "tab20")
         colours = np.concatenate([matplotlib.color_sequences[x] for x in maps])
         # Neighbours in these maps are shades of one hue; steps of 7 part them.
@@ -95,18 +97,18 @@ class Segmentation:
 class ConfusionMatrix:
     """Counts pixels by (true class, predicted class), over the whole data set."""
 
-    def __init__(self, classes):
+    def __init__(self, classes: tuple[str, ...]) -> None:
         self.classes = classes
         self.counts = np.zeros((len(classes), len(classes)), "int64")
 
-    def update(self, target, answer):
+    def update(self, target: np.ndarray, answer: np.ndarray) -> None:
         """Adds a batch: classes (N, H, W) and probabilities (N, H, W, classes)."""
         labelled = target != VOID
         pairs = target[labelled] * len(self.classes) + answer.argmax(-1)[labelled]
         added = np.bincount(pairs, minlength=self.counts.size)
         self.counts += added.reshape(self.counts.shape)
 
-    def result(self):
+    def result(self) -> dict[str, float]:
         """In percent. Classes neither in the truth nor in the answers do not count."""
         true, right, union = self._pixels()
         occurs = union > 0
@@ -119,7 +121,7 @@ class ConfusionMatrix:
             "fwiou": 100 * (true[occurs] * iou).sum() / total,
         }
 
-    def per_class(self):
+    def per_class(self) -> dict[str, dict[str, float]]:
         """{class: {"iou": percent, "pixels": in the truth}} of those that occur."""
         true, right, union = self._pixels()
         return {
@@ -128,6 +130,6 @@ class ConfusionMatrix:
             if union[i]
         }
 
-    def _pixels(self):
+    def _pixels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         true, right = self.counts.sum(axis=1), self.counts.diagonal()
         return true, right, true + self.counts.sum(axis=0) - right
