@@ -85,7 +85,9 @@ def test_changed_answers_are_counted_by_what_they_mean():
     assert metric == "25 % other classes"
     x, y = np.eye(3)[[0, 0]], np.eye(3)[[0, 1]]
     assert changed_answers(x, y, {"kind": "normals"}) == "45 degrees"
-    assert changed_answers(x, y, {"kind": "depth"}) == ""
+    far = {"kind": "depth", "units": "metres"}
+    assert changed_answers(2 * x, 2 * y, far) == "0.67 metres"
+    assert changed_answers(x, y, {"kind": "text"}) == ""
     assert changed_answers(x, y, {}) == ""
 
 
