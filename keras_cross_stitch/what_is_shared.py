@@ -36,17 +36,17 @@ def sharing(
 
         - `unit`, `task` (that takes) and `source` (that gives).
         - `part`: what part of the task's mixed map comes from the source. Each channel
-          counts with the standard deviation of the source's map over the data, and the
-          parts of a task, its own too, sum to 1:
-          `sum_c |alpha[i, j, c]| std[j, c]`, over the same for all `j`.
+            counts with the standard deviation of the source's map over the data, and
+            the parts of a task, its own too, sum to 1: `sum_c |alpha[i, j, c]| std[j,
+            c]`, over the same for all `j`.
         - `part_at_start`: the same with the alpha of the start, None where an
-          `alpha_initializer` drew it.
+            `alpha_initializer` drew it.
         - `without`: by what share the task's loss grows where it takes nothing from the
-          source at this unit; 0.5 is half as much again, below 0 it falls.
+            source at this unit; 0.5 is half as much again, below 0 it falls.
         - `shared`: the lesser of `without` and of how much the source's own loss grows
-          without its own map, but at least 0. Both tasks live on a map that is shared.
-          A tower whose own task learns nothing has none, however much others take
-          from it.
+            without its own map, but at least 0. Both tasks live on a map that is
+            shared. A tower whose own task learns nothing has none, however much others
+            take from it.
 
     Raises:
         ValueError: For a model without units, one that is not compiled, or one whose
