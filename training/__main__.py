@@ -373,7 +373,8 @@ def traffic(
 
         chosen = _recipe(recipe, toy, [method], backbone=backbone)
         tasks = open_experiment(chosen, data, runs).tasks
-        model = methods.plan(method, chosen).join(towers.build(chosen, tasks, 0))
+        plan = methods.plan(method, chosen)
+        model = plan.join(towers.build(plan.recipe, tasks, 0))
     rows = [
         (str(count), f"{distribution.traffic(model, count) / 1e6:.2f}")
         for count in devices or (2, 8, 64, 512)
