@@ -23,8 +23,8 @@ from training.study.tables import notes
 Methods = dict[str, list[Run]]  # the finished runs of a recipe
 Picture = tuple[str, str]  # caption, data URI
 
-# The metric that stands for its task in pictures; without one of these, its first.
 MEASURES = ("step", "answer")  # that `bench` times
+# The metric that stands for its task in pictures; without one of these, its first.
 _HEADLINES = ("miou", "mean_angle", "mean_ap")
 
 
