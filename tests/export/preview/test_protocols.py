@@ -254,8 +254,12 @@ GOOD = np.zeros((1, 24, 32, 3), "float32")
         (predict_request(image=GOOD[:, 1:]), "float32 (1, 23, 32, 3)"),
         (predict_request(image=GOOD.astype("float64")), "image: float64 (1, 24, 32"),
         (
-            predict_request(image=splat("float32", (10**4, 24, 32, 3), float_val=[1])),
+            predict_request(image=splat("float32", (200, 24, 32, 3), float_val=[1])),
             "image is larger than 1048576 bytes",
+        ),
+        (
+            predict_request(image=splat("float32", (10**4, 24, 32, 3), float_val=[1])),
+            "Task size 10000 is larger than maximum input batch size 256",
         ),
         (
             predict_request(
@@ -266,9 +270,16 @@ GOOD = np.zeros((1, 24, 32, 3), "float32")
         (
             predict_request(
                 "normals_from_jpeg",
+                image_bytes=splat("string", (200,), string_val=[b"x"]),
+            ),
+            "image_bytes has 1 strings, not 200",
+        ),
+        (
+            predict_request(
+                "normals_from_jpeg",
                 image_bytes=splat("string", (10**9,), string_val=[b"x"]),
             ),
-            "image_bytes has 1 strings, not 1000000000",
+            "Task size 1000000000 is larger than maximum input batch size 256",
         ),
     ],
 )
