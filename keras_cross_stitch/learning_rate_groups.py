@@ -35,6 +35,9 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             of `multipliers` are then searched in the other variables alone. A model
             without units may be trained with it, too. Defaults to `None`: alpha is
             a variable like the others.
+        projections: The same for the weights of the projections between unequal
+            maps, which `stitch(..., project=True)` makes and which start at random
+            beside towers that are trained.
         name: String, the name of the optimizer.
 
     Raises:
@@ -71,6 +74,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         multipliers: Mapping[str, float] | None = None,
         *,
         alpha: float | None = None,
+        projections: float | None = None,
         name: str | None = None,
     ) -> None:
         if isinstance(inner_optimizer, str | dict):
@@ -98,10 +102,12 @@ class LearningRateGroups(keras.optimizers.Optimizer):
                     "The values of `multipliers` must be finite numbers, 0 or more. "
                     f"Received: {multiplier!r} for {pattern!r}"
                 )
-        if alpha is not None and not _is_multiplier(alpha):
-            raise ValueError(
-                f"`alpha` must be a finite number, 0 or more. Received: alpha={alpha!r}"
-            )
+        for group, value in {"alpha": alpha, "projections": projections}.items():
+            if value is not None and not _is_multiplier(value):
+                raise ValueError(
+                    f"`{group}` must be a finite number, 0 or more. "
+                    f"Received: {group}={value!r}"
+                )
         super().__init__(learning_rate=0.0, name=name)
         # What every optimizer has is the inner one's: see `__getattr__`.
         for setting in super().get_config().keys() - {"name", "learning_rate"}:
@@ -109,6 +115,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         self.inner_optimizer = inner_optimizer
         self.multipliers = multipliers
         self.alpha = alpha
+        self.projections = projections
         # What `apply_gradients` returns.
         self._iterations = inner_optimizer._iterations
 
@@ -135,11 +142,14 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     def _match(self, variables: list[keras.Variable]) -> dict[Any, float]:
         """The multiplier of each variable, by the variable's key."""
         multiplier_of: dict[Any, float] = {}
-        if self.alpha is not None:
-            units = [variable for variable in variables if _is_alpha_of_unit(variable)]
-            multiplier_of = {self._var_key(unit): self.alpha for unit in units}
-            variables = [v for v in variables if not _is_alpha_of_unit(v)]
-        paths = [variable.path for variable in variables]
+        others = []
+        for variable in variables:
+            multiplier = self._multiplier_in_units(variable)
+            if multiplier is None:
+                others.append(variable)
+            else:
+                multiplier_of[self._var_key(variable)] = multiplier
+        paths = [variable.path for variable in others]
         for pattern in self.multipliers:
             if not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
@@ -147,7 +157,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
                     "correct it, leave it out, or unfreeze what it names. "
                     f"Received: {pattern!r}, which matches none of {paths}"
                 )
-        for variable in variables:
+        for variable in others:
             matches = [p for p in self.multipliers if re.search(p, variable.path)]
             if len(matches) > 1:
                 raise ValueError(
@@ -159,6 +169,14 @@ class LearningRateGroups(keras.optimizers.Optimizer):
                 self.multipliers[matches[0]] if matches else 1
             )
         return multiplier_of
+
+    def _multiplier_in_units(self, variable: keras.Variable) -> float | None:
+        """That of `alpha` or `projections`; None where the patterns are searched."""
+        if _is_alpha_of_unit(variable):
+            return self.alpha
+        if getattr(variable, "is_cross_stitch_projection", False):
+            return self.projections
+        return None
 
     def _update_at_own_rate(
         self, gradient: Any, variable: Any, learning_rate: Any
@@ -238,6 +256,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             "inner_optimizer": keras.optimizers.serialize(self.inner_optimizer),
             "multipliers": dict(self.multipliers),
             "alpha": self.alpha,
+            "projections": self.projections,
         }
 
     @classmethod

@@ -441,10 +441,61 @@ def test_frozen_units_leave_the_group_empty():
     np.testing.assert_array_equal(unit.alpha, before)
 
 
-@pytest.mark.parametrize("alpha", [-1, float("nan"), "100"])
-def test_alpha_must_be_a_finite_number(alpha):
-    with pytest.raises(ValueError, match=r"`alpha` must be a finite number, 0 or more"):
-        LearningRateGroups("sgd", alpha=alpha)
+def unequal_towers():
+    """Towers of other channels, joined with projections; one is of a task `from_x`."""
+
+    def tower(channels, units):
+        x = keras.Input((3,), name="x")
+        y = keras.layers.Dense(channels, name="first")(x)
+        return keras.Model(x, keras.layers.Dense(units, name="score")(y))
+
+    towers = {"from_x": tower(4, 2), "sheet": tower(5, 1)}
+    return stitch(towers, at=["first"], project=True, same_task=1.0)
+
+
+@pytest.mark.parametrize("model", [unequal_towers, lambda: two_towers(["slope"])])
+def test_projections_are_a_group_that_may_be_empty(model):
+    model = model()
+    before = model.get_weights()
+    sgd = keras.optimizers.SGD(RATE)
+    optimizer = LearningRateGroups(sgd, {"bias": 2}, alpha=100, projections=10)
+    optimizer.apply([keras.ops.ones(v.shape) for v in model.weights], model.weights)
+    for variable, start in zip(model.weights, before, strict=True):
+        multiplier = {"bias": 2}.get(variable.name, 1)
+        if variable.path.startswith("cross_stitch"):
+            multiplier = 100 if variable.name == "alpha" else 10
+        np.testing.assert_allclose(variable - start, -RATE * multiplier, rtol=1e-3)
+
+
+def test_with_projections_patterns_are_of_the_other_variables():
+    variables = unequal_towers().trainable_variables
+    LearningRateGroups("sgd", {"sheet_from_from_x/": 3}, alpha=10).build(variables)
+    optimizer = LearningRateGroups("sgd", {"sheet_from_from_x/": 3}, projections=10)
+    with pytest.raises(
+        ValueError, match=r"from_x/', which matches none of \['from_x_f"
+    ):
+        optimizer.build(variables)
+
+
+def test_projections_decay_as_other_kernels_do():
+    model = unequal_towers()
+    unit = model.get_layer("cross_stitch_first")
+    kernel = unit.projections["sheet_from_from_x"].kernel
+    alpha, before = unit.alpha.numpy(), kernel.numpy()
+    sgd = keras.optimizers.SGD(RATE, weight_decay=0.5)
+    optimizer = LearningRateGroups(sgd, alpha=100, projections=10)
+    optimizer.apply([keras.ops.zeros(v.shape) for v in model.weights], model.weights)
+    np.testing.assert_array_equal(unit.alpha, alpha)
+    np.testing.assert_allclose(kernel, before * (1 - 10 * RATE * 0.5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", ["alpha", "projections"])
+@pytest.mark.parametrize("value", [-1, float("nan"), "100"])
+def test_groups_of_units_must_have_a_finite_number(group, value):
+    with pytest.raises(
+        ValueError, match=f"`{group}` must be a finite number, 0 or more"
+    ):
+        LearningRateGroups("sgd", **{group: value})
 
 
 # Whoever holds this optimizer has the inner one, too.
@@ -585,12 +636,15 @@ def test_backup_and_restore_resumes_where_it_stopped(tmp_path):
 
 def test_serialize_and_deserialize():
     adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
-    optimizer = LearningRateGroups(adamw, {"bias": 2}, alpha=100, name="groups")
+    optimizer = LearningRateGroups(
+        adamw, {"bias": 2}, alpha=100, projections=10, name="groups"
+    )
     config = keras.optimizers.serialize(optimizer)
     copy = keras.optimizers.deserialize(config)
     assert copy.get_config() == optimizer.get_config()
     assert copy.inner_optimizer.weight_decay == 0.5
-    assert (copy.multipliers, copy.alpha) == ({"bias": 2}, 100)
+    assert copy.multipliers == {"bias": 2}
+    assert (copy.alpha, copy.projections) == (100, 10)
     assert copy.name == "groups"
 
 

@@ -300,6 +300,11 @@ def towers_with_layers_of_other_names():
     }
 
 
+def towers_to_project():
+    names = ["common_taps", "LearningRateGroups"]
+    return {name: getattr(keras_cross_stitch, name) for name in names}
+
+
 def backbone():
     return {
         "backbone": keras.applications.MobileNetV2(
@@ -387,6 +392,7 @@ def nothing_more():
 
 NEEDS = {
     "at=[{": towers_with_layers_of_other_names,
+    "common_taps(": towers_to_project,
     "backbone.layers[:54]": backbone,
     "sample_from_datasets": labels_of_some_tasks,
     "read_csv": a_table,
@@ -394,6 +400,7 @@ NEEDS = {
     "sample_weight=": numbers_for_every_label,
     'save("stitched.keras")': nothing_more,
     "share_frozen=False": towers_with_a_frozen_layer,
+    "def augmented": nothing_more,
     "def flipped": maps,
     "train_on_batch": nothing_more,
     "GradientTape": nothing_more,
@@ -415,7 +422,7 @@ def run_blocks_of_using(numbers, namespace):
 @pytest.mark.usefixtures("fit_must_help")
 def test_the_python_blocks_of_using_run_and_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_blocks_of_using(slice(3), {})
+    run_blocks_of_using(slice(4), {})
 
 
 @pytest.mark.slow
@@ -427,8 +434,9 @@ def test_the_shorter_python_blocks_of_using_run(tmp_path, monkeypatch, capsys):
     )
     names = ["MaskedLoss", "MaskedMetric", "stitch"]
     namespace = {name: getattr(keras_cross_stitch, name) for name in names}
-    run_blocks_of_using(slice(3, None), {"keras": keras, "tf": tf, **namespace})
+    run_blocks_of_using(slice(4, None), {"keras": keras, "tf": tf, **namespace})
     printed = capsys.readouterr().out
+    assert "['shared_turned']" in printed
     assert "(4, 6, 6, 1) ['depth', 'edges']" in printed
     assert "['age_loss', 'kind_loss', 'loss']" in printed
 
