@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_cross_stitch.alpha import TASK_COLORS, in_lines
 from keras_cross_stitch.cross_stitch import CrossStitch
+from keras_cross_stitch.projecting import ProjectedCrossStitch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def network_table(model: keras.Model) -> str:
     Returns:
         String, a line for each stage of a tower, and one for each unit and task, with
         what part it takes from which task: `|alpha|`, summed over the channels, of
-        which the parts of a task sum to 1.
+        which the parts of a task sum to 1. A unit that projects has one more.
 
     Raises:
         ValueError: For a model that has no dict of tasks.
@@ -76,13 +77,14 @@ def network_table(model: keras.Model) -> str:
     lines = []
     for row in rows:
         if isinstance(row, CrossStitch):
-            parts = _parts(row)
-            for task, of_task in zip(row.tasks, parts, strict=True):
+            name = row.name.removeprefix("cross_stitch_")
+            if isinstance(row, ProjectedCrossStitch):
+                lines.append(f"  unit {name}: what is taken is projected, {_size(row)}")
+            for task, of_task in zip(row.tasks, _parts(row), strict=True):
                 taken = ", ".join(
                     f"{part:.2f} from {source}"
                     for source, part in zip(row.tasks, of_task, strict=True)
                 )
-                name = row.name.removeprefix("cross_stitch_")
                 lines.append(f"  unit {name}: {task} takes {taken}")
         else:
             lines += [f"{x.owner:{width}}{x.names} ({x.about})" for x in row]
@@ -96,8 +98,8 @@ def plot_network(model: keras.Model) -> "Figure":
     many there are, and the shape that comes out. Below it the links of a unit go from
     the tower that gives to the one that takes, in the colour of the one that gives. A
     link is as wide as the part that is taken: `|alpha|`, summed over the channels, of
-    which the parts of a task sum to 1. Layers that all tasks have in common stand in
-    one wide box, frozen ones are hatched.
+    which the parts of a task sum to 1. Units that project say so. Layers that all
+    tasks have in common stand in one wide box, frozen ones are hatched.
 
     Args:
         model: Model that `stitch` or `split` has made.
@@ -142,6 +144,8 @@ def plot_network(model: keras.Model) -> "Figure":
     for row in rows:
         if isinstance(row, CrossStitch):
             name = in_lines(row.name.removeprefix("cross_stitch_"), 14)
+            if isinstance(row, ProjectedCrossStitch):
+                name += "\nprojected"
             axes.text(-0.93, top + link / 2, name, va="center", fontsize="small")
             parts = _parts(row)
             for i, task in enumerate(row.tasks):
@@ -207,6 +211,11 @@ def plot_network(model: keras.Model) -> "Figure":
             )
         top += box
     return figure
+
+
+def _size(unit: ProjectedCrossStitch) -> str:
+    layers = list(unit.projections.values())
+    return f"{len(layers)} layers of {sum(x.count_params() for x in layers):,} weights"
 
 
 def _parts(unit: CrossStitch) -> Any:

@@ -55,12 +55,16 @@ class ProjectedCrossStitch(CrossStitch):
     - [Ruder et al., 2019](https://arxiv.org/abs/1705.08142), sluice networks
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.projections: dict[str, Any] = {}
+        self._quantized: dict[str, Any] = {}  # {key: config}, of a unit that is loaded
+
     def build(self, input_shape: Any) -> None:
         tasks = sorted(input_shape)
         self._check(input_shape)
         self.tasks = tuple(map(str, tasks))
         self._add_alpha([input_shape[task][self._channel_axis] for task in tasks])
-        self.projections: dict[str, Any] = {}
         for task in tasks:
             for source in tasks:
                 if source != task:
@@ -87,14 +91,31 @@ class ProjectedCrossStitch(CrossStitch):
 
     def _projection(self, task: str, source: str, shape: Any) -> Any:
         channels = shape[self._channel_axis]
-        arguments: dict[str, Any] = {
-            "name": f"{self.name}_{task}_from_{source}",
-            "dtype": self.dtype_policy,
-        }
+        name = f"{self.name}_{task}_from_{source}"
+        if config := self._quantized.get(f"{task}_from_{source}"):
+            return keras.layers.Dense.from_config({**config, "name": name})
+        arguments: dict[str, Any] = {"name": name, "dtype": self.dtype_policy}
         if len(shape) == 2:
             return keras.layers.Dense(channels, **arguments)
         convolution = getattr(keras.layers, f"Conv{len(shape) - 2}D")
         return convolution(channels, 1, data_format=self.data_format, **arguments)
+
+    def get_config(self) -> dict[str, Any]:
+        # `model.quantize` goes past the unit, to its `Dense` layers.
+        quantized = {
+            key: projection.get_config()
+            for key, projection in self.projections.items()
+            if projection.quantization_mode
+        }
+        return {**super().get_config(), "quantized": quantized}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ProjectedCrossStitch":
+        config = dict(config)
+        quantized = config.pop("quantized", {})
+        unit = cls(**config)
+        unit._quantized = quantized
+        return unit
 
     def _checked(self, maps: dict[Any, Any]) -> list[Any]:
         return list(maps.values())
@@ -106,8 +127,6 @@ class ProjectedCrossStitch(CrossStitch):
         task, source = self.tasks[i], self.tasks[j]
         projection = self.projections[f"{task}_from_{source}"]
         from_size, to_size = self._size(x), self._size(own)
-        if from_size == to_size and all(isinstance(n, int) for n in to_size):
-            return projection(x)
         # The convolution where there are fewer pixels: it commutes with the resize.
         if _pixels(from_size) > _pixels(to_size):
             return projection(self._resized(x, to_size))
@@ -118,33 +137,28 @@ class ProjectedCrossStitch(CrossStitch):
         return shape[2:] if self._channel_axis == 1 else shape[1:-1]
 
     def _resized(self, x: Any, size: tuple) -> Any:
-        """Linearly, of any number of axes: two at a time, as images."""
-        if not size:
-            return x
-        first = self._channel_axis == 1
-        if first:
-            x = ops.moveaxis(x, 1, -1)
-        dtype, channels = x.dtype, x.shape[-1]
-        x = ops.cast(x, "float32")
-        if len(size) == 1:
-            x = _resize_images(ops.expand_dims(x, 2), size[0], 1)[:, :, 0]
-        elif len(size) == 2:
-            x = _resize_images(x, *size)
-        else:
-            depth, height, width = tuple(ops.shape(x))[1:-1]
-            x = ops.reshape(x, (-1, height, width, channels))
-            x = _resize_images(x, *size[1:])
-            x = ops.reshape(x, (-1, depth, size[1] * size[2], channels))
-            x = _resize_images(x, size[0], size[1] * size[2])
-            x = ops.reshape(x, (-1, *size, channels))
-        x = ops.cast(x, dtype)
-        return ops.moveaxis(x, -1, 1) if first else x
+        """Linearly, one axis after the other."""
+        # Weights in half precision would shift what is resized.
+        dtype = keras.backend.result_type(self.compute_dtype, "float32")
+        for axis, to in enumerate(size, 2 if self._channel_axis == 1 else 1):
+            given = ops.shape(x)[axis]
+            if not (isinstance(given, int) and isinstance(to, int) and given == to):
+                x = ops.swapaxes(ops.cast(x, dtype), axis, -2)
+                x = ops.matmul(_linear(given, to, dtype), x)
+                x = ops.cast(ops.swapaxes(x, axis, -2), self.compute_dtype)
+        return x
 
 
-def _resize_images(x: Any, height: Any, width: Any) -> Any:
-    return ops.image.resize(
-        x, (height, width), antialias=True, data_format="channels_last"
-    )
+def _linear(given: Any, to: Any, dtype: str) -> Any:
+    """The weights of a linear resize with antialiasing: (to, given), rows sum to 1.
+
+    Not `ops.image.resize`, whose sizes must be known when the graph is made.
+    """
+    step = ops.cast(given, dtype) / ops.cast(to, dtype)
+    centers = (ops.arange(to, dtype=dtype) + 0.5) * step - 0.5
+    away = ops.abs(ops.arange(given, dtype=dtype) - centers[:, None])
+    weights = ops.maximum(0, 1 - away / ops.maximum(step, 1))
+    return weights / ops.sum(weights, axis=1, keepdims=True)
 
 
 def _pixels(size: tuple) -> int:

@@ -123,6 +123,17 @@ def test_units_of_some_tasks_leave_the_others_alone():
     plot_network(model)
 
 
+def test_units_that_project_say_so():
+    towers = {"kind": tower(5), "age": tower(1)}
+    at = [{"kind": "stem", "age": "block_1_conv"}, {"kind": "pool", "age": "score"}]
+    model = stitch(towers, at, project=True)
+    lines = network_table(model).splitlines()
+    # Maps of one shape; and Dense layers from 4 to 1 and from 1 to 4.
+    assert not any("stem: what" in line for line in lines)
+    assert "  unit pool: what is taken is projected, 2 layers of 13 weights" in lines
+    assert "pool projected" in texts(plot_network(model))
+
+
 def test_other_models_are_refused():
     x = keras.Input((4,))
     for outputs in (keras.layers.Dense(1)(x), {"a": keras.layers.Dense(1)(x)}):

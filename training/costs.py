@@ -30,15 +30,15 @@ def count(model: keras.Model) -> dict[str, int]:
 
 def _multiply_adds(operation: tf.Operation) -> int:
     """For each number of the answer, as many as it is a sum of products."""
-    if operation.type == "Conv2D":
-        summed = operation.inputs[1].shape[:3].num_elements()
+    if operation.type in ("Conv2D", "Conv3D"):
+        summed = operation.inputs[1].shape[:-1].num_elements()
     elif operation.type == "DepthwiseConv2dNative":
         summed = operation.inputs[1].shape[:2].num_elements()
     elif operation.type == "MatMul":
         summed = operation.inputs[0].shape[
             0 if operation.get_attr("transpose_a") else 1
         ]
-    elif operation.type in ("BatchMatMul", "BatchMatMulV2"):
+    elif operation.type in ("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
         summed = operation.inputs[0].shape[-2 if operation.get_attr("adj_x") else -1]
     else:
         return 0

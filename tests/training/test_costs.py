@@ -44,6 +44,20 @@ def test_towers_side_by_side_cost_as_many_and_shared_layers_once(count):
     }
 
 
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_projections_are_counted(rank):
+    def one(channels):
+        x = keras.Input((4,) * (rank - 2) + (3,), name="x")
+        return keras.Model(x, layers.Dense(channels, name="score")(x))
+
+    model = stitch({"a": one(5), "b": one(2)}, at=["score"], project=True)
+    apart = stitch({"a": one(5), "b": one(2)}, at=[])
+
+    more = {key: x - costs.count(apart)[key] for key, x in costs.count(model).items()}
+    weights = (5 + 1) * 2 + (2 + 1) * 5
+    assert more == {"parameters": weights + 4, "multiply_adds": 4 ** (rank - 2) * 20}
+
+
 def test_products_of_matrices_and_free_sizes_are_counted():
     rois, image = keras.Input((None, 6), name="rois"), keras.Input((4, 5), name="x")
     product = layers.Dense(3)(rois)  # of one region
