@@ -24,7 +24,12 @@ from keras_cross_stitch.shared_calls import (
     warn_of_unrelated_towers,
     worth_sharing,
 )
-from keras_cross_stitch.taps import check_not_shared, fitting, names_by_task, read_taps
+from keras_cross_stitch.taps import (
+    check_not_shared,
+    names_by_task,
+    read_taps,
+    which_fit,
+)
 
 
 def stitch(
@@ -140,7 +145,8 @@ def stitch(
             outputs = mix(maps)
         except ValueError as error:
             raise ValueError(
-                f"At the tap '{label}': {error}. {fitting(opened, tap)}"
+                f"At the tap '{label}': {error}. {which_fit(opened, tap, project)}"
+                + ("" if project else ". Or project them: `stitch(..., project=True)`")
             ) from error
         if n == 0 and _takes_from_others(mix):
             warn_of_unrelated_towers(opened, tap, label)

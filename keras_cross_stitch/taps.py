@@ -78,20 +78,35 @@ def check_not_shared(
         )
 
 
-def fitting(towers: Mapping[str, Tower], tap: Mapping[str, Value]) -> str:
-    """Which layers of the other towers have the first one's shape, in words."""
+def which_fit(
+    towers: Mapping[str, Tower], tap: Mapping[str, Value], project: bool
+) -> str:
+    """What is tapped, and which layers fit the first tower's, in words."""
+    tapped = ", ".join(
+        f"'{towers[task].name_of(value)}' of the tower of '{task}'"
+        for task, value in tap.items()
+    )
     first, *others = tap
-    shape = tap[first].shape[1:]
+    rank, shape = len(tap[first].shape), tap[first].shape[1:]
+
+    def fits(value: Value) -> bool:
+        if project:
+            return len(value.shape) == rank and value.shape[-1] is not None
+        return value.shape[1:] == shape
+
     fitting = {
         task: [
             path
             for path, by_call in towers[task].outputs.items()
-            if any(x.shape[1:] == shape for values in by_call for x in values)
+            if any(fits(x) for values in by_call for x in values)
         ][-5:]
         for task in others
     }
     found = "; ".join(f"'{task}': {paths or 'none'}" for task, paths in fitting.items())
-    return f"Layers of that of '{first}', {shape}, are, in the tower of {found}"
+    return (
+        f"Tapped are {tapped}. Layers of the {'rank' if project else 'shape'} of the "
+        f"first, {shape}, are, in the tower of {found}"
+    )
 
 
 class Tap(dict[str, str]):
