@@ -285,7 +285,7 @@ def _cannot_be_opened(task: str, model: Any, towers: Mapping[str, Any]) -> str:
     return (
         f"{said}. Its `call` can be traced, and these two lines make a tower of it:\n\n"
         f"    inputs = {_as_code(inputs)}\n"
-        f'    towers["{task}"] = keras.Model(inputs, model.call(inputs))\n'
+        f'    towers["{task}"] = keras.Model(inputs, towers["{task}"].call(inputs))\n'
     )
 
 

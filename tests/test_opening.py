@@ -71,7 +71,7 @@ def test_the_error_gives_the_lines_that_make_a_tower(build, data, built):
 
     lines = [x.strip() for x in str(caught.value).split("\n") if x.startswith("    ")]
     assert len(lines) == 2
-    scope = {"keras": keras, "model": model, "towers": {}}
+    scope = {"keras": keras, "towers": {"b": model}}
     exec("\n".join(lines), scope)
     tower = scope["towers"]["b"]
     joined = stitch({"a": tower, "b": tower}, [])(data)["b"]
