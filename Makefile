@@ -47,4 +47,4 @@ speed: install
 # Hours on two cores; what is done stays done. Writes docs/compatibility.md.
 compatibility: install
 	$(BIN)/pip install --quiet keras-hub
-	$(BIN)/python tests/compatibility.py
+	$(BIN)/python -m tests.compatibility
