@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 # As the programs do, before TensorFlow is imported: a test computes with the same
 # convolutions as the processes that it starts.
@@ -17,8 +18,15 @@ collect_ignore = ["speed_pytorch.py"]
 
 @pytest.fixture(autouse=True)
 def seeds():
-    """`fitting.fit` makes all that follows deterministic, which asks for seeds."""
+    """`fitting.fit` makes its process deterministic, which asks for seeds.
+
+    What the next test computes is as in a process of its own again: with
+    determinism there is no XLA, and some ops are slow.
+    """
     keras.utils.set_random_seed(0)
+    yield
+    if config := sys.modules.get("tensorflow.python.framework.config"):
+        config.disable_op_determinism()
 
 
 @pytest.fixture(scope="session")

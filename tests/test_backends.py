@@ -83,6 +83,28 @@ def test_at_the_last_layer_a_split_model_is_its_first_tower():
     assert_close(model.predict(X, verbose=0), alone)
 
 
+def test_projections_join_other_maps_and_are_saved(tmp_path):
+    def tower(channels, stride, units):
+        image = keras.Input((6, 6, 3), name="image")
+        x = keras.layers.Conv2D(channels, 3, stride, padding="same", name="conv")(image)
+        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        return keras.Model(image, keras.layers.Dense(units, name="score")(x))
+
+    given = {"kind": tower(4, 1, 3), "age": tower(6, 2, 2)}
+    model = stitch(given, ["conv", "pool"], project=True, same_task=1.0)
+    for task, one in given.items():
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(model(X)[task]),
+            keras.ops.convert_to_numpy(one(X)),
+        )
+    model.compile("sgd", "mse")
+    labels = {"kind": np.ones((8, 3)), "age": np.ones((8, 2))}
+    assert np.isfinite(model.fit(X, labels, verbose=0).history["loss"]).all()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
 @pytest.mark.parametrize("at", [("conv", "pool"), ()])
 def test_it_trains_is_saved_and_goes_on(at, tmp_path, capsys):
     model = stitched(at)

@@ -442,16 +442,16 @@ def test_the_shorter_python_blocks_of_using_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["keras_cross_stitch", "training", "export"])
-def test_importing_a_package_sets_nothing_for_other_processes(package):
+def test_importing_sets_nothing_for_other_processes():
     """The programs do, before TensorFlow is imported; a test that imports must not."""
     code = (
         "import importlib, os, pkgutil\n"
         "import tensorflow, tensorflow_datasets, cv2, sklearn.cluster\n"
         "before = dict(os.environ)\n"
-        f"import {package}\n"
-        f"for x in pkgutil.walk_packages({package}.__path__, '{package}.'):\n"
-        "    importlib.import_module(x.name)\n"
+        "for name in ('keras_cross_stitch', 'training', 'export'):\n"
+        "    package = importlib.import_module(name)\n"
+        "    for x in pkgutil.walk_packages(package.__path__, f'{name}.'):\n"
+        "        importlib.import_module(x.name)\n"
         "assert not any(k.startswith('TF_ENABLE') for k in os.environ), os.environ\n"
         "print({k for k in os.environ if os.environ[k] != before.get(k)})\n"
     )

@@ -1,9 +1,5 @@
 """Units between maps of other channels and sizes, against NumPy and the towers."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -345,52 +341,3 @@ def test_maps_that_cannot_be_projected_are_an_error(shapes, words):
 def test_taps_that_cannot_be_projected_name_the_tap():
     with pytest.raises(ValueError, match=r"At the tap 'conv1'.*other ranks.*'age'"):
         stitch(towers(), [{"kind": "conv1", "age": "pool"}], project=True)
-
-
-ELSEWHERE = """
-import keras, numpy as np
-from keras import layers
-from keras_cross_stitch import stitch
-
-def tower(channels, stride, outputs):
-    image = keras.Input((8, 8, 3), name="image")
-    x = layers.Conv2D(channels, 3, stride, padding="same", name="conv")(image)
-    x = layers.GlobalAveragePooling2D(name="pool")(x)
-    return keras.Model(image, layers.Dense(outputs, name="score")(x))
-
-towers = {"a": tower(4, 1, 2), "b": tower(6, 2, 3)}
-model = stitch(towers, ["conv", "pool"], project=True, same_task=1.0)
-images = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype("float32")
-for task, one in towers.items():
-    a, b = (keras.ops.convert_to_numpy(x) for x in (model(images)[task], one(images)))
-    np.testing.assert_array_equal(a, b)
-model.compile("sgd", "mse")
-model.fit(images, {"a": np.ones((2, 2)), "b": np.ones((2, 3))}, verbose=0)
-model.save("model.keras")
-loaded = keras.saving.load_model("model.keras")
-for task, x in model.predict(images, verbose=0).items():
-    y = loaded.predict(images, verbose=0)[task]
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
-print(keras.backend.backend())
-"""
-
-
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_other_backends_project_too(backend, tmp_path):
-    pytest.importorskip(backend)
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    run = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE],
-        env={
-            **os.environ,
-            "KERAS_BACKEND": backend,
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": root,
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == backend

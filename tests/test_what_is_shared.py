@@ -90,7 +90,8 @@ def problem(n, seed):
     return x, {"a": a, "b": b, "noise": random.normal(size=f.shape)}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_tasks_of_one_function_share_more_than_either_with_noise(seed):
     keras.utils.set_random_seed(seed)
     tasks = ["a", "b", "noise"]
