@@ -5,6 +5,7 @@ from keras_cross_stitch.cross_stitch import CrossStitch
 from keras_cross_stitch.learning_rate_groups import LearningRateGroups
 from keras_cross_stitch.loss_weighting import DynamicWeightAverage, weigh_losses
 from keras_cross_stitch.missing_labels import MaskedLoss, MaskedMetric
+from keras_cross_stitch.nddr import NDDR
 from keras_cross_stitch.network_plot import network_table, plot_network
 from keras_cross_stitch.networks import split, stitch
 from keras_cross_stitch.proposals import selective_search
@@ -19,6 +20,7 @@ from keras_cross_stitch.what_is_shared import sharing
 __version__ = "0.1.0"
 
 __all__ = [
+    "NDDR",
     "AlphaHistory",
     "CrossStitch",
     "Detections",

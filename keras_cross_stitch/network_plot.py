@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_cross_stitch.alpha import TASK_COLORS, in_lines
 from keras_cross_stitch.cross_stitch import CrossStitch
+from keras_cross_stitch.nddr import NDDR
 from keras_cross_stitch.projecting import ProjectedCrossStitch
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def network_table(model: keras.Model) -> str:
 
     Returns:
         String, a line for each stage of a tower, and one for each unit and task, with
-        what part it takes from which task: `|alpha|`, summed over the channels, of
-        which the parts of a task sum to 1. A unit that projects has one more.
+        what part it takes from which task: `|alpha|`, summed over the channels (of
+        `NDDR` all of its weights), of which the parts of a task sum to 1. A unit that
+        projects has one more.
 
     Raises:
         ValueError: For a model that has no dict of tasks.
@@ -76,7 +78,7 @@ def network_table(model: keras.Model) -> str:
     width = max(map(len, [*tasks, "shared"])) + 4
     lines = []
     for row in rows:
-        if isinstance(row, CrossStitch):
+        if not isinstance(row, list):
             name = row.name.removeprefix("cross_stitch_")
             if isinstance(row, ProjectedCrossStitch):
                 lines.append(f"  unit {name}: what is taken is projected, {_size(row)}")
@@ -132,7 +134,7 @@ def plot_network(model: keras.Model) -> "Figure":
     }
     column = {task: k for k, task in enumerate(tasks)}
     box, link = 1.0, 0.9  # heights
-    height = sum(link if isinstance(row, CrossStitch) else box for row in rows) + 0.6
+    height = sum(box if isinstance(row, list) else link for row in rows) + 0.6
     # Not pyplot, which would keep the figure alive.
     figure = Figure((1.3 + 2.5 * len(tasks), 0.8 * height + 0.3), layout="constrained")
     axes = figure.add_subplot()
@@ -142,7 +144,7 @@ def plot_network(model: keras.Model) -> "Figure":
         axes.text(k, 0.35, task, ha="center", weight="bold", color=colors[task])
     top = 0.6
     for row in rows:
-        if isinstance(row, CrossStitch):
+        if not isinstance(row, list):
             name = in_lines(row.name.removeprefix("cross_stitch_"), 14)
             if isinstance(row, ProjectedCrossStitch):
                 name += "\nprojected"
@@ -218,9 +220,15 @@ def _size(unit: ProjectedCrossStitch) -> str:
     return f"{len(layers)} layers of {sum(x.count_params() for x in layers):,} weights"
 
 
-def _parts(unit: CrossStitch) -> Any:
+def _parts(unit: CrossStitch | NDDR) -> Any:
     """What part of each task's map is taken from which: (T, T), rows sum to 1."""
-    alpha = np.abs(keras.ops.convert_to_numpy(unit.alpha))
+    tasks = len(unit.tasks)
+    if isinstance(unit, NDDR):
+        kernels = [unit.convolutions[task].kernel for task in unit.tasks]
+        values = [keras.ops.convert_to_numpy(x).reshape(tasks, -1) for x in kernels]
+        alpha = np.abs(np.stack(values))  # (T, T, C * C)
+    else:
+        alpha = np.abs(keras.ops.convert_to_numpy(unit.alpha))
     amounts = alpha.reshape(*alpha.shape[:2], -1).sum(axis=-1)
     return amounts / np.maximum(amounts.sum(axis=1, keepdims=True), 1e-12)
 
@@ -248,7 +256,7 @@ def _rows(model: keras.Model) -> tuple[list[str], list[Any]]:
         open_row = {}
 
     for layer in model.layers:
-        if isinstance(layer, CrossStitch):
+        if isinstance(layer, CrossStitch | NDDR):
             close()
             rows.append(layer)
             continue

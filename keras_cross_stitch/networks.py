@@ -39,8 +39,9 @@ def stitch(
     shared_input: bool = True,
     share_frozen: bool = True,
     project: bool = False,
+    unit: type[keras.layers.Layer] = CrossStitch,
     name: str = "cross_stitch",
-    **unit: Any,
+    **arguments: Any,
 ) -> keras.Model:
     """Joins one model per task into one, with cross-stitch units between them.
 
@@ -80,14 +81,17 @@ def stitch(
             task takes of another then goes through a learned 1x1 convolution and a
             resize, see `projecting.ProjectedCrossStitch`. Where shapes are equal,
             the unit is the same as without.
+        unit: Class of the units: `CrossStitch`, `NDDR`, or a layer of yours that
+            takes a dict of task name to map and gives another.
         name: String, the model's name.
-        **unit: Arguments of every `CrossStitch`, such as `per` or `same_task`.
+        **arguments: Arguments of every unit, such as `per` or `same_task`.
 
     Returns:
         A functional `keras.Model` with a dict of task name to output. Tower
         layers are named `<task>_<layer>`, and `<task>_<model>_<layer>` where they
         are nested; units `cross_stitch_<layer>` (the first tower's) or
-        `cross_stitch_<name>`; layers that are built once `shared_<layer>`. Several
+        `cross_stitch_<name>` (others than `CrossStitch` after their class,
+        `nddr_<layer>`); layers that are built once `shared_<layer>`. Several
         shared inputs stay in the list or dict that the first tower takes. Inputs
         keep their names; one without a name of its own is `input` (`input_1`,
         `input_2` ... where there are several), so that every export has the same.
@@ -120,6 +124,11 @@ def stitch(
 
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), Figure 4
     """
+    if project and unit is not CrossStitch:
+        raise ValueError(
+            "Only `CrossStitch` units project what they take: leave `project` or "
+            f"`unit`. Received: project={project}, unit={unit}"
+        )
     opened = _opened(towers)
     taps = read_taps(at, opened)
     inputs = new_inputs(opened, shared_input)
@@ -140,7 +149,7 @@ def stitch(
                     f"one. Received: at={at}"
                 )
         maps = {task: joined.run(task, [value])[0] for task, value in tap.items()}
-        mix = _unit(joined, label, tap, unit, project)
+        mix = _unit(joined, label, tap, unit, arguments, project)
         try:
             outputs = mix(maps)
         except ValueError as error:
@@ -249,8 +258,10 @@ def _opened(towers: Any) -> dict[str, Tower]:
     return {task: Tower(task, model, towers) for task, model in towers.items()}
 
 
-def _takes_from_others(unit: CrossStitch) -> bool:
+def _takes_from_others(unit: keras.layers.Layer) -> bool:
     """Whether a task takes something of another at the start."""
+    if not isinstance(unit, CrossStitch):
+        return getattr(unit, "same_task", None) != 1
     alpha = keras.ops.convert_to_numpy(unit.alpha)
     tasks = len(alpha)
     return bool(np.any(alpha[~np.eye(tasks, dtype=bool)]))
@@ -325,9 +336,10 @@ def _unit(
     joined: Joined,
     label: str,
     tap: Mapping[str, Value],
+    unit: type[keras.layers.Layer],
     arguments: dict,
     project: bool,
-) -> CrossStitch:
+) -> keras.layers.Layer:
     """The unit of a tap, with the dtype of the first tower's layer."""
     task, value = next(iter(tap.items()))
     call = joined.towers[task].call_of(value)
@@ -335,10 +347,12 @@ def _unit(
     if policy is not None and policy.quantization_mode:
         # "int8_from_float32": the unit is not quantized.
         policy = policy.name.split("_from_")[1]
-    name = f"cross_stitch_{re.sub('[/:]', '_', label)}"
+    kind = "cross_stitch" if unit is CrossStitch else unit.__name__.lower()
+    name = f"{kind}_{re.sub('[/:]', '_', label)}"
     joined.claim(name, f"the unit at '{label}'")
     shapes = [value.shape[1:] for value in tap.values()]
     # Sizes that are not known yet may differ, which a projection resizes.
     differ = len(set(shapes)) > 1 or any(None in shape for shape in shapes)
-    kind = ProjectedCrossStitch if project and differ else CrossStitch
-    return kind(name=name, **{"dtype": policy, **arguments})
+    if project and differ:
+        unit = ProjectedCrossStitch
+    return unit(name=name, **{"dtype": policy, **arguments})

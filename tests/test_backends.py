@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from keras_cross_stitch import (
+    NDDR,
     AlphaHistory,
     Detections,
     DynamicWeightAverage,
@@ -122,6 +123,16 @@ def test_it_trains_is_saved_and_goes_on(at, tmp_path, capsys):
     assert_close(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
     for one in (model, loaded):
         one.fit(X, Y, verbose=0, shuffle=False)
+    assert_close(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
+def test_nddr_trains_and_is_saved(tmp_path):
+    model = stitch(towers(), at=["conv", "pool"], unit=NDDR)
+    model.compile(LearningRateGroups("sgd", {"^nddr_": 10}), LOSS)
+    losses = model.fit(X, Y, epochs=2, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
     assert_close(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
