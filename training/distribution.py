@@ -130,11 +130,20 @@ def traffic(model: keras.Model, replicas: int) -> int:
     return round(2 * (replicas - 1) / replicas * gradients)
 
 
-def for_current_strategy(model: keras.Model) -> keras.Model:
-    """The model, not yet compiled, as it can be fitted under the strategy in scope."""
-    if workers(tf.distribute.get_strategy()) == 1:
+def for_current_strategy(
+    model: keras.Model, kind: type[keras.Model] = keras.Model
+) -> keras.Model:
+    """The model, not yet compiled, as it can be fitted under the strategy in scope.
+
+    Args:
+        model: A functional model.
+        kind: The class whose train step it is fitted with.
+    """
+    if workers(tf.distribute.get_strategy()) > 1:
+        kind = type("MultiWorkerModel", (MultiWorkerModel, kind), {})
+    elif kind is keras.Model:
         return model
-    return MultiWorkerModel(model.input, model.output, name=model.name)
+    return kind(model.input, model.output, name=model.name)
 
 
 def build_losses(model: keras.Model, target: Mapping[str, tf.Tensor]) -> None:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_cross_stitch import (
+    NDDR,
     AlphaHistory,
     CrossStitch,
     DynamicWeightAverage,
@@ -22,6 +23,7 @@ from keras_cross_stitch import (
 from training import batches, costs, distribution, methods, provenance, runs, towers
 from training.callbacks import Backup, History, ShowProgress, StopAtNaN
 from training.files import remove_unfinished, unfinished, write_csv, write_json
+from training.gradients import PCGrad
 from training.locks import lock
 from training.preemption import at_sigterm
 from training.recipes import Recipe, Schedule
@@ -136,13 +138,17 @@ def compiled(
 ) -> keras.Model:
     """The model, which may get weights of its losses, with losses and optimizer."""
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
+    faster = recipe.units.alpha_multiplier
     if any(isinstance(layer, CrossStitch) for layer in model.layers):
-        optimizer = LearningRateGroups(optimizer, alpha=recipe.units.alpha_multiplier)
+        optimizer = LearningRateGroups(optimizer, alpha=faster)
+    if any(isinstance(layer, NDDR) for layer in model.layers):
+        optimizer = LearningRateGroups(optimizer, {"^nddr_": faster})
     loss = {name: task.loss() for name, task in tasks.items()}
     if recipe.training.loss_weighting:
         model, loss = weigh_losses(model, loss, by=recipe.training.loss_weighting)
     weights = recipe.training.loss_weights
-    model = distribution.for_current_strategy(model)
+    kind = PCGrad if recipe.training.gradients == "pcgrad" else keras.Model
+    model = distribution.for_current_strategy(model, kind)
     model.compile(
         optimizer,
         loss=loss,

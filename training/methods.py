@@ -2,8 +2,8 @@
 
 A method is spelled `cross_stitch`, `split@conv4`, or, with other values of the
 recipe's units or tower, `cross_stitch@same_task=0.5,per=layer,at=pool1+pool5`. All that
-is trained takes `learning_rate=0.01`, `loss_weighting=uncertainty`, and
-`loss_weights=1+0.5`, a weight for each task.
+is trained takes `learning_rate=0.01`, `loss_weighting=uncertainty`,
+`loss_weights=1+0.5`, a weight for each task, and `gradients=pcgrad`.
 """
 
 import dataclasses
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 Towers = dict[str, "keras.Model"]
 
+# Options of which the recipe's own value, `None`, does not tell the others.
+_CHOICES = {
+    "loss_weighting": get_args(recipes.LossWeighting),
+    "gradients": get_args(recipes.Gradients),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -35,6 +41,7 @@ class Method:
     start: str | None = None  # the method whose trained towers it starts from
     seeds: tuple[int, ...] = (0,)  # of the runs that it starts from, added to its own
     parts: tuple[str, ...] = ()  # of the recipe that only this method depends on
+    without: tuple[str, ...] = ()  # what of these parts it has no use for
     # What it is compared with: nothing shared, and where it trains trained as long.
     baseline: str | None = None
 
@@ -51,6 +58,23 @@ def stitched(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model
 
     units = recipe.units
     return stitch(towers, at=units.at, per=units.per, same_task=units.same_task)
+
+
+def by_nddr(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
+    """NDDR's units where the cross-stitch units stand, decayed as the towers are."""
+    import keras
+
+    from keras_cross_stitch import NDDR, stitch
+
+    units = recipe.units
+    decay = keras.regularizers.L2(getattr(recipe.tower, "weight_decay", 0.0) / 2)
+    return stitch(
+        towers,
+        at=units.at,
+        unit=NDDR,
+        same_task=units.same_task,
+        kernel_regularizer=decay,
+    )
 
 
 def split_at(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
@@ -97,6 +121,17 @@ METHODS = {
         parts=("units",),
         baseline="single_task_longer",
     ),
+    "nddr": Method(
+        "NDDR",
+        "The single-task networks, joined by 1x1 convolutions over the channels of all "
+        "tasks (NDDR-CNN) and trained on.",
+        by_nddr,
+        "finetuning",
+        "single_task",
+        parts=("units",),
+        without=("per",),
+        baseline="single_task_longer",
+    ),
     "single_task_as_long": Method(
         "single-task, as long",
         "A network for each task, trained alone for all epochs in one schedule: the "
@@ -124,6 +159,15 @@ METHODS = {
         stitched,
         "from_start",
         parts=("units",),
+        baseline="single_task_as_long",
+    ),
+    "nddr_from_start": Method(
+        "NDDR from the start",
+        "Untrained networks, joined by NDDR's units from the first step.",
+        by_nddr,
+        "from_start",
+        parts=("units",),
+        without=("per",),
         baseline="single_task_as_long",
     ),
 }
@@ -208,14 +252,15 @@ def _with_option(
         field.name: part
         for part in parts
         for field in dataclasses.fields(getattr(recipe, part))
+        if field.name not in method.without
         # Files are options of the command line.
-        if not isinstance(getattr(getattr(recipe, part), field.name), Path | None)
+        and not isinstance(getattr(getattr(recipe, part), field.name), Path | None)
     }
     if method.schedule:
         # All that is trained from the start learns at the single-task networks' rate.
         fine = method.schedule == "finetuning"
         known["learning_rate"] = "finetuning" if fine else "single_task"
-        known |= {"loss_weighting": "training", "loss_weights": "training"}
+        known |= dict.fromkeys((*_CHOICES, "loss_weights"), "training")
     if key not in known:
         raise ValueError(
             f"There is no option '{key}' in '{spelled}'. There are: {', '.join(known)}"
@@ -231,11 +276,11 @@ def _with_option(
         value = text
     if isinstance(now, tuple):  # names, as in at=pool1+pool5
         value = tuple(text.split("+"))
-    if key == "loss_weighting":
-        if value not in get_args(recipes.LossWeighting):
+    if key in _CHOICES:
+        if value not in _CHOICES[key]:
             raise ValueError(
-                f"Expected one of {', '.join(get_args(recipes.LossWeighting))} as the "
-                f"loss_weighting in '{spelled}'. Received: {text!r}"
+                f"Expected one of {', '.join(_CHOICES[key])} as the {key} in "
+                f"'{spelled}'. Received: {text!r}"
             )
     elif _kind(value) != _kind(now):
         raise ValueError(
@@ -245,7 +290,7 @@ def _with_option(
 
 
 def _loss_weights(recipe: recipes.Recipe, text: str, spelled: str) -> tuple[float, ...]:
-    tasks = recipe.data.tasks
+    tasks = recipes.kinds(recipe.data)
     try:
         weights = tuple(float(part) for part in text.split("+"))
     except ValueError:

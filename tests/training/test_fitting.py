@@ -137,6 +137,9 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
     penalty = 0.02 / 2 * sum(np.sum(np.square(kernel)) for kernel in kernels)
     np.testing.assert_allclose(sum(model.losses), penalty, rtol=1e-5)
     assert isinstance(compiled("single_task_longer").optimizer, keras.optimizers.SGD)
+    nddr = compiled("nddr")
+    assert nddr.optimizer.multipliers == {"^nddr_": 7}
+    assert len(nddr.losses) == len(model.losses) + 4  # two tasks at two taps
 
 
 def test_a_finished_run_is_not_run_again(finished, cross_stitch, train):

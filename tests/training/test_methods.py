@@ -78,6 +78,7 @@ def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
         ("cross_stitch@rate=3", "no option 'rate' in .* There are: at, per, same_task"),
         ("cross_stitch@width=0.5", "no option 'width'"),  # has its towers already
         ("single_task_longer@same_task=0.5", "no option 'same_task'"),
+        ("nddr@per=layer", "no option 'per' in .* There are: at, same_task"),
         ("cross_stitch@same_task=much", "like 0.9 in .* Received: 'much'"),
         ("cross_stitch@same_task=", "like 0.9 in .* Received: ''"),
         ("cross_stitch@", "no option ''"),

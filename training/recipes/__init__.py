@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 LossWeighting = Literal["uncertainty", "dynamic_average"]
+Gradients = Literal["pcgrad"]
 STRIDE = 32  # pixels of the image to a cell of a tower's last map
 
 
@@ -18,6 +19,7 @@ class Data:
     config: str  # of the data set's builder: "full" or "toy"
     train_split: str
     test_split: str
+    # Names of features, each of its own kind; or of another: "parts:segmentation"
     tasks: tuple[str, ...]
     image_size: tuple[int, int]  # (H, W), resized to
     target_size: tuple[int, int]  # every so many-th pixel of the stored targets
@@ -107,6 +109,8 @@ class Training:
     dtype: str  # a Keras dtype policy; what is published is float32, on every machine
     # Of each task's loss, in the tasks' order, where nothing else weighs them
     loss_weights: tuple[float, ...] | None = None
+    # How a step's are made of the tasks', `None` for their sum; see training.gradients
+    gradients: Gradients | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +140,11 @@ class Recipe:
         """As long as single-task and extra epochs, in one schedule from the start."""
         epochs = self.single_task.epochs + self.finetuning.epochs
         return Schedule(epochs, self.single_task.learning_rate)
+
+
+def kinds(data: Data | RegionData) -> dict[str, str]:
+    """{task: its kind, a file of `training.tasks`}, in order."""
+    return {x.partition(":")[0]: x.partition(":")[2] or x for x in data.tasks}
 
 
 def names() -> list[str]:
@@ -181,25 +190,27 @@ def with_tasks(recipe: Recipe, tasks: list[str]) -> Recipe:
 
     dense = isinstance(recipe.data, Data)
     known = [x for x, task in TASKS.items() if hasattr(task, "feature") == dense]
-    wrong = [x for x in tasks if x not in known]
-    if wrong or len(tasks) < 2 or len(set(tasks)) < len(tasks):
+    changed = change(recipe, "data", tasks=tuple(tasks))
+    kind_of = kinds(changed.data)
+    wrong = [x for x in kind_of.values() if x not in known]
+    if wrong or len(tasks) < 2 or len(kind_of) < len(tasks):
         raise ValueError(
             f"Expected two or more tasks of {', '.join(known)}, which the data of the "
-            f"recipe '{recipe.name}' can have. Received: {','.join(tasks)}"
+            f"recipe '{recipe.name}' can have, or as in parts:segmentation, of the "
+            f"labels `parts`. Received: {','.join(tasks)}"
         )
     if tasks == list(recipe.data.tasks):
         return recipe
-    changed = change(recipe, "data", tasks=tuple(tasks))
     if isinstance(recipe.data, Data):
         lacking, share = recipe.data.label_fraction
-        if lacking not in tasks and share < 1:
+        if lacking not in kind_of and share < 1:
             raise ValueError(
                 f"The recipe '{recipe.name}' has labels of {lacking} in part: name it "
                 f"among the tasks. Received: {','.join(tasks)}"
             )
-        lacking = lacking if lacking in tasks else tasks[0]
+        lacking = lacking if lacking in kind_of else next(iter(kind_of))
         changed = change(changed, "data", label_fraction=(lacking, share))
-    return dataclasses.replace(changed, name=f"{recipe.name}-{'+'.join(tasks)}")
+    return dataclasses.replace(changed, name=f"{recipe.name}-{'+'.join(kind_of)}")
 
 
 def change(recipe: Recipe, part: str, **values: Any) -> Recipe:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from keras_cross_stitch import CrossStitch, export_saved_model, plot_alpha
+from keras_cross_stitch import NDDR, CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
 from training.files import unfinished
 from training.runs import Experiment
@@ -71,8 +71,10 @@ def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path:
                 dict(zip(titles, columns, strict=False)), _scale(task.describe())
             )
             _save(figure, gallery / f"{name}_seed{seed}.png", dpi=150)
-    if any(isinstance(layer, CrossStitch) for layer in models[-1].layers):
+    units = [x for x in models[-1].layers if isinstance(x, CrossStitch | NDDR)]
+    if any(isinstance(unit, CrossStitch) for unit in units):
         _save(plot_alpha(models[-1]), target / "alpha.png", dpi=110)
+    if units:
         _export(models[-1], folders[-1], target / "serving")
     return target
 

@@ -115,13 +115,21 @@ def _label_fraction(recipe: recipes.Recipe) -> Sequence[str]:
 
 
 def _weightings(recipe: recipes.Recipe) -> Sequence[str]:
-    """Beyond the paper: how the tasks' losses are weighed, in what shares layers."""
+    """Beyond the paper: how tasks are weighed against each other that share layers.
+
+    By their losses, or by their gradients.
+    """
+    ways: list[dict[str, str]] = [
+        {},
+        *({"loss_weighting": by} for by in get_args(recipes.LossWeighting)),
+        *({"gradients": by} for by in get_args(recipes.Gradients)),
+    ]
     return [
         "single_task_as_long",
         *(
-            name if by is None else methods.spell(name, recipe, loss_weighting=by)
+            methods.spell(name, recipe, **way)
             for name in ("hard_sharing", "cross_stitch_from_start")
-            for by in (None, *get_args(recipes.LossWeighting))
+            for way in ways
         ),
     ]
 
@@ -309,7 +317,7 @@ def _rows(run: Planned) -> list[Row]:
 
 def _alphas(run: Planned) -> dict[str, dict[str, float]]:
     """{task: {"alpha/<unit>/from_<source>/<statistic>": value}} of a stitched run."""
-    tasks = sorted(run.experiment.recipe.data.tasks)  # as alpha's axes are
+    tasks = sorted(recipes.kinds(run.experiment.recipe.data))  # as alpha's axes are
     values: dict[str, dict[str, float]] = {task: {} for task in tasks}
     with np.load(run.folder / "alpha.npz") as units:
         for unit, alpha in units.items():
