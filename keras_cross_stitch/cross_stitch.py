@@ -54,6 +54,17 @@ class CrossStitch(keras.layers.Layer):
         variable has an attribute `is_cross_stitch_alpha`, `True`, by which
         optimizers tell it from others, after loading and cloning too.
 
+    Attributes:
+        alpha: The weight, once the layer is built.
+        tasks: Tuple of strings, the tasks in the order of alpha's axes, once the layer
+            is built: the dict's sorted keys, or `"0"`, `"1"` and so on of a list.
+
+    Raises:
+        ValueError: For arguments of another kind; for a single input, inputs of
+            unequal shapes, of a rank below 2 or above 5, or of a size that is known
+            of some of them alone; for channels that are unknown, with one unit per
+            channel.
+
     Example:
 
     >>> segmentation = keras.ops.ones((2, 8, 8, 16))
@@ -64,6 +75,13 @@ class CrossStitch(keras.layers.Layer):
     [0.75, 0.25]
     >>> tuple(stitch.alpha.shape)
     (2, 2, 16)
+
+    A dict gives the tasks their names:
+
+    >>> stitch = CrossStitch(per="layer")
+    >>> maps = stitch({"segmentation": segmentation, "normals": normals})
+    >>> list(maps), stitch.tasks, tuple(stitch.alpha.shape)
+    (['normals', 'segmentation'], ('normals', 'segmentation'), (2, 2))
 
     Reference:
 

@@ -39,6 +39,10 @@ class RoIAlign(layers.Layer):
     Output shape:
         `(N, R, size, size, C)`
 
+    Raises:
+        ValueError: For a `size` or `stride` below 1, or for inputs that are not a map
+            and regions.
+
     Example:
 
     The mean of a map whose value is its column, in its right half:
@@ -142,6 +146,9 @@ class Detections(layers.Layer):
         `scores` `(N, max_detections)`, falling; and `num_detections` `(N,)`, int32.
         Behind those, boxes and scores are 0, and classes -1.
 
+    Raises:
+        ValueError: For inputs whose shapes do not fit each other.
+
     Example:
 
     Two regions on one object, and one without area:
@@ -174,6 +181,20 @@ class Detections(layers.Layer):
         self.iou_threshold = iou_threshold
         self.score_threshold = score_threshold
         self.max_detections = max_detections
+
+    def build(self, input_shape: Any) -> None:
+        probabilities, deltas, regions = shapes = [tuple(x) for x in input_shape]
+        ranks = [len(shape) for shape in shapes]
+        if (
+            ranks != [3, 3, 3]
+            or regions[-1] != 4
+            or deltas[-1] != 4 * (probabilities[-1] - 1)
+        ):
+            raise ValueError(
+                f"Layer '{self.name}' must be called with probabilities (N, R, 1 + "
+                "classes), deltas (N, R, 4 * classes) and regions (N, R, 4). Received: "
+                f"shapes={shapes}"
+            )
 
     def call(self, inputs: Any) -> dict[str, Any]:
         probabilities, deltas, regions = (ops.cast(x, "float32") for x in inputs)

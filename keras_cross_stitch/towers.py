@@ -54,6 +54,10 @@ def alexnet(
     Output shape:
         `(N, outputs)`, logits.
 
+    Raises:
+        ValueError: For `outputs` below 1, a `width` that is not above 0, an unknown
+            `normalization`, or a side of the image below 67.
+
     Example:
 
     >>> model = alexnet(10, width=0.125)
@@ -66,6 +70,11 @@ def alexnet(
       two groups, which were there to fit two GPUs
     """
     _check(outputs, width, normalization)
+    if any(side is not None and side < 67 for side in input_shape[:2]):
+        raise ValueError(
+            "AlexNet's images must have sides of at least 67 pixels. Received: "
+            f"input_shape={input_shape}"
+        )
     image = keras.Input(input_shape, name="image")
     x = _trunk(image, "valid", width, normalization, kernel_regularizer)
     x = layers.Flatten(name="flatten")(x)
@@ -122,6 +131,10 @@ def fcn_alexnet(
 
     Output shape:
         `(N, H * upsampling / 32, W * upsampling / 32, outputs)`, logits, float32.
+
+    Raises:
+        ValueError: For `outputs` below 1, a `width` that is not above 0, an unknown
+            `normalization`.
 
     Example:
 

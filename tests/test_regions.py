@@ -266,9 +266,21 @@ def test_detections_are_the_moved_boxes_of_each_class_without_duplicates(rng):
             lambda: RoIAlign(2, 16)([np.zeros((1, 8, 8, 2)), np.zeros((1, 3, 5))]),
             r"Received: shapes=.*\(1, 3, 5\)",
         ),
+        (
+            lambda: Detections((9, 9))(
+                [np.zeros((1, 3, 5)), np.zeros((1, 3, 20)), np.zeros((1, 3, 4))]
+            ),
+            r"deltas \(N, R, 4 \* classes\).*Received: shapes=.*\(1, 3, 20\)",
+        ),
+        (
+            lambda: Detections((9, 9))(
+                [np.zeros((1, 3, 5)), np.zeros((1, 3, 16)), np.zeros((3, 4))]
+            ),
+            r"regions \(N, R, 4\)\. Received: shapes=.*\(3, 4\)",
+        ),
     ],
 )
-def test_what_cannot_be_pooled_is_refused(call, message):
+def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -351,3 +351,9 @@ def test_a_step_of_training_changes_every_weight(build, shape, labels):
 def test_bad_arguments_are_an_error(build, arguments, words):
     with pytest.raises(ValueError, match=words):
         build(**arguments)
+
+
+def test_an_image_that_alexnet_leaves_nothing_of_is_an_error():
+    assert alexnet(3, (67, 67, 3), width=0.02).output.shape == (None, 3)
+    with pytest.raises(ValueError, match=r"at least 67 pixels.*\(67, 66, 3\)"):
+        alexnet(3, (67, 66, 3), width=0.02)
