@@ -53,7 +53,7 @@ Runs = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        parser=path, help="Folder with the data set's files (nyuv2, voc2008)."
+        parser=path, help="Folder with the data set's files (nyuv2, voc2008, folder)."
     ),
 ]
 Backbone = Annotated[
@@ -79,7 +79,8 @@ Dtype = Annotated[
 Tasks = Annotated[
     str | None,
     typer.Option(
-        help="Other tasks than the recipe's, as in segmentation,normals,depth."
+        help="Other tasks than the recipe's, as in segmentation,normals,depth, or in "
+        "parts:segmentation, of the labels `parts`."
     ),
 ]
 Toy = Annotated[bool, typer.Option("--toy", help="The recipe's toy size: seconds.")]

@@ -29,7 +29,7 @@ import tensorflow_datasets as tfds
 from training import batches, methods, provenance, towers
 from training.datasets import prepared, proposals
 from training.files import Row, read_json, write_json
-from training.recipes import Recipe, RegionData
+from training.recipes import Recipe, RegionData, kinds
 from training.tasks import TASKS, Task
 
 
@@ -45,8 +45,8 @@ class Experiment:
     def tasks(self) -> dict[str, Task]:
         data = self.recipe.data
         return {
-            name: TASKS[name].for_dataset(self.builder, data.train_split)
-            for name in data.tasks
+            name: TASKS[kind].for_dataset(self.builder, data.train_split, name)
+            for name, kind in kinds(data).items()
         }
 
     @functools.cached_property
@@ -113,8 +113,8 @@ def open_experiment(recipe: Recipe, data: Path | None, runs: Path) -> Experiment
     directory = runs / "datasets"
     builder = prepared.prepare(recipe, data, directory)
     features = list(builder.info.features)
-    for name in recipe.data.tasks:
-        if getattr(TASKS[name], "feature", "objects") not in features:
+    for name, kind in kinds(recipe.data).items():
+        if (name if hasattr(TASKS[kind], "feature") else "objects") not in features:
             raise ValueError(
                 f"The data set '{recipe.data.dataset}' has no labels of {name}. Each "
                 f"example has: {', '.join(features)}"
@@ -124,9 +124,9 @@ def open_experiment(recipe: Recipe, data: Path | None, runs: Path) -> Experiment
     with prepared.locked(recipe, directory):
         if isinstance(recipe.data, RegionData):
             proposals.prepare(builder, (train, test))
-        for name in recipe.data.tasks:
-            if hasattr(TASKS[name], "prepare"):
-                TASKS[name].prepare(builder, train)
+        for name, kind in kinds(recipe.data).items():
+            if hasattr(TASKS[kind], "prepare"):
+                TASKS[kind].prepare(builder, train, name)
     return Experiment(recipe, builder, runs)
 
 
@@ -176,7 +176,13 @@ def rows(
 
 def _digest(task: Any) -> str:
     """What identifies a task's classes, codewords or whatever else it has."""
-    fields = json.dumps(dataclasses.asdict(task), default=lambda array: array.tolist())
+    said = {
+        field.name: getattr(task, field.name)
+        for field in dataclasses.fields(task)
+        if field.default is dataclasses.MISSING
+        or getattr(task, field.name) != field.default
+    }
+    fields = json.dumps(said, default=lambda array: array.tolist())
     return hashlib.sha256(fields.encode()).hexdigest()
 
 

@@ -257,7 +257,7 @@ def test_normals_decode_to_unit_vectors_and_undefined_ones_to_zero(rng):
 
 
 def test_the_codewords_are_unit_directions_spread_over_the_data(finished, rng):
-    codewords = Normals.for_dataset(finished.builder, "train").codewords
+    codewords = Normals.for_dataset(finished.builder, "train", "normals").codewords
     train = finished.builder.as_dataset(split="train")
     stored = next(iter(train))["normals"].numpy()
     normals = stored[stored.any(-1)] / 127.5 - 1
@@ -270,15 +270,15 @@ def test_the_codewords_are_unit_directions_spread_over_the_data(finished, rng):
 
 
 def test_the_codewords_are_of_the_split_and_kept_with_the_data(finished, monkeypatch):
-    first = Normals.for_dataset(finished.builder, "train").codewords
-    Normals.prepare(finished.builder, "train[:50%]")
-    part = Normals.for_dataset(finished.builder, "train[:50%]").codewords
+    first = Normals.for_dataset(finished.builder, "train", "normals").codewords
+    Normals.prepare(finished.builder, "train[:50%]", "normals")
+    part = Normals.for_dataset(finished.builder, "train[:50%]", "normals").codewords
     assert np.abs(part - first).max() > 0.01
     monkeypatch.setattr(normals, "cluster", None)
-    Normals.prepare(finished.builder, "train")
+    Normals.prepare(finished.builder, "train", "normals")
 
     np.testing.assert_array_equal(
-        Normals.for_dataset(finished.builder, "train").codewords, first
+        Normals.for_dataset(finished.builder, "train", "normals").codewords, first
     )
 
 

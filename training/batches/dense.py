@@ -22,8 +22,8 @@ def check(builder: tfds.core.DatasetBuilder, data: Data) -> None:
     if height % rows or width % columns:
         raise ValueError(
             f"The targets of '{data.dataset}' are stored at {height}x{width}, of which "
-            "the recipe's must be every so many-th pixel. Received: target_size="
-            f"{rows}x{columns}"
+            "the recipe's must be every so many-th pixel, as of "
+            f"{height // 2}x{width // 2}. Received: target_size={rows}x{columns}"
         )
     labelled_images(data, builder.info.splits[data.train_split].num_examples, seed=0)
 

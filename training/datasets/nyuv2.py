@@ -17,11 +17,11 @@ import cv2
 import h5py
 import numpy as np
 import scipy.io
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from rich.progress import track
 
 from training.datasets.files import files_in, read_as, read_lines
+from training.datasets.images import encode_png, read_image
 from training.datasets.normal_maps import encode_normals
 
 # Spelled as the official files spell them; the index here is the class minus one.
@@ -336,33 +336,6 @@ def read_example(folder: Path, image_id: str) -> dict[str, Any]:
         "depth": encode_png(millimetres),
         "id": image_id,
     }
-
-
-def read_image(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads an image as it is stored, and checks that it is what is expected."""
-    with read_as("an image", path, "Write the file anew."):
-        encoded = path.read_bytes()
-        array = np.frombuffer(encoded, np.uint8)
-        image = cv2.imdecode(array, cv2.IMREAD_UNCHANGED) if encoded else None
-    if image is None or image.dtype != dtype or image.shape != shape:
-        received = "no image" if image is None else f"{image.dtype} {image.shape}"
-        raise ValueError(
-            f"Expected a {np.dtype(dtype)} image of shape {shape} in {path}. "
-            f"Received: {received}. Write the file anew."
-        )
-    try:
-        # Training decodes with TensorFlow, which refuses files that OpenCV mends.
-        decoded = tf.io.decode_image(encoded, dtype=tf.as_dtype(dtype)).numpy()
-    except tf.errors.InvalidArgumentError as error:
-        raise ValueError(
-            f"Expected a whole image in {path}, which is truncated or damaged: "
-            f"{error.message.splitlines()[0]}. Write the file anew."
-        ) from error
-    return decoded.reshape(shape)
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def prepare_from_mat(

@@ -27,7 +27,8 @@ def prepare(
 
     Args:
         recipe: The `Recipe`. Its data set's module has the TFDS builder, `BUILDER`,
-            and, if that reads a folder, `check_folder(path)`.
+            and, if that reads a folder, `check_folder(path)`; and `config` where only
+            the folder tells what is in it.
         source: Path of the folder with the original files, or `None` for a data set
             that needs none, or that is prepared.
         directory: Path of all prepared data.
@@ -40,7 +41,7 @@ def prepare(
             prepared from; if the prepared data are of another version, or lost bytes.
     """
     module = importlib.import_module(f"training.datasets.{recipe.data.dataset}")
-    builder = _builder(module, recipe, directory)
+    builder = _builder(module, recipe, directory, source)
     folder, stamp = Path(builder.data_path), _stamp(builder)
     reads_files = hasattr(module, "check_folder")
     if reads_files and source is not None:
@@ -55,7 +56,7 @@ def prepare(
             if not stamp.exists():
                 _build(builder, source if reads_files else None, stamp)
         # Another process may have prepared what this builder has not seen.
-        builder = _builder(module, recipe, directory)
+        builder = _builder(module, recipe, directory, source)
     before = read_json(stamp)
     if "digests" not in before:  # prepared when features were not told apart
         write_json(stamp, {**before, "digests": _digests(folder)})
@@ -104,11 +105,15 @@ def _stamp(builder: tfds.core.DatasetBuilder) -> Path:
 
 
 def _builder(
-    module: ModuleType, recipe: Recipe, directory: Path
+    module: ModuleType, recipe: Recipe, directory: Path, source: Path | None
 ) -> tfds.core.DatasetBuilder:
+    config: Any = recipe.data.config
+    if hasattr(module, "config"):
+        # Recipes of one file have one folder's data: scenes, scenes-toy-labels10.
+        config = module.config(recipe.name.partition("-")[0], config, source)
     try:
         with _temporary_files_removed():
-            return module.BUILDER(config=recipe.data.config, data_dir=str(directory))
+            return module.BUILDER(config=config, data_dir=str(directory))
     except AssertionError as error:  # TFDS's, for a folder under another version's name
         raise ValueError(
             f"The data set '{recipe.data.dataset}' in {directory} cannot be read: "

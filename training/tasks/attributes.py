@@ -43,7 +43,9 @@ class Attributes:
     )
 
     @classmethod
-    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
+    def for_dataset(
+        cls, builder: tfds.core.DatasetBuilder, split: str, name: str
+    ) -> Self:
         """The task as the data set defines it."""
         return cls(tuple(builder.attribute_names))
 

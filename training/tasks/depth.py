@@ -26,8 +26,8 @@ _COLOURS = matplotlib.colormaps["viridis_r"]  # near is bright
 class Depth:
     """The absolute error of metres; the metrics of Eigen et al. (2014)."""
 
+    feature: str = "depth"
     inputs = "image"
-    feature = "depth"
     void = np.nan
     outputs = 1
     metrics = types.MappingProxyType(
@@ -42,9 +42,17 @@ class Depth:
     )
 
     @classmethod
-    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
+    def for_dataset(
+        cls, builder: tfds.core.DatasetBuilder, split: str, feature: str
+    ) -> Self:
         """The task as the data set defines it."""
-        return cls()
+        stored = builder.info.features[feature]
+        if (stored.shape[-1], stored.np_dtype) != (1, np.uint16):
+            raise ValueError(
+                f"Expected millimetres, in 16 bits, in '{feature}' of the data in "
+                f"{builder.data_path}. Received: {stored}. Name another kind of task"
+            )
+        return cls(feature)
 
     def target(self, example: dict[str, tf.Tensor]) -> tf.Tensor:
         metres = tf.cast(example[self.feature], "float32") / 1000

@@ -43,7 +43,9 @@ class Detection:
     )
 
     @classmethod
-    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
+    def for_dataset(
+        cls, builder: tfds.core.DatasetBuilder, split: str, name: str
+    ) -> Self:
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["objects"]["label"].names))
 

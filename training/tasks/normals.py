@@ -6,6 +6,7 @@ down, z away from the camera); (0, 0, 0) is undefined and counts nowhere.
 
 import dataclasses
 import types
+from pathlib import Path
 from typing import Any, Self
 
 import keras
@@ -36,23 +37,32 @@ class Normals:
     """Classification into codewords; the answer is their mean under the softmax."""
 
     codewords: np.ndarray  # (K, 3), unit length
+    feature: str = "normals"
     inputs = "image"
-    feature = "normals"
     void = 0.0
     metrics = _METRICS
 
-    @staticmethod
-    def prepare(builder: tfds.core.DatasetBuilder, split: str) -> None:
+    @classmethod
+    def prepare(
+        cls, builder: tfds.core.DatasetBuilder, split: str, feature: str
+    ) -> None:
         """Clusters a split's normals, once; the codewords are kept with the data."""
-        path = kept_with(builder.data_path, "codewords", split)
+        path = cls._kept(builder, split, feature)
         if not path.exists():
             with unfinished(path) as temporary:
-                np.save(temporary, cluster(builder, split))
+                np.save(temporary, cluster(builder, split, feature))
 
     @classmethod
-    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
+    def for_dataset(
+        cls, builder: tfds.core.DatasetBuilder, split: str, feature: str
+    ) -> Self:
         """The task with the codewords of the images that it is trained on."""
-        return cls(np.load(kept_with(builder.data_path, "codewords", split)))
+        return cls(np.load(cls._kept(builder, split, feature)), feature)
+
+    @classmethod
+    def _kept(cls, builder: tfds.core.DatasetBuilder, split: str, feature: str) -> Path:
+        name = "codewords" if feature == cls.feature else f"codewords-{feature}"
+        return kept_with(builder.data_path, name, split)
 
     @property
     def outputs(self) -> int:
@@ -124,15 +134,23 @@ class Normals:
         return image.round().clip(0, 255).astype("uint8")
 
 
-def cluster(builder: tfds.core.DatasetBuilder, split: str) -> np.ndarray:
+def cluster(
+    builder: tfds.core.DatasetBuilder, split: str, feature: str = "normals"
+) -> np.ndarray:
     """Twenty codewords: k-means of a split's normals, (20, 3), unit length."""
+    stored = builder.info.features[feature]
+    if (stored.shape[-1], stored.np_dtype) != (3, np.uint8):
+        raise ValueError(
+            f"Expected normals, as RGB in 8 bits, in '{feature}' of the data in "
+            f"{builder.data_path}. Received: {stored}. Name another kind of task"
+        )
     sampled = []
     # Sixty-four pixels of each of up to 1000 images are 64000 normals.
     examples = builder.as_dataset(
-        split=split, decoders=tfds.decode.PartialDecoding({"normals": True})
+        split=split, decoders=tfds.decode.PartialDecoding({feature: True})
     )
     for example in examples.take(1000):
-        normals = decode(example["normals"]).numpy().reshape(-1, 3)
+        normals = decode(example[feature]).numpy().reshape(-1, 3)
         normals = normals[normals.any(axis=-1)]
         sampled.append(normals[:: max(1, len(normals) // 64)][:64])
     count = sum(map(len, sampled))

@@ -20,8 +20,8 @@ class Segmentation:
     """Softmax over classes, with the metrics of Long et al. in percent."""
 
     classes: tuple[str, ...]
+    feature: str = "segmentation"
     inputs = "image"
-    feature = "segmentation"
     void = VOID
     metrics = types.MappingProxyType(
         {
@@ -35,9 +35,17 @@ class Segmentation:
     )
 
     @classmethod
-    def for_dataset(cls, builder: tfds.core.DatasetBuilder, split: str) -> Self:
+    def for_dataset(
+        cls, builder: tfds.core.DatasetBuilder, split: str, feature: str
+    ) -> Self:
         """The task as the data set defines it."""
-        return cls(tuple(builder.info.features["segmentation"].names))
+        stored = builder.info.features[feature]
+        if not isinstance(stored, tfds.features.LabeledImage):
+            raise ValueError(
+                f"Expected classes, with their names, in '{feature}' of the data in "
+                f"{builder.data_path}. Received: {stored}. Name another kind of task"
+            )
+        return cls(tuple(stored.names), feature)
 
     @property
     def outputs(self) -> int:

@@ -1,0 +1,184 @@
+"""A data set of one's own: what docs/experiments.md shows, and what does not fit."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from training import batches, recipes
+from training.__main__ import app
+from training.runs import open_experiment
+
+PAGE = Path(__file__).parents[2] / "docs" / "experiments.md"
+SHOWN = PAGE.read_text("utf-8").split("## Your own images")[1]
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """The folder that the page makes, with depth and normals of the test's own."""
+    folder = tmp_path_factory.mktemp("folder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(re.search(r"```python\n(.*?)```", SHOWN, re.S)[1], {})
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 16), ("test", 8)):
+        for feature in ("depth", "normals"):
+            (folder / "things" / feature / split).mkdir(parents=True)
+        for k in range(count):
+            maps = rng.integers(0, 9000, (96, 128), np.uint16)
+            normals = rng.integers(1, 255, (96, 128, 3), np.uint8)
+            cv2.imwrite(f"{folder}/things/depth/{split}/{k:02d}.png", maps)
+            cv2.imwrite(f"{folder}/things/normals/{split}/{k:02d}.png", normals)
+    return folder / "things"
+
+
+def recipe(tasks="shapes:segmentation,colours:segmentation"):
+    return recipes.with_tasks(recipes.find("folder", toy=True), tasks.split(","))
+
+
+@pytest.fixture
+def broken(things, tmp_path):
+    """A copy to break."""
+    return Path(shutil.copytree(things, tmp_path / "things"))
+
+
+def test_its_maps_are_the_targets_and_its_lists_the_classes(things, tmp_path):
+    chosen = recipe("shapes:segmentation,colours:segmentation,depth,normals")
+    open_experiment(chosen, things, tmp_path)
+    experiment = open_experiment(chosen, None, tmp_path)  # as it is prepared
+    tasks = experiment.tasks
+    ((_, test),) = batches.test_passes(experiment.builder, chosen, tasks)
+    examples = list(test.unbatch().as_numpy_iterator())  # in an order of TFDS's own
+
+    def stored(name):
+        files = sorted((things / name / "test").glob("*.png"))
+        return [cv2.imread(str(path), -1)[::2, ::2] for path in files]
+
+    def alike(ours, theirs):
+        found = [[np.array_equal(x, y) for y in theirs] for x in ours]
+        return len(ours) == len(theirs) and np.all(np.sum(found, axis=1) == 1)
+
+    def targets(name):
+        return [maps[name] for _, maps in examples]
+
+    assert list(tasks) == ["shapes", "colours", "depth", "normals"]
+    assert tasks["shapes"].classes == ("ground", "disc", "square")
+    assert tasks["colours"].classes == ("ground", "red", "blue")
+    assert {image.shape for image, _ in examples} == {(96, 128, 3)}
+    for name in ("shapes", "colours"):
+        assert alike(targets(name), stored(name))
+    millimetres = [np.nan_to_num(1000 * x[..., 0]).round() for x in targets("depth")]
+    assert alike(millimetres, stored("depth"))
+    signs = [x[..., 0] > 0 for x in targets("normals")]
+    assert alike(signs, [x[..., 2] > 127 for x in stored("normals")])  # BGR
+
+
+@pytest.mark.slow
+def test_what_the_page_shows_trains(things, tmp_path, monkeypatch):
+    monkeypatch.chdir(things.parent)
+    (line,) = re.findall(r"^python -m training (.*)$", SHOWN.split("## ")[0], re.M)
+    options = ["--runs", str(tmp_path), "--method", "hard_sharing"]
+    result = CliRunner().invoke(app, [*shlex.split(line), *options])
+
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "folder-toy-shapes+colours/hard_sharing/seed0"
+    assert set(recipes.kinds(recipe().data)) == {"shapes", "colours"}
+    for task in ("shapes", "colours"):
+        assert f'"{task}"' in (folder / "metrics.json").read_text()
+        assert (folder.parents[1] / f"gallery/{task}_seed0.png").exists()
+
+
+def test_toy_is_a_part_of_it_and_another_recipe_has_its_own(things, tmp_path):
+    for k in range(16, 20):
+        for name, end in (("images", "jpg"), ("shapes", "png"), ("colours", "png")):
+            folder = tmp_path / "more" / name
+            shutil.copytree(things / name, folder, dirs_exist_ok=True)
+            first = folder / "train" / f"00.{end}"
+            shutil.copy(first, folder / "train" / f"{k}.{end}")
+    more = tmp_path / "more"
+    toy = open_experiment(recipe(), more, tmp_path / "runs").builder
+
+    assert toy.info.splits["train"].num_examples == 16
+    assert toy.info.config_name == "folder_toy"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("shapes/train/03.png", r"shapes for each image.*03\.jpg has none in .*train"),
+        ("images/test/03.jpg", r"for each image.*03\.png has none in .*images/test"),
+        ("shapes/test", r"Expected image files in .*shapes/test\. There are none"),
+        ("images", r"Expected image files in .*images/train.*has images/train"),
+        ("shapes/classes.txt", r"Expected .*shapes/classes\.txt, since .*00\.png has"),
+    ],
+)
+def test_what_is_missing_is_named(broken, tmp_path, path, message):
+    target = broken / path
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    with pytest.raises(ValueError, match=message):
+        open_experiment(recipe(), broken, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (64, 48)}, r"uint8 image of shape \(96, 128\) in .*03\.png.* \(48,"),
+        ({"dtype": "uint16"}, r"Received: uint16 \(96, 128\)\. All files are to be"),
+        ({"value": 3}, r"classes 0 to 2 in .*03\.png, or 255.*Received: 3\. Add its"),
+        ({"colours": True}, r"Received: uint8 \(96, 128, 3\).* as grey values"),
+    ],
+)
+def test_a_map_that_is_another_one_is_named(broken, tmp_path, change, message):
+    path = broken / "shapes" / "train" / "03.png"
+    stored = cv2.imread(str(path), -1)
+    if "size" in change:
+        stored = cv2.resize(stored, change["size"], interpolation=cv2.INTER_NEAREST)
+    if "value" in change:
+        stored[5, 7] = change["value"]
+    if "colours" in change:
+        stored = np.dstack([stored] * 3)
+    cv2.imwrite(str(path), stored.astype(change.get("dtype", "uint8")))
+
+    with pytest.raises(ValueError, match=message):
+        open_experiment(recipe(), broken, tmp_path)
+
+
+def test_a_list_of_classes_is_of_different_names(broken, tmp_path):
+    (broken / "shapes" / "classes.txt").write_text("ground\nground\n")
+
+    with pytest.raises(ValueError, match=r"from 2 to 255 names in .*: ground, ground"):
+        open_experiment(recipe(), broken, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("shapes:segmentation,leaves:segmentation", r"no labels of leaves\. Each .*sh"),
+        ("shapes:segmentation,colours:depth", r"Expected millimetres.*'colours'"),
+        ("shapes:segmentation,colours:normals", r"Expected normals.*'colours'"),
+        ("shapes:segmentation,depth:segmentation", r"Expected classes.*'depth'"),
+        ("shapes,colours:segmentation", r"Expected two or more tasks of segmentation"),
+        ("shapes:segmentation,shapes:depth", r"Expected two or more tasks of segm"),
+        ("shapes:letters,colours:segmentation", r"Received: shapes:letters,colours"),
+    ],
+)
+def test_tasks_that_the_folder_does_not_have_are_refused(
+    things, tmp_path_factory, tasks, message
+):
+    runs = tmp_path_factory.getbasetemp() / "of_tasks"  # prepared once
+    with pytest.raises(ValueError, match=message):
+        _ = open_experiment(recipe(tasks), things, runs).tasks
+
+
+def test_sizes_that_do_not_fit_say_which_would(things, tmp_path):
+    chosen = recipes.change(recipe(), "data", target_size=(36, 64))
+    experiment = open_experiment(chosen, things, tmp_path)
+
+    with pytest.raises(ValueError, match=r"stored at 96x128.* 48x64\. Received.*36x64"):
+        batches.pipeline(chosen).check(experiment.builder, chosen.data)

@@ -1,0 +1,62 @@
+"""Image files that others wrote: read as they are stored, and checked."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tensorflow as tf
+
+from training.datasets.files import read_as
+
+ANEW = "Write the file anew."
+
+
+def read_image(
+    path: Path,
+    dtype: type | np.dtype,
+    shape: tuple[int, ...],
+    remedy: str = ANEW,
+) -> np.ndarray:
+    """Reads an image as it is stored, and checks that it is what is expected.
+
+    Args:
+        path: The file.
+        dtype: `uint8`, or `uint16` of a PNG.
+        shape: `(H, W)` or `(H, W, 3)`.
+        remedy: What to do where it is another one, a sentence.
+    """
+    encoded, image = _opened(path)
+    if image is None or image.dtype != dtype or image.shape != shape:
+        received = "no image" if image is None else f"{image.dtype} {image.shape}"
+        raise ValueError(
+            f"Expected a {np.dtype(dtype)} image of shape {shape} in {path}. "
+            f"Received: {received}. {remedy}"
+        )
+    try:
+        # Training decodes with TensorFlow, which refuses files that OpenCV mends.
+        decoded = tf.io.decode_image(encoded, dtype=tf.as_dtype(dtype)).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(
+            f"Expected a whole image in {path}, which is truncated or damaged: "
+            f"{error.message.splitlines()[0]}. {ANEW}"
+        ) from error
+    return decoded.reshape(shape)
+
+
+def stored_as(path: Path) -> tuple[np.dtype, tuple[int, ...]]:
+    """The dtype and the shape, `(H, W)` or `(H, W, channels)`, of an image file."""
+    _, image = _opened(path)
+    if image is None:
+        raise ValueError(f"Expected an image in {path}. Received: no image. {ANEW}")
+    return image.dtype, image.shape
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def _opened(path: Path) -> tuple[bytes, np.ndarray | None]:
+    with read_as("an image", path, ANEW):
+        encoded = path.read_bytes()
+        array = np.frombuffer(encoded, np.uint8)
+        return encoded, cv2.imdecode(array, cv2.IMREAD_UNCHANGED) if encoded else None
