@@ -131,6 +131,8 @@ def backbone(name, side=None):
     if name in BACKBONES:
         library, kind = name.split()
         models = importlib.import_module(library).models
+        if name in LOADABLE:
+            LOADABLE[name]()
         return getattr(models, kind)(**BACKBONES[name])
     if name.endswith("LSTM"):
         return recurrent(name)
@@ -141,6 +143,41 @@ def backbone(name, side=None):
         except ValueError as error:
             refusal = error
     raise refusal
+
+
+def make_vit_loadable():
+    """As docs/using.md shows it: its config has more than its constructor takes."""
+    from keras_hub.src.models.vit import vit_layers
+
+    class ViTPatchingAndEmbedding(vit_layers.ViTPatchingAndEmbedding):
+        @classmethod
+        def from_config(cls, config):
+            derived = ("num_patches", "num_positions")
+            return cls(**{key: x for key, x in config.items() if key not in derived})
+
+    _register(ViTPatchingAndEmbedding)
+
+
+def make_mobilenet_loadable():
+    """Its activation is not registered, and its constructor takes no name."""
+    from keras_cv.src.models.backbones.mobilenet_v3 import mobilenet_v3_backbone
+
+    class HardSigmoidActivation(mobilenet_v3_backbone.HardSigmoidActivation):
+        def __init__(self, **kwargs):
+            super(mobilenet_v3_backbone.HardSigmoidActivation, self).__init__(**kwargs)
+
+    _register(HardSigmoidActivation)
+
+
+def _register(layer):
+    """Keras finds it by the name of the class, and in the file its weights."""
+    keras.saving.get_custom_objects()[layer.__name__] = layer
+
+
+LOADABLE = {
+    "keras_hub ViTBackbone": make_vit_loadable,
+    "keras_cv MobileNetV3Backbone": make_mobilenet_loadable,
+}
 
 
 def recurrent(name):
