@@ -274,6 +274,50 @@ def study(
 
 
 @app.command()
+def evaluate(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            parser=path, help="A finished run's folder, RUNS/RECIPE/METHOD/seedS."
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Option(parser=path, help="NYUv2's folder, 640x480 or 320x240.")
+    ],
+    full_resolution: Annotated[
+        bool,
+        typer.Option(
+            "--full-resolution", help="At the size of the labels, in NYUv2's frame."
+        ),
+    ] = False,
+) -> None:
+    """Score a run of NYUv2 as papers do; `fit` scores at its targets' size.
+
+    Logits are resized to the labels, and judged within the official frame. Labels of
+    640x480 are in the folder that `prepare nyuv2 --full-size` writes; with smaller ones
+    the frame is scaled, and what is printed says so.
+    """
+    with _errors_in_a_line():
+        if not full_resolution:
+            raise ValueError(
+                "What a run scored at its targets' size stands in its metrics.json: "
+                "give --full-resolution for the other protocol"
+            )
+        from training.full_resolution import evaluate
+        from training.runs import of_run
+        from training.study.results import metric
+
+        protocol, metrics = evaluate(of_run(run), run, data)
+    rows = [
+        (f"{task}: {metric(name).title}", f"{value:.{metric(name).digits}f}")
+        for task, of_task in metrics.items()
+        for name, value in of_task.items()
+    ]
+    _print_table(("", "full resolution"), rows)
+    console.print(f"{protocol}. Wrote {run / 'full_resolution.json'}")
+
+
+@app.command()
 def report(
     runs: Annotated[
         Path, typer.Argument(parser=path, help="Folder of all runs.")
@@ -391,13 +435,18 @@ def prepare_nyuv2(
     mat: Annotated[Path, typer.Option(parser=path, help="nyu_depth_v2_labeled.mat")],
     splits: Annotated[Path, typer.Option(parser=path, help="splits.mat")],
     mapping: Annotated[Path, typer.Option(parser=path, help="classMapping40.mat")],
+    full_size: Annotated[
+        bool,
+        typer.Option("--full-size", help="At 640x480, for `evaluate` alone."),
+    ] = False,
 ) -> None:
     """Convert the official NYU Depth v2 release to the folder that `fit` reads."""
     with _errors_in_a_line():
         from training.datasets.nyuv2 import prepare_from_mat
 
-        prepare_from_mat(mat, splits, mapping, directory)
-    console.print(f"Now: python -m training fit nyuv2 --data {directory}")
+        prepare_from_mat(mat, splits, mapping, directory, full_size)
+    then = "evaluate RUN --full-resolution" if full_size else "fit nyuv2"
+    console.print(f"Now: python -m training {then} --data {directory}")
 
 
 @prepare_app.command("voc2008")

@@ -119,7 +119,9 @@ def _made_with(strategy: tf.distribute.Strategy) -> dict[str, Any]:
 
 
 def evaluate(
-    model: keras.Model, tasks: Mapping[str, Any], test: tf.data.Dataset
+    model: keras.Model,
+    tasks: Mapping[str, Any],
+    test: Iterable[tuple[Any, Mapping[str, tf.Tensor]]],
 ) -> dict[str, Scores]:
     """The scores of a model that gives answers, {task: `Scores`}."""
     scores = {name: task.scores() for name, task in tasks.items()}
@@ -298,8 +300,12 @@ def _evaluate(experiment: Experiment, run: Path) -> None:
     if per_class:
         header = ("task", "class", "metric", "value")
         write_csv(run / "per_class.csv", header, per_class)
-    metrics = {
+    write_json(run / "metrics.json", rounded(scores))
+
+
+def rounded(scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}}, as it is written."""
+    return {
         task: {name: round(float(value), 3) for name, value in of_task.result().items()}
         for task, of_task in scores.items()
     }
-    write_json(run / "metrics.json", metrics)

@@ -11,6 +11,7 @@
     model.keras    the trained model, which answers as it does when served
     per_class.csv  scores by class, of the tasks that have classes
     metrics.json   {task: {metric: value}} on the test split; written last
+    full_resolution.json    the same as papers score NYUv2, where `evaluate` was asked
     .lock          who trains it, or did
 
 and, while the run is going on, `backup/`, from which it resumes.
@@ -29,7 +30,7 @@ import tensorflow_datasets as tfds
 from training import batches, methods, provenance, towers
 from training.datasets import prepared, proposals
 from training.files import Row, read_json, write_json
-from training.recipes import Recipe, RegionData, kinds
+from training.recipes import Recipe, RegionData, change, find, kinds
 from training.tasks import TASKS, Task
 
 
@@ -128,6 +129,28 @@ def open_experiment(recipe: Recipe, data: Path | None, runs: Path) -> Experiment
             if hasattr(TASKS[kind], "prepare"):
                 TASKS[kind].prepare(builder, train, name)
     return Experiment(recipe, builder, runs)
+
+
+def of_run(run: Path) -> Experiment:
+    """The experiment of a finished run, as its folder says, on its prepared data.
+
+    Args:
+        run: The run's folder, `<runs>/<recipe>/<method>/seed<seed>`.
+    """
+    run = run.resolve()  # "." has no parents
+    if metrics(run) is None:
+        raise ValueError(
+            "Expected the folder of a finished run, RUNS/RECIPE/METHOD/seedS, as `fit` "
+            f"leaves it. Received: {run}"
+        )
+    name, said = run.parents[1].name, read_json(run / "recipe.json")
+    while "data" not in said:  # an ensemble's, of the networks that it averages
+        said = said["starts_from"][0]
+    values = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in said["data"].items()
+    }
+    recipe = change(find(name.partition("-")[0]), "data", **values)
+    return open_experiment(dataclasses.replace(recipe, name=name), None, run.parents[2])
 
 
 def claim(

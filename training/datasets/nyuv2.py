@@ -313,28 +313,42 @@ BUILDER = Nyuv2
 
 def read_example(folder: Path, image_id: str) -> dict[str, Any]:
     """Reads one image of the folder as an example of `Nyuv2`, its images encoded."""
-    rgb, labels, depth = (
-        folder / name / (image_id + suffix) for name, suffix in SUFFIXES.items()
-    )
+    rgb = folder / "rgb" / f"{image_id}.jpg"
     read_image(rgb, np.uint8, (HEIGHT, WIDTH, 3))
-    segmentation = read_image(labels, np.uint8, (HEIGHT, WIDTH))
+    maps = read_maps(folder, image_id, (HEIGHT, WIDTH))
+    maps["normals"] = maps["normals"][..., ::-1]  # OpenCV writes BGR
+    encoded = {name: encode_png(array) for name, array in maps.items()}
+    return {"image": rgb.read_bytes(), **encoded, "id": image_id}
+
+
+def read_maps(
+    folder: Path, image_id: str, shape: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The labels of an image as `Nyuv2` stores them, (H, W, channels).
+
+    Args:
+        folder: The NYUv2 folder.
+        image_id: Such as "0001".
+        shape: `(H, W)` of its files, 240x320 or a multiple.
+    """
+    labels, depth = (folder / x / f"{image_id}.png" for x in ("labels40", "depth"))
+    segmentation = read_image(labels, np.uint8, shape)
     if segmentation.max() > len(CLASSES):
         raise ValueError(
             f"Expected the classes 0..{len(CLASSES)} in {labels}. "
             f"Received: {segmentation.max()}. Write the file anew."
         )
-    millimetres = np.zeros((HEIGHT, WIDTH), np.uint16)
-    inside = slice(FRAME, -FRAME), slice(FRAME, -FRAME)
-    millimetres[inside] = read_image(depth, np.uint16, (HEIGHT, WIDTH))[inside]
+    scale = shape[0] // HEIGHT
+    millimetres = np.zeros(shape, np.uint16)
+    inside = (slice(FRAME * scale, -FRAME * scale),) * 2
+    millimetres[inside] = read_image(depth, np.uint16, shape)[inside]
     metres = millimetres.astype(np.float32) / 1000
-    normals = normals_from_depth(metres, **CAMERA)
+    camera = {name: scale * value for name, value in CAMERA.items()}
     return {
-        "image": rgb.read_bytes(),
         # uint8 wraps the unlabelled 0 round to 255, VOID.
-        "segmentation": encode_png(segmentation - np.uint8(1)),
-        "normals": encode_png(encode_normals(normals)[..., ::-1]),
-        "depth": encode_png(millimetres),
-        "id": image_id,
+        "segmentation": (segmentation - np.uint8(1))[..., None],
+        "normals": encode_normals(normals_from_depth(metres, **camera)),
+        "depth": millimetres[..., None],
     }
 
 
@@ -343,6 +357,7 @@ def prepare_from_mat(
     splits: str | os.PathLike,
     mapping: str | os.PathLike,
     directory: str | os.PathLike,
+    full_size: bool = False,
 ) -> None:
     """Writes the folder that `Nyuv2` reads from the files of the official release.
 
@@ -353,6 +368,8 @@ def prepare_from_mat(
         splits: The official `splits.mat`.
         mapping: `classMapping40.mat` by Gupta et al., from 894 classes to 40.
         directory: The folder to write; must not exist, or be empty.
+        full_size: Whether its files are 640x480, which `evaluate --full-resolution`
+            reads, and not 320x240.
 
     Raises:
         ValueError: If a file is not what it should be, or the folder has content.
@@ -364,6 +381,7 @@ def prepare_from_mat(
             f"content. Remove it or choose another."
         )
     to_40_classes = read_mapping(mapping)
+    size = (2 * WIDTH, 2 * HEIGHT) if full_size else (WIDTH, HEIGHT)
     indices = sorted(int(i) for ids in read_splits(splits).values() for i in ids)
     with open_mat(mat) as release:
         if indices != list(range(1, len(release["images"]) + 1)):
@@ -386,13 +404,12 @@ def prepare_from_mat(
                     labels = to_40_classes[release["labels"][index - 1].T]
                 millimetres = np.round(depth * 1000).clip(0, 65535).astype(np.uint16)
                 # Nearest takes every other pixel, which halving the camera fits.
-                write_image(folder / f"rgb/{index:04d}.jpg", image, cv2.INTER_AREA)
-                write_image(
-                    folder / f"labels40/{index:04d}.png", labels, cv2.INTER_NEAREST
-                )
-                write_image(
-                    folder / f"depth/{index:04d}.png", millimetres, cv2.INTER_NEAREST
-                )
+                for path, array, interpolation in (
+                    (f"rgb/{index:04d}.jpg", image, cv2.INTER_AREA),
+                    (f"labels40/{index:04d}.png", labels, cv2.INTER_NEAREST),
+                    (f"depth/{index:04d}.png", millimetres, cv2.INTER_NEAREST),
+                ):
+                    write_image(folder / path, array, size, interpolation)
             check_folder(folder)
             folder.replace(directory)
 
@@ -435,7 +452,9 @@ def read_mapping(path: str | os.PathLike) -> np.ndarray:
     return np.concatenate([[0], classes]).astype(np.uint8)
 
 
-def write_image(path: Path, image: np.ndarray, interpolation: int) -> None:
-    resized = cv2.resize(image, (WIDTH, HEIGHT), interpolation=interpolation)
+def write_image(
+    path: Path, image: np.ndarray, size: tuple[int, int], interpolation: int
+) -> None:
+    resized = cv2.resize(image, size, interpolation=interpolation)
     if not cv2.imwrite(os.fspath(path), resized):
         raise OSError(f"Could not write {path}. Is the disk full?")
