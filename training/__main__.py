@@ -133,6 +133,13 @@ def fit(
         ),
     ] = None,
     tasks: Tasks = None,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate",
+            help="Hold a tenth of train out, and tell its losses after each epoch.",
+        ),
+    ] = False,
     seed: Seed = 0,
     dtype: Dtype = None,
     runs: Runs = Path("runs"),
@@ -163,6 +170,7 @@ def fit(
             weights=weights,
             dtype=dtype,
             tasks=tasks,
+            validate=validate,
         )
         experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
@@ -183,7 +191,8 @@ def fit(
         return
     _print_table(*comparison.rows(experiment, methods, seed))
     console.print(comparison.LEGEND)
-    console.print(f"Alphas and SavedModel: {target}")
+    if (target / "serving").exists():
+        console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
 
 
@@ -477,6 +486,7 @@ def _recipe(
     dtype: str | None = None,
     trains: bool = True,
     tasks: str | None = None,
+    validate: bool = False,
 ) -> recipes.Recipe:
     """The recipe, checked with its methods before any data are prepared, and shown."""
     from training import methods
@@ -484,6 +494,8 @@ def _recipe(
     recipe = recipes.find(name, toy)
     if tasks is not None:
         recipe = recipes.with_tasks(recipe, tasks.split(","))
+    if validate:
+        recipe = recipes.with_validation(recipe)
     if backbone is not None:
         if not isinstance(recipe.tower, recipes.SavedBackbone):
             raise ValueError(f"The recipe '{name}' has no backbone: leave --backbone")

@@ -26,7 +26,7 @@ from training.files import remove_unfinished, unfinished, write_csv, write_json
 from training.gradients import PCGrad
 from training.locks import lock
 from training.preemption import at_sigterm
-from training.recipes import Recipe, Schedule
+from training.recipes import Recipe, Schedule, change
 from training.runs import Experiment
 from training.tasks import Scores
 
@@ -192,6 +192,12 @@ def _train(
         make = batches.pipeline(recipe).train_batches
         return make(examples, recipe, tasks, seed, left, rows)
 
+    validation = None
+    if split := getattr(recipe.data, "validation_split", None):
+        if distribution.workers(strategy) > 1:
+            raise ValueError("Several workers validate nothing: leave --validate")
+        of_part = change(recipe, "data", test_split=split)
+        ((_, validation),) = batches.test_passes(experiment.builder, of_part, tasks)
     run, writes = experiment.folder(plan.spelled, seed), distribution.is_chief(strategy)
     backup = Backup(run / "backup" / "latest.npz", steps, seed, writes)
     with strategy.scope():
@@ -231,6 +237,7 @@ def _train(
                 initial_epoch=done // steps,
                 epochs=end // steps,
                 steps_per_epoch=count,
+                validation_data=validation,
                 shuffle=False,  # the batches are in their order already
                 callbacks=callbacks,
                 verbose=0,

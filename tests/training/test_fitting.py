@@ -14,9 +14,20 @@ import keras
 import numpy as np
 import pytest
 
-from training import callbacks, files, fitting, methods, recipes, runs, towers
+from training import (
+    batches,
+    callbacks,
+    files,
+    fitting,
+    methods,
+    recipes,
+    runs,
+    towers,
+)
 from training.locks import lock
 from training.preemption import Preempted
+from training.runs import open_experiment
+from training.study import recorded
 
 
 def rows(path):
@@ -314,6 +325,31 @@ def test_a_run_that_is_stopped_again_and_again_ends_the_same(
     for one, other in zip(expected, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
     assert runs.metrics(run) == runs.metrics(single_task)
+
+
+def test_a_part_of_train_is_held_out_and_its_losses_are_told(experiment, train):
+    short = with_(experiment, "single_task", epochs=1)
+    recipe = recipes.with_validation(short.recipe)
+    assert recipe.name == "tiny-validated"
+    held_out = open_experiment(recipe, None, experiment.runs)
+    train(held_out, "single_task")
+    run = recorded.Run(held_out.folder("single_task", 0))
+
+    assert len(held_out.train_examples[0]) == 14  # of 16
+    assert set(run.losses) == set(run.validation_losses) == set(held_out.tasks)
+    model = load(run.folder)
+    recipe = recipes.change(recipe, "data", test_split="train[90%:]")
+    ((tasks, part),) = batches.test_passes(held_out.builder, recipe, held_out.tasks)
+    ((images, targets),) = part
+    for name, task in tasks.items():
+        logits = keras.Model(model.input, model.get_layer(f"{name}_logits").output)
+        expected = float(task.loss()(targets[name], logits(images)))
+        assert run.validation_losses[name] == [pytest.approx(expected, rel=1e-4)]
+    part_of = recipes.change(recipe, "data", train_split="train[:50%]")
+    with pytest.raises(ValueError, match=r"'train\[:50%\]' of .* is a part already"):
+        recipes.with_validation(part_of)
+    with pytest.raises(ValueError, match="leave --validate"):
+        recipes.with_validation(recipes.find("scenes_detection"))
 
 
 def test_a_recipe_weighs_its_losses(experiment, train):

@@ -28,6 +28,7 @@ class Data:
     # The task that may lack labels, and the share of the train images that have them.
     # Below 1, half of each batch are images that have them.
     label_fraction: tuple[str, float]
+    validation_split: str | None = None  # whose losses are told after each epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +183,29 @@ def with_labels(recipe: Recipe, percent: int | str) -> Recipe:
         raise ValueError(f"The recipe '{recipe.name}' has a label fraction already")
     changed = change(recipe, "data", label_fraction=(task, int(percent) / 100))
     return dataclasses.replace(changed, name=f"{recipe.name}-labels{percent}")
+
+
+def with_validation(recipe: Recipe) -> Recipe:
+    """The recipe with a tenth of train held out, whose losses are told each epoch."""
+    if not isinstance(recipe.data, Data):
+        raise ValueError(
+            f"The recipe '{recipe.name}' is of regions, whose tasks are not tested on "
+            "the same ones: leave --validate"
+        )
+    rest, part = held_out(recipe, 10)
+    changed = change(recipe, "data", train_split=rest, validation_split=part)
+    return dataclasses.replace(changed, name=f"{recipe.name}-validated")
+
+
+def held_out(recipe: Recipe, percent: int) -> tuple[str, str]:
+    """The train split without its last per cent, and these."""
+    split = recipe.data.train_split
+    if "[" in split:
+        raise ValueError(
+            f"A part of the train split is held out, and '{split}' of the recipe "
+            f"'{recipe.name}' is a part already. Name a whole one in the recipe"
+        )
+    return f"{split}[:{100 - percent}%]", f"{split}[{100 - percent}%:]"
 
 
 def with_tasks(recipe: Recipe, tasks: list[str]) -> Recipe:

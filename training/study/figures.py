@@ -111,18 +111,20 @@ def difference(
 def learning_curves(
     losses: Mapping[str, Sequence[Mapping[str, Sequence[float]]]],
     starts: Mapping[str, int] | None = None,
+    validation: Mapping[str, Sequence[Mapping[str, Sequence[float]]]] | None = None,
 ) -> Figure:
-    """Training loss over epochs: a panel per task, a line per run.
+    """Loss over epochs: a panel per task, a line per run.
 
     Args:
         losses: Dict of method to a list, one entry per seed, of dicts of task to
             losses by epoch.
         starts: Dict of method to the epochs that its towers had been trained before.
+        validation: The same of what is held out, where something is: pale.
     """
     tasks = list(dict.fromkeys(t for runs in losses.values() for x in runs for t in x))
     figure, panels = _panels(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
-        axes.set(title=task, xlabel="epoch", ylabel="training loss")
+        axes.set(title=task, xlabel="epoch", ylabel="loss")
         for i, (method, runs) in enumerate(losses.items()):
             for seed, by_task in enumerate(runs):
                 values = by_task.get(task, ())
@@ -130,6 +132,10 @@ def learning_curves(
                 name = results.label(method) if seed == 0 else None
                 style = _line(i, label=name, marker=None, ls=_DASHES[i % 4])
                 axes.plot(epochs, values, **style)
+                if of_part := (validation or {}).get(method):
+                    name = f"{name}, held out" if name else None
+                    style = {**style, "label": name, "alpha": 0.5, "lw": 3}
+                    axes.plot(epochs, of_part[seed].get(task, ()), **style)
     _legend(figure, panels)
     return figure
 

@@ -59,12 +59,30 @@ class Run:
     @property
     def losses(self) -> dict[str, list[float]]:
         """{task: training losses by epoch}."""
+        return {k: v for k, v in self._losses().items() if not k.startswith("val_")}
+
+    @property
+    def validation_losses(self) -> dict[str, list[float]]:
+        """{task: losses by epoch on what is held out}, empty where nothing is."""
+        of_part = self._losses()
+        return {
+            k.removeprefix("val_"): v
+            for k, v in of_part.items()
+            if k not in self.losses
+        }
+
+    def _losses(self) -> dict[str, list[float]]:
         lines = self.csv("history")
         return {
             name.removesuffix("_loss"): [float(line[name]) for line in lines]
             for name in (lines or [{}])[0]
-            if name.endswith("_loss")
+            if name.endswith("_loss") and name != "val_loss"
         }
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """Commit, versions and processor, empty where they were not written down."""
+        return self.json("made_by") if (self.folder / "made_by.json").exists() else {}
 
     @property
     def alphas(self) -> dict[str, np.ndarray]:

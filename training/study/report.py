@@ -6,9 +6,11 @@ The page asks for nothing: its pictures are in it, and the script that sorts its
 import base64
 import hashlib
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from matplotlib.figure import Figure
@@ -59,7 +61,7 @@ def write_report(runs: Path, target: Path) -> Path:
     environment.filters |= {"label": label, "title": lambda name: metric(name).title}
     script = read_text(Path(__file__).with_name("report.js"))
     html = environment.get_template("report.html.jinja").render(
-        recipes=[_recipe(folder, methods) for folder, methods in recipes.items()],
+        recipes=[_recipe(*of_recipe, target) for of_recipe in recipes.items()],
         script=script,
         script_hash=_hash(script),
         label_fractions=_label_fractions(recipes),
@@ -69,7 +71,7 @@ def write_report(runs: Path, target: Path) -> Path:
     return target
 
 
-def _recipe(folder: Path, methods: Methods) -> dict[str, Any]:
+def _recipe(folder: Path, methods: Methods, page: Path) -> dict[str, Any]:
     """What the page says of one recipe, for the template."""
     rows = _rows(methods)
     with_delta_m = [*rows, *delta_m.rows(rows)]
@@ -87,7 +89,7 @@ def _recipe(folder: Path, methods: Methods) -> dict[str, Any]:
         "name": folder.name,
         "data": first.json("recipe").get("data", {}),
         "methods": [
-            _method(method, of_method, deltas.get(method), times)
+            _method(method, of_method, deltas.get(method), times, page)
             for method, of_method in methods.items()
         ],
         "timed": bool(times),
@@ -141,17 +143,27 @@ def _method(
     runs: Sequence[Run],
     delta: Cell | None,
     times: Mapping[tuple[str, str], str],
+    page: Path,
 ) -> dict[str, Any]:
     return {
         "name": method,
         "says": METHODS[method.partition("@")[0]].says,
         "baseline": baseline(method),
-        "seeds": [run.seed for run in runs],
+        "seeds": [(run.seed, _link(run.folder, page)) for run in runs],
+        "recipe": _link(runs[0].folder / "recipe.json", page),
+        "commits": list(
+            dict.fromkeys(run.made_by.get("commit", "unknown") for run in runs)
+        ),
         "epochs": len(runs[0].csv("history")),
         "delta": delta,
         "costs": recorded.shown_costs(runs[0].costs),
         "times": [times.get((method, measure), "") for measure in MEASURES],
     }
+
+
+def _link(path: Path, page: Path) -> str:
+    """From the page to a run's file or folder."""
+    return quote(Path(os.path.relpath(path, page.parent)).as_posix())
 
 
 def _times(folder: Path) -> dict[tuple[str, str], str]:
@@ -181,7 +193,13 @@ def _curves(methods: Methods) -> list[Picture]:
     }
     if not losses:
         return []
-    figure = figures.learning_curves(losses, recorded.epochs_before(methods))
+    validation = {
+        method: [run.validation_losses for run in runs]
+        for method, runs in methods.items()
+        if runs[0].validation_losses
+    }
+    before = recorded.epochs_before(methods)
+    figure = figures.learning_curves(losses, before, validation)
     return [_picture("Training loss by epoch, a line per run", figure)]
 
 

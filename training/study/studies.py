@@ -348,15 +348,8 @@ def _experiments(experiment: Experiment, study: str) -> list[Experiment]:
 
 def _on_train(recipe: recipes.Recipe) -> recipes.Recipe:
     """The recipe that is trained on four fifths of train, and judged on the last."""
-    split = recipe.data.train_split
-    if "[" in split:
-        raise ValueError(
-            f"`search` divides the train split, and '{split}' of the recipe "
-            f"'{recipe.name}' is a part already. Name a whole one in the recipe"
-        )
-    changed = recipes.change(
-        recipe, "data", train_split=f"{split}[:80%]", test_split=f"{split}[80%:]"
-    )
+    rest, part = recipes.held_out(recipe, 20)
+    changed = recipes.change(recipe, "data", train_split=rest, test_split=part)
     return dataclasses.replace(changed, name=f"{recipe.name}-search")
 
 

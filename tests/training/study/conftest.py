@@ -58,6 +58,7 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
         ("metrics", metrics),
         ("recipe", recipe),
         ("answers", answers()),
+        ("made_by", {"commit": "0123abc", "versions": "", "processor": ""}),
         ("costs", {"parameters": 1_250_000, "multiply_adds": 3_400_000_000}),
     ):
         (folder / f"{name}.json").write_text(json.dumps(value))

@@ -57,15 +57,21 @@ def test_learning_curves_go_on_where_the_single_task_networks_ended():
         "cross_stitch": [{"a": [1.5], "b": [3.0]}],
     }
 
-    figure = figures.learning_curves(losses, {"cross_stitch": 2})
+    validation = {"cross_stitch": [{"a": [1.7], "b": [3.1]}]}
+    figure = figures.learning_curves(losses, {"cross_stitch": 2}, validation)
 
     first = figure.axes[0]
     drawn = [(list(x.get_xdata()), list(x.get_ydata())) for x in first.lines]
-    assert drawn == [([1, 2], [3.0, 2.0]), ([1, 2], [3.5, 2.5]), ([3], [1.5])]
+    assert drawn == [
+        ([1, 2], [3.0, 2.0]),
+        ([1, 2], [3.5, 2.5]),
+        ([3], [1.5]),
+        ([3], [1.7]),
+    ]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["single-task", "cross-stitch"]
+    assert labels == ["single-task", "cross-stitch", "cross-stitch, held out"]
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
-    assert first.get_ylabel() == "training loss"
+    assert first.get_ylabel() == "loss"
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 5), (2, 2)])

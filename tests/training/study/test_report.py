@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -57,6 +58,16 @@ def test_it_says_what_was_run(html):
     assert "schedule.learning_rate 0.05" in text
     assert "cross-stitch against single-task, trained on" in text  # which baseline
     assert "datasets" not in text
+
+
+def test_every_run_is_linked_with_its_recipe_and_commit(report, html, runs):
+    table = html.split("<h3>Methods</h3>")[1].split("</table>")[0]
+    (row,) = (x for x in table.split("<tr>") if ">split at conv2</th>" in x)
+
+    for link in re.findall(r'href="(.*?)"', row):
+        assert (report.parent / unquote(link)).exists(), link
+    assert row.count("href=") == 3 + 1  # seeds, and the recipe of the first
+    assert '<td class="made">0123abc</td>' in row
 
 
 def test_gain_and_cost_stand_first(html):
