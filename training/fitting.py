@@ -140,11 +140,17 @@ def compiled(
 ) -> keras.Model:
     """The model, which may get weights of its losses, with losses and optimizer."""
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
-    faster = recipe.units.alpha_multiplier
-    if any(isinstance(layer, CrossStitch) for layer in model.layers):
-        optimizer = LearningRateGroups(optimizer, alpha=faster)
-    if any(isinstance(layer, NDDR) for layer in model.layers):
-        optimizer = LearningRateGroups(optimizer, {"^nddr_": faster})
+    multipliers: dict[str, float] = {}
+    if _has(model, NDDR):
+        multipliers["^nddr_"] = recipe.units.alpha_multiplier
+    of_tasks = recipe.training.learning_rate_multipliers
+    if of_tasks:
+        names = (f"^{task}_" for task in tasks)
+        multipliers |= dict(zip(names, of_tasks, strict=True))
+    if multipliers or _has(model, CrossStitch):
+        optimizer = LearningRateGroups(
+            optimizer, multipliers, alpha=recipe.units.alpha_multiplier
+        )
     loss = {name: task.loss() for name, task in tasks.items()}
     if recipe.training.loss_weighting:
         model, loss = weigh_losses(model, loss, by=recipe.training.loss_weighting)
@@ -161,6 +167,10 @@ def compiled(
         and tf.distribute.get_strategy().num_replicas_in_sync == 1,
     )
     return model
+
+
+def _has(model: keras.Model, kind: type[keras.layers.Layer]) -> bool:
+    return any(isinstance(layer, kind) for layer in model.layers)
 
 
 def answering(model: keras.Model, tasks: Mapping[str, Any]) -> keras.Model:
@@ -209,7 +219,7 @@ def _train(
         _, targets = next(iter(batches_from(0)))
         distribution.build_losses(model, {name: x[:1] for name, x in targets.items()})
         done = backup.restore(model)
-    units = any(isinstance(layer, CrossStitch) for layer in model.layers)
+    units = _has(model, CrossStitch)
     dynamic = recipe.training.loss_weighting == "dynamic_average"
     description = f"{recipe.name} {plan.spelled}, seed {seed}"
     callbacks = [

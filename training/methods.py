@@ -2,8 +2,9 @@
 
 A method is spelled `cross_stitch`, `split@conv4`, or, with other values of the
 recipe's units or tower, `cross_stitch@same_task=0.5,per=layer,at=pool1+pool5`. All that
-is trained takes `learning_rate=0.01`, `loss_weighting=uncertainty`,
-`loss_weights=1+0.5`, a weight for each task, and `gradients=pcgrad`.
+is trained takes `epochs=10`, `learning_rate=0.01`, `loss_weighting=uncertainty`,
+`gradients=pcgrad`, and, a number for each task, `loss_weights=1+0.5` and
+`learning_rate_multipliers=1+0.5`.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ _CHOICES = {
     "loss_weighting": get_args(recipes.LossWeighting),
     "gradients": get_args(recipes.Gradients),
 }
+_OF_TASKS = ("loss_weights", "learning_rate_multipliers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,16 +261,16 @@ def _with_option(
     if method.schedule:
         # All that is trained from the start learns at the single-task networks' rate.
         fine = method.schedule == "finetuning"
-        known["learning_rate"] = "finetuning" if fine else "single_task"
-        known |= dict.fromkeys((*_CHOICES, "loss_weights"), "training")
+        schedule = "finetuning" if fine else "single_task"
+        known |= {"learning_rate": schedule, "epochs": schedule}
+        known |= dict.fromkeys((*_CHOICES, *_OF_TASKS), "training")
     if key not in known:
         raise ValueError(
             f"There is no option '{key}' in '{spelled}'. There are: {', '.join(known)}"
         )
-    if key == "loss_weights":
-        return recipes.change(
-            recipe, "training", loss_weights=_loss_weights(recipe, text, spelled)
-        )
+    if key in _OF_TASKS:
+        values = _of_tasks(recipe, key, text, spelled)
+        return recipes.change(recipe, "training", **{key: values})
     now = getattr(getattr(recipe, known[key]), key)
     try:
         value = json.loads(text)
@@ -286,10 +288,20 @@ def _with_option(
         raise ValueError(
             f"Expected another {key} like {now!r} in '{spelled}'. Received: {text!r}"
         )
+    if key == "epochs":
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"Expected a whole number of epochs in '{spelled}'. Received: {text!r}"
+            )
+        if method.schedule == "from_start":  # all of them in one schedule
+            recipe = recipes.change(recipe, "finetuning", epochs=0)
     return recipes.change(recipe, known[key], **{key: value})
 
 
-def _loss_weights(recipe: recipes.Recipe, text: str, spelled: str) -> tuple[float, ...]:
+def _of_tasks(
+    recipe: recipes.Recipe, key: str, text: str, spelled: str
+) -> tuple[float, ...]:
+    """A number for each task, as in 1+0.5."""
     tasks = recipes.kinds(recipe.data)
     try:
         weights = tuple(float(part) for part in text.split("+"))
@@ -297,11 +309,11 @@ def _loss_weights(recipe: recipes.Recipe, text: str, spelled: str) -> tuple[floa
         weights = ()
     if len(weights) != len(tasks) or not all(0 < x < math.inf for x in weights):
         raise ValueError(
-            f"Expected a positive weight for each of {', '.join(tasks)} in "
-            f"'{spelled}', as in loss_weights={'+'.join('1' * len(tasks))}. "
+            f"Expected a positive number for each of {', '.join(tasks)} in "
+            f"'{spelled}', as in {key}={'+'.join('1' * len(tasks))}. "
             f"Received: {text!r}"
         )
-    if recipe.training.loss_weighting:
+    if key == "loss_weights" and recipe.training.loss_weighting:
         raise ValueError(
             f"The losses in '{spelled}' are weighed as they train, by "
             f"{recipe.training.loss_weighting}: leave loss_weights"

@@ -133,8 +133,9 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
     recipe = recipes.change(recipe, "units", alpha_multiplier=7)
 
     def compiled(method):
-        model = methods.plan(method, recipe).join(towers.build(recipe, tasks, 0))
-        return fitting.compiled(model, tasks, recipe, 0.125)
+        plan = methods.plan(method, recipe)
+        model = plan.join(towers.build(recipe, tasks, 0))
+        return fitting.compiled(model, tasks, plan.recipe, 0.125)
 
     model = compiled("cross_stitch")
     kernels = [
@@ -150,6 +151,8 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
     assert isinstance(compiled("single_task_longer").optimizer, keras.optimizers.SGD)
     nddr = compiled("nddr")
     assert nddr.optimizer.multipliers == {"^nddr_": 7}
+    of_tasks = compiled("single_task@learning_rate_multipliers=2+0.5").optimizer
+    assert of_tasks.multipliers == {"^segmentation_": 2, "^normals_": 0.5}
     assert len(nddr.losses) == len(model.losses) + 4  # two tasks at two taps
 
 

@@ -42,6 +42,10 @@ def test_what_is_spelled_is_what_is_planned(scenes):
     assert weighed.loss_weights == (1.0, 0.5)
     spelled = methods.spell("hard_sharing", scenes, loss_weighting="uncertainty")
     assert methods.plan(spelled, scenes).recipe.training.loss_weighting == "uncertainty"
+    rates = methods.plan("cross_stitch@learning_rate_multipliers=1+3", scenes).recipe
+    assert rates.training.learning_rate_multipliers == (1.0, 3.0)
+    for spelled in ("single_task", "cross_stitch", "cross_stitch_from_start"):
+        assert methods.plan(f"{spelled}@epochs=9", scenes).schedule.epochs == 9
     # The recipe's own value is no other method.
     assert methods.spell("cross_stitch", scenes, same_task=0.9) == "cross_stitch"
 
@@ -85,8 +89,15 @@ def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
         ("ensemble@loss_weighting=uncertainty", "no option 'loss_weighting'"),
         ("hard_sharing@loss_weighting=often", "uncertainty, dynamic_average .*'often'"),
         ("hard_sharing@loss_weights=1", "each of segmentation, normals .*=1.1. .*'1'"),
-        ("hard_sharing@loss_weights=1+-2", "a positive weight .* Received: '1.-2'"),
-        ("single_task@loss_weights=1+nan", "a positive weight"),
+        ("hard_sharing@loss_weights=1+-2", "a positive number .* Received: '1.-2'"),
+        ("single_task@loss_weights=1+nan", "a positive number"),
+        (
+            "nddr@learning_rate_multipliers=0+1",
+            "learning_rate_multipliers=1.1. .*'0.1'",
+        ),
+        ("single_task@epochs=0", "whole number of epochs .* Received: '0'"),
+        ("hard_sharing@epochs=2.5", "whole number of epochs .* Received: '2.5'"),
+        ("hard_sharing@gradients=sum", "pcgrad as the gradients .*: 'sum'"),
         (
             "hard_sharing@loss_weighting=uncertainty,loss_weights=1+2",
             "by uncertainty: leave loss_weights",

@@ -74,15 +74,16 @@ def test_every_method_of_a_study_can_be_planned(scenes, study, name):
 def test_a_search_gives_baseline_and_method_as_many_tries_on_a_part_of_train(scenes):
     planned = studies.plan(scenes, "search", [0])
     tried = [methods.plan(run.method, run.experiment.recipe) for run in planned]
-    rates = {
-        name: [x.schedule.learning_rate for x in tried if x.spelled.startswith(name)]
+    schedules = {
+        name: [x.schedule for x in tried if x.spelled.startswith(name)]
         for name in ("single_task_as_long", "cross_stitch_from_start")
     }
-    one, other = rates.values()
+    one, other = schedules.values()
 
     assert one == other
     assert len(set(one)) == studies.TRIES
-    assert one[0] == scenes.recipe.single_task.learning_rate
+    assert one[0] == scenes.recipe.from_start
+    assert {schedule.epochs for schedule in one} == {10, 20, 40}
     assert {run.experiment.recipe.data.train_split for run in planned} == {
         "train[:80%]"
     }

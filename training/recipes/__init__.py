@@ -110,6 +110,8 @@ class Training:
     dtype: str  # a Keras dtype policy; what is published is float32, on every machine
     # Of each task's loss, in the tasks' order, where nothing else weighs them
     loss_weights: tuple[float, ...] | None = None
+    # Of each task's own layers, in the tasks' order; what is shared keeps the rate
+    learning_rate_multipliers: tuple[float, ...] | None = None
     # How a step's are made of the tasks', `None` for their sum; see training.gradients
     gradients: Gradients | None = None
 

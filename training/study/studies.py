@@ -138,12 +138,15 @@ def _search(recipe: recipes.Recipe) -> Sequence[str]:
     """Settings, tried on a part of train: as many of the baseline as of cross-stitch.
 
     The first try of each is the recipe's own. The others are drawn at random, at the
-    same learning rates for both; alpha's is drawn as such, and not as a multiple.
+    same learning rates and epochs for both; alpha's rate is drawn as such, and not as a
+    multiple.
     """
     rng = np.random.default_rng(0)
     spelled = ["single_task_as_long", "cross_stitch_from_start"]
     for _ in range(TRIES - 1):
         rate = _rounded(recipe.single_task.learning_rate * 2 ** rng.uniform(-2, 2))
+        epochs = round(recipe.from_start.epochs * rng.choice([0.5, 1.0, 2.0]))
+        both = {"learning_rate": rate, "epochs": epochs}
         of_alpha = 10 ** rng.uniform(-2, 0.5)
         units = {
             "alpha_multiplier": _rounded(of_alpha / rate),
@@ -151,8 +154,8 @@ def _search(recipe: recipes.Recipe) -> Sequence[str]:
             "per": str(rng.choice(["channel", "layer"])),
         }
         spelled += [
-            methods.spell(spelled[0], recipe, learning_rate=rate),
-            methods.spell(spelled[1], recipe, learning_rate=rate, **units),
+            methods.spell(spelled[0], recipe, **both),
+            methods.spell(spelled[1], recipe, **both, **units),
         ]
     return spelled
 
