@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from training import recipes
 from training.methods import METHODS
@@ -522,7 +522,7 @@ def _print_recipe(recipe: recipes.Recipe) -> None:
 
 
 def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    table = Table(*header)
+    table = Table(*(Column(title, overflow="fold") for title in header))
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -28,7 +28,7 @@ from training.locks import lock
 from training.preemption import at_sigterm
 from training.recipes import Recipe, Schedule, change
 from training.runs import Experiment
-from training.tasks import Scores
+from training.tasks import Scores, Task
 
 
 def check(experiment: Experiment, spelled: Iterable[str]) -> None:
@@ -309,7 +309,7 @@ def _evaluate(experiment: Experiment, run: Path) -> None:
         part = keras.Model(model.input, {name: model.output[name] for name in tasks})
         scores |= evaluate(part, tasks, test)
     per_class = [
-        (task, name, metric, round(value, 3))
+        (task, name, metric, _rounded(value, experiment.tasks[task], metric))
         for task, of_task in scores.items()
         for name, values in of_task.per_class().items()
         for metric, value in values.items()
@@ -317,12 +317,22 @@ def _evaluate(experiment: Experiment, run: Path) -> None:
     if per_class:
         header = ("task", "class", "metric", "value")
         write_csv(run / "per_class.csv", header, per_class)
-    write_json(run / "metrics.json", rounded(scores))
+    write_json(run / "metrics.json", rounded(scores, experiment.tasks))
 
 
-def rounded(scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+def rounded(
+    scores: Mapping[str, Scores], tasks: Mapping[str, Task]
+) -> dict[str, dict[str, float]]:
     """{task: {metric: value}}, as it is written."""
     return {
-        task: {name: round(float(value), 3) for name, value in of_task.result().items()}
+        task: {
+            name: _rounded(value, tasks[task], name)
+            for name, value in of_task.result().items()
+        }
         for task, of_task in scores.items()
     }
+
+
+def _rounded(value: float, task: Task, name: str) -> float:
+    """With two digits more than are shown."""
+    return round(float(value), task.metrics[name].digits + 2)

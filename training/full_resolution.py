@@ -63,7 +63,7 @@ def evaluate(
     )
     examples = _examples(folder, ids, (height, width), experiment, frame)
     scores = fitting.evaluate(model, tasks, examples)
-    metrics = fitting.rounded(scores)
+    metrics = fitting.rounded(scores, tasks)
     (top, bottom), (left, right) = frame
     what = "the official frame, as papers have it. Normals are derived from depth here"
     if height < 480:

@@ -14,6 +14,7 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
+from training import fitting
 from training.datasets import nyuv2, rendering, scenes
 from training.tasks.depth import FARTHEST, Depth
 
@@ -43,6 +44,15 @@ def results(batches):
     for truth, answer in batches:
         scores.update(truth, answer)
     return scores.result()
+
+
+def test_metres_are_kept_with_more_digits_than_per_cent(measured):
+    scores = Depth().scores()
+    scores.update(*measured[0])
+    exact, kept = scores.result(), fitting.rounded({"d": scores}, {"d": Depth()})["d"]
+
+    assert kept["rel_error"] == round(exact["rel_error"], 5)
+    assert kept["delta_1"] == round(exact["delta_1"], 3)
 
 
 def test_the_scores_agree_with_scikit_learn(measured):

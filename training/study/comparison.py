@@ -130,7 +130,8 @@ def _shown(
     if method not in of_metric:
         return ""
     digits = metric(name).digits
-    value = f"{of_metric[method]:.{digits}f}"
+    sign = "+" if name == "delta_m" else ""
+    value = f"{of_metric[method]:{sign}.{digits}f}"
     interval = prediction_interval((usual or {}).get(method, {}).values())
     if interval is None:
         return value

@@ -223,7 +223,7 @@ def splits(
         axes.set(
             title=f"{task}: {known.label}",
             xlabel="first layer that is not shared",
-            ylabel=f"gain over the baseline, {known.unit.replace('%', 'points')}",
+            ylabel=", ".join(["gain over the baseline", *_points(known.unit)]),
         )
     _legend(figure, panels)
     return figure
@@ -307,6 +307,11 @@ def label_fraction(
     figure.suptitle("mean and standard deviation over the seeds", fontsize=9)
     _legend(figure, axis)
     return figure
+
+
+def _points(unit: str) -> list[str]:
+    """The unit of a difference, none of a ratio's."""
+    return [unit.replace("%", "points")] if unit else []
 
 
 def _panels(count: int) -> tuple[Figure, np.ndarray]:

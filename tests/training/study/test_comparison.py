@@ -114,5 +114,5 @@ def test_the_table_ends_in_delta_m_and_says_where_values_usually_are(
         f"{miou:.1f}",
         f"{miou:.1f} (16.0 to 26.0)",
     ]
-    assert body["all tasks: Δm, % ↑"] == ["", "0.0"]
+    assert body["all tasks: Δm, % ↑"] == ["", "+0.0"]
     assert shown("another")["segmentation: mIoU, % ↑"] == 2 * [f"{miou:.1f}"]
