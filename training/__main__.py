@@ -500,6 +500,10 @@ def _recipe(
         if not isinstance(recipe.tower, recipes.SavedBackbone):
             raise ValueError(f"The recipe '{name}' has no backbone: leave --backbone")
         recipe = recipes.change(recipe, "tower", backbone=backbone)
+        if backbone.is_file():
+            from training.backbones import with_its_names
+
+            recipe = with_its_names(recipe)
     if weights is not None:
         if not isinstance(recipe.tower, recipes.FastRcnnAlexNet):
             raise ValueError(f"The recipe '{name}' takes no weights: leave --weights")

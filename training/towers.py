@@ -3,18 +3,16 @@
 Every tower ends in a layer named `logits`, by which it is found in a joined model.
 """
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from keras_cross_stitch import RoIAlign, fcn_alexnet
 from keras_cross_stitch.towers import BilinearUpsampling
-from training import alexnet_weights
+from training import alexnet_weights, backbones
 from training.recipes import (
     STRIDE,
     FastRcnnAlexNet,
@@ -59,7 +57,7 @@ def identity(tower: Any) -> dict[str, str]:
     """What a result depends on, of a recipe's tower: its files, not their paths."""
     files = {}
     if isinstance(tower, SavedBackbone):
-        files["backbone"] = _existing(tower.backbone)
+        files["backbone"] = backbones.existing(tower.backbone)
     if getattr(tower, "weights", None) is not None:
         files["weights"] = tower.weights
     return {
@@ -70,7 +68,7 @@ def identity(tower: Any) -> dict[str, str]:
 
 # Each of these is for recipes with one kind of tower, see `_KINDS`.
 def _fcn_alexnet(recipe: Any, outputs: int) -> keras.Model:
-    with _dtype(recipe):
+    with backbones.dtype_of(recipe):
         tower = fcn_alexnet(
             outputs,
             (*recipe.data.image_size, 3),
@@ -85,17 +83,10 @@ def _fcn_alexnet(recipe: Any, outputs: int) -> keras.Model:
 
 
 def _saved_backbone(recipe: Any, outputs: int) -> keras.Model:
-    height, width = recipe.data.image_size
-    backbone = _backbone(recipe)
-    with _dtype(recipe):
+    backbone = backbones.build(recipe)
+    with backbones.dtype_of(recipe):
         x = keras.layers.Dropout(recipe.tower.dropout, name="dropout")(backbone.output)
         x = keras.layers.Conv2D(outputs, 1, kernel_initializer="zeros", name="score")(x)
-    if x.shape[1:3] != (-(-height // STRIDE), -(-width // STRIDE)):
-        raise ValueError(
-            f"The backbone {recipe.tower.backbone} must have one cell for {STRIDE} "
-            f"pixels. Received: {x.shape[1]}x{x.shape[2]} cells for an image of "
-            f"{height}x{width}"
-        )
     factor = _upsampling(recipe)
     x = BilinearUpsampling(factor, dtype="float32", name="upsampling")(x)
     rows, columns = recipe.data.target_size
@@ -108,7 +99,7 @@ def _fast_rcnn_alexnet(recipe: Any, outputs: int) -> keras.Model:
     """RoIs are pooled from `conv5`, in the place of `pool5`, which has its name."""
     tower = recipe.tower
     decay = keras.regularizers.L2(tower.weight_decay / 2)
-    with _dtype(recipe):
+    with backbones.dtype_of(recipe):
         trunk = fcn_alexnet(
             1,
             (*recipe.data.image_size, 3),
@@ -138,12 +129,12 @@ def _fast_rcnn_alexnet(recipe: Any, outputs: int) -> keras.Model:
 def _fast_rcnn_backbone(recipe: Any, outputs: int) -> keras.Model:
     """RoIs are pooled from several maps, which are put behind each other."""
     tower = recipe.tower
-    backbone = _backbone(recipe)
-    with _dtype(recipe):
+    backbone = backbones.build(recipe)
+    with backbones.dtype_of(recipe):
         rois = keras.Input((None, 4), name="rois")
         pooled = []
         for name in tower.pooled:
-            x = _layer(backbone, name, tower.backbone, "pools RoIs").output
+            x = backbones.layer(backbone, name, recipe, "pools RoIs").output
             stride = round(recipe.data.image_size[0] / x.shape[1])
             align = RoIAlign(tower.pooled_size, stride, name=f"{name}_pooled")
             pooled.append(align([x, rois]))
@@ -183,67 +174,6 @@ def _per_region(
     return _logits(x)
 
 
-def _backbone(recipe: Any) -> keras.Model:
-    """The saved model at the recipe's image size, frozen as far as it says."""
-    path = _existing(recipe.tower.backbone)
-    saved = keras.models.load_model(path, compile=False)
-    frozen_to = _layer(saved, recipe.tower.frozen_to, path, "is frozen up to it").output
-    frozen = {layer.name for layer in keras.Model(saved.inputs, frozen_to).layers}
-
-    def as_in_recipe(layer: keras.Layer) -> keras.Layer:
-        config = {**layer.get_config(), "dtype": recipe.training.dtype}
-        # Frozen batch normalisation keeps its statistics, too.
-        return type(layer).from_config(
-            {**config, "trainable": layer.name not in frozen}
-        )
-
-    image = keras.Input((*recipe.data.image_size, 3), name="image")
-    with _dtype(recipe):
-        pixels = _pixels(image, saved, recipe.tower)
-
-        def on_pixels(layer: keras.Layer, *inputs: Any, **options: Any) -> Any:
-            return layer(*(pixels if x is image else x for x in inputs), **options)
-
-        backbone = keras.models.clone_model(
-            saved,
-            input_tensors=image,
-            clone_function=as_in_recipe,
-            call_function=on_pixels,
-        )
-    backbone.set_weights(saved.get_weights())
-    return backbone
-
-
-def _pixels(
-    image: keras.KerasTensor, saved: keras.Model, tower: Any
-) -> keras.KerasTensor:
-    """The image, in [0, 255], as the saved model expects it."""
-    if tower.pixel_range is not None:
-        low, high = tower.pixel_range
-        return keras.layers.Rescaling((high - low) / 255, low, name="pixels")(image)
-    rescaling = (keras.layers.Rescaling, keras.layers.Normalization)
-    if not any(isinstance(layer, rescaling) for layer in saved.layers):
-        raise ValueError(
-            f"The backbone {tower.backbone} has no layer that rescales pixels from "
-            "[0, 255], and the recipe does not say what it expects. Give one that has "
-            "such a layer, or the recipe's tower a `pixel_range`: (-1.0, 1.0) for "
-            "MobileNetV2, (0.0, 255.0) for pixels as they are"
-        )
-    return image
-
-
-def _layer(
-    backbone: keras.Model, name: str, path: Path, why: str
-) -> keras.layers.Layer:
-    names = [layer.name for layer in backbone.layers]
-    if name not in names:
-        raise ValueError(
-            f"The backbone {path} has no layer '{name}'; the recipe {why}. It has: "
-            f"{', '.join(names)}"
-        )
-    return backbone.get_layer(name)
-
-
 _KINDS = {
     FcnAlexNet: _fcn_alexnet,
     SavedBackbone: _saved_backbone,
@@ -258,24 +188,3 @@ def _upsampling(recipe: Any) -> int:
 
 def _logits(x: keras.KerasTensor) -> keras.KerasTensor:
     return keras.layers.Identity(dtype="float32", name="logits")(x)
-
-
-@contextlib.contextmanager
-def _dtype(recipe: Any) -> Iterator[None]:
-    """The layers that are made meanwhile have the recipe's dtype policy."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(recipe.training.dtype)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(
-            f"There is no backbone {path}. Give a saved Keras model with --backbone "
-            "FILE; where there is internet, keras.applications."
-            'EfficientNetV2B0(include_top=False).save("backbone.keras") makes one'
-        )
-    return path

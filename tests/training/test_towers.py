@@ -1,9 +1,11 @@
+import types
+
 import keras
 import numpy as np
 import pytest
 
-from keras_cross_stitch import stitch
-from training import recipes, towers
+from keras_cross_stitch import split, stitch
+from training import backbones, recipes, towers
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,65 @@ def test_a_backbone_of_another_stride_is_refused(pretrained, tasks, tmp_path):
 
     with pytest.raises(ValueError, match=r"32 pixels\. Received: 6x10 cells"):
         towers.build(other, tasks, 0)
+
+
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory):
+    """One of `keras.applications`: it adds tensors, and fills images up."""
+    model = keras.applications.MobileNetV3Small(
+        include_top=False, weights=None, alpha=0.25, minimalistic=True
+    )
+    path = tmp_path_factory.mktemp("models") / "mobilenet.keras"
+    model.save(path)
+    return path
+
+
+def test_a_recipe_keeps_the_names_that_its_backbone_has(pretrained):
+    assert backbones.with_its_names(pretrained) is pretrained
+
+
+def test_layers_of_another_backbone_are_found_by_stride(mobilenet, tasks):
+    recipe = recipes.find("nyuv2_pretrained", toy=True)
+    recipe = recipes.change(recipe, "data", image_size=(80, 112), target_size=(40, 56))
+    recipe = recipes.change(recipe, "tower", backbone=mobilenet)
+    found = backbones.with_its_names(recipe)
+    built = towers.build(found, tasks, 0)
+
+    one = built["segmentation"]
+    of_stride = {"filled": (96, 128), found.tower.frozen_to: (12, 16)}
+    of_stride |= dict(zip(found.units.at, [(6, 8), (3, 4)], strict=True))
+    for name, size in of_stride.items():
+        assert one.get_layer(name).output.shape[1:3] == size
+    assert one.output.shape[1:3] == (40, 56)
+    names = [layer.name for layer in one.layers]
+    places = [names.index(x) for x in (found.tower.frozen_to, *found.units.at, "score")]
+    assert places == sorted(places)
+    for layer in one.layers[: places[0] + 1]:
+        assert not layer.trainable_weights, layer.name
+    assert all(x.trainable for x in one.layers[places[0] + 1 :])
+    images = np.random.default_rng(0).uniform(0, 255, (1, 80, 112, 3))
+    stitched = stitch(built, at=found.units.at, same_task=1.0)(images)
+    np.testing.assert_allclose(stitched["segmentation"], one(images), atol=1e-5)
+    assert found.best_split in found.splits
+    for at in found.splits:
+        split(built, at=at)
+
+
+def test_regions_are_pooled_from_what_is_found(mobilenet):
+    recipe = recipes.find("voc2008", toy=True)
+    recipe = recipes.change(recipe, "tower", backbone=mobilenet)
+    found = backbones.with_its_names(recipe)
+    assert found.units.at == (*found.tower.pooled, "fc6", "fc7")
+    task = types.SimpleNamespace(outputs=3)
+    built = towers.build(found, {"detection": task, "attributes": task}, 0)
+    assert built["detection"].output.shape == (None, None, 3)
+
+
+def test_a_backbone_without_such_strides_is_refused(pretrained, tmp_path):
+    image = keras.Input((None, None, 3))
+    conv = keras.layers.Conv2D(4, 3, 32, padding="same", name="conv")(image)
+    keras.Model(image, conv).save(tmp_path / "stride32.keras")
+    path = tmp_path / "stride32.keras"
+    recipe = recipes.change(pretrained, "tower", backbone=path)
+    with pytest.raises(ValueError, match=r"stride32.*lacks .*'block4_output'.*\{32: "):
+        backbones.with_its_names(recipe)
