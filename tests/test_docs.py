@@ -80,3 +80,16 @@ def test_every_link_within_the_site_leads_somewhere(site):
             assert target.exists(), f"{page.name}: {link}"
             if part and target.suffix == ".html":
                 assert f'id="{part}"' in target.read_text("utf-8"), link
+
+
+def test_the_demo_takes_as_long_on_each_page():
+    told = {
+        (page, minutes)
+        for page in ("README.md", *(f"docs/{x.name}" for x in ROOT.glob("docs/*.md")))
+        for minutes in re.findall(
+            r"make demo[^.]{0,60}?([\d.]+(?: to [\d.]+)?) minutes",
+            (ROOT / page).read_text("utf-8"),
+        )
+    }
+    assert {page for page, _ in told} == {"README.md", "docs/serving.md"}
+    assert len({minutes for _, minutes in told}) == 1, told
