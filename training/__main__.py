@@ -159,6 +159,7 @@ def fit(
         from training.runs import open_experiment
         from training.study import comparison
         from training.study.report import write_report
+        from training.study.results import baseline
 
         strategy = distribution.strategy(replicas)
         methods = list(dict.fromkeys(method or COMPARED))
@@ -191,6 +192,10 @@ def fit(
         return
     _print_table(*comparison.rows(experiment, methods, seed))
     console.print(comparison.LEGEND)
+    for name in methods:
+        against = baseline(name)
+        if against and against not in methods:
+            console.print(f"No Δm of {name}: add its baseline, --method {against}")
     if (target / "serving").exists():
         console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
