@@ -125,6 +125,7 @@ def learning_curves(
     figure, panels = _panels(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         axes.set(title=task, xlabel="epoch", ylabel="loss")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         for i, (method, runs) in enumerate(losses.items()):
             for seed, by_task in enumerate(runs):
                 values = by_task.get(task, ())
@@ -172,6 +173,7 @@ def alphas_by_epoch(history: Mapping[tuple[str, ...], Sequence[float]]) -> Figur
     figure, panels = _panels(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         axes.set(title=task, xlabel="epoch", ylabel="mean alpha")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         for (unit, of, source), values in history.items():
             if of == task:
                 own = source == task
@@ -329,7 +331,9 @@ def _line(i: int, **more: Any) -> dict[str, Any]:
 def _legend(figure: Figure, panels: np.ndarray) -> None:
     """One legend below all panels."""
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    longest = max(map(len, labels), default=0)
+    columns = min(4, max(1, int(11 * WIDTH / (longest + 6))))  # that fit
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _gain(

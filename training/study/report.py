@@ -58,7 +58,7 @@ def write_report(runs: Path, target: Path) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"label": label, "title": lambda name: metric(name).title}
+    environment.filters |= {"label": label, "title": _title}
     script = read_text(Path(__file__).with_name("report.js"))
     html = environment.get_template("report.html.jinja").render(
         recipes=[_recipe(*of_recipe, target) for of_recipe in recipes.items()],
@@ -149,7 +149,7 @@ def _method(
         "name": method,
         "says": METHODS[method.partition("@")[0]].says,
         "baseline": baseline(method),
-        "seeds": [(run.seed, _link(run.folder, page)) for run in runs],
+        "runs": [(run.seed, _link(run.folder, page)) for run in runs],
         "recipe": _link(runs[0].folder / "recipe.json", page),
         "commits": list(
             dict.fromkeys(run.made_by.get("commit", "unknown") for run in runs)
@@ -159,6 +159,11 @@ def _method(
         "costs": recorded.shown_costs(runs[0].costs),
         "times": [times.get((method, measure), "") for measure in MEASURES],
     }
+
+
+def _title(name: str) -> str:
+    """A metric's, whose arrow stays on a line with its unit."""
+    return "\u00a0".join(metric(name).title.rsplit(" ", 1))
 
 
 def _link(path: Path, page: Path) -> str:

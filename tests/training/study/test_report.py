@@ -61,7 +61,7 @@ def test_it_says_what_was_run(html):
 
 
 def test_every_run_is_linked_with_its_recipe_and_commit(report, html, runs):
-    table = html.split("<h3>Methods</h3>")[1].split("</table>")[0]
+    table = html.split("<h3>Runs and settings</h3>")[1].split("</table>")[0]
     (row,) = (x for x in table.split("<tr>") if ">split at conv2</th>" in x)
 
     for link in re.findall(r'href="(.*?)"', row):
