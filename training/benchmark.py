@@ -103,9 +103,9 @@ def _interleaved(
 
 def _model(experiment: Experiment, method: str, dtype: str) -> keras.Model:
     recipe = recipes.change(experiment.recipe, "training", dtype=dtype)
-    of_tasks = towers.build(recipe, experiment.tasks, seed=0)
-    model = methods.plan(method, recipe).join(of_tasks)
-    return fitting.compiled(model, experiment.tasks, recipe, 1e-4)
+    plan = methods.plan(method, recipe)
+    model = plan.join(towers.build(plan.recipe, experiment.tasks, seed=0))
+    return fitting.compiled(model, experiment.tasks, plan.recipe, 1e-4)
 
 
 def _rows(ms: Mapping[Any, float], own: str) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from training import benchmark, fitting, methods, preemption, recipes
 from training.__main__ import app, path, prepare_app
+from training.gradients import PCGrad
 from training.preemption import Preempted, preemptible
 
 
@@ -280,6 +281,9 @@ def test_methods_are_timed_as_multiples_of_the_single_task_networks(finished):
     for _, measure, ms, ratio in rows:
         base = next(float(row[2]) for row in rows if row[1] == measure)
         assert float(ratio) == pytest.approx(float(ms) / base, rel=0.1, abs=0.01)
+    # With the method's own options.
+    spelled = "hard_sharing@gradients=pcgrad"
+    assert isinstance(benchmark._model(finished, spelled, "float32"), PCGrad)
 
 
 @pytest.mark.parametrize(
