@@ -5,7 +5,7 @@ copy under a new name. The towers stay as they are.
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,7 +14,7 @@ import numpy as np
 from keras_cross_stitch.copying import alike
 from keras_cross_stitch.cross_stitch import CrossStitch
 from keras_cross_stitch.joining import Joined, new_inputs
-from keras_cross_stitch.opening import Call, Tower, Value
+from keras_cross_stitch.opening import Call, Tower, Value, opened_towers
 from keras_cross_stitch.projecting import ProjectedCrossStitch
 from keras_cross_stitch.shared_calls import (
     built_once,
@@ -129,7 +129,7 @@ def stitch(
             "Only `CrossStitch` units project what they take: leave `project` or "
             f"`unit`. Received: project={project}, unit={unit}"
         )
-    opened = _opened(towers)
+    opened = opened_towers(towers)
     taps = read_taps(at, opened)
     inputs = new_inputs(opened, shared_input)
     tapped = [value for _, tap in taps for value in tap.values()]
@@ -155,7 +155,6 @@ def stitch(
         except ValueError as error:
             raise ValueError(
                 f"At the tap '{label}': {error}. {which_fit(opened, tap, project)}"
-                + ("" if project else ". Or project them: `stitch(..., project=True)`")
             ) from error
         if n == 0 and _takes_from_others(mix):
             warn_of_unrelated_towers(opened, tap, label)
@@ -212,7 +211,7 @@ def split(
 
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), Figure 2
     """
-    opened = _opened(towers)
+    opened = opened_towers(towers)
     inputs = new_inputs(opened, shared_input=True)
     own = {
         call
@@ -231,31 +230,6 @@ def split(
         same, opened, lambda call: call not in own or wanted_once(call, share_frozen)
     )
     return Joined(opened, inputs, same).model(name)
-
-
-def check_task_names(tasks: Iterable[str]) -> None:
-    """Raises a ValueError where a task's name cannot be that of a signature."""
-    for task in tasks:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", str(task)):
-            raise ValueError(
-                "A task's name must be letters, digits and underscores, since it "
-                f"names layers and a signature. Received: {task!r}"
-            )
-        if task == "serving_default":
-            raise ValueError(
-                "'serving_default' is the signature of all tasks together; give the "
-                "task another name"
-            )
-
-
-def _opened(towers: Any) -> dict[str, Tower]:
-    if not isinstance(towers, Mapping) or len(towers) < 2:
-        raise ValueError(
-            "`towers` must be a dict of at least two: task name to model. "
-            f"Received: towers={towers!r}"
-        )
-    check_task_names(towers)
-    return {task: Tower(task, model, towers) for task, model in towers.items()}
 
 
 def _takes_from_others(unit: keras.layers.Layer) -> bool:

@@ -206,6 +206,32 @@ class Tower:
         return [_resolved(x, scope) for x in nested.outputs]
 
 
+def opened_towers(towers: Any) -> dict[str, Tower]:
+    """{task: `Tower`}, or a ValueError for what `stitch` cannot join."""
+    if not isinstance(towers, Mapping) or len(towers) < 2:
+        raise ValueError(
+            "`towers` must be a dict of at least two: task name to model. "
+            f"Received: towers={towers!r}"
+        )
+    check_task_names(towers)
+    return {task: Tower(task, model, towers) for task, model in towers.items()}
+
+
+def check_task_names(tasks: Iterable[str]) -> None:
+    """Raises a ValueError where a task's name cannot be that of a signature."""
+    for task in tasks:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", str(task)):
+            raise ValueError(
+                "A task's name must be letters, digits and underscores, since it "
+                f"names layers and a signature. Received: {task!r}"
+            )
+        if task == "serving_default":
+            raise ValueError(
+                "'serving_default' is the signature of all tasks together; give the "
+                "task another name"
+            )
+
+
 def as_graph(model: Any) -> keras.Model | None:
     """The model as a functional one; None for a layer, and for a `call` of its own."""
     if isinstance(model, keras.Sequential) and getattr(model, "inputs", None):

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from keras_cross_stitch import versions
-from keras_cross_stitch.networks import check_task_names
+from keras_cross_stitch.opening import check_task_names
 from keras_cross_stitch.trial_input import (
     first_accepted_input,
     from_sample,

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_cross_stitch.copying import kernels
-from keras_cross_stitch.opening import Call, Tower, Value
+from keras_cross_stitch.opening import Call, Tower, Value, opened_towers
 
 
 def read_taps(
@@ -88,6 +88,9 @@ def which_fit(
     )
     first, *others = tap
     rank, shape = len(tap[first].shape), tap[first].shape[1:]
+    remedy = ""
+    if not project and all(len(value.shape) == rank for value in tap.values()):
+        remedy = ". Or let `CrossStitch` project them: `stitch(..., project=True)`"
 
     def fits(value: Value) -> bool:
         if project:
@@ -105,7 +108,7 @@ def which_fit(
     found = "; ".join(f"'{task}': {paths or 'none'}" for task, paths in fitting.items())
     return (
         f"Tapped are {tapped}. Layers of the {'rank' if project else 'shape'} of the "
-        f"first, {shape}, are, in the tower of {found}"
+        f"first, {shape}, are, in the tower of {found}{remedy}"
     )
 
 
@@ -152,7 +155,7 @@ def common_taps(
     conv1 the end of (55, 55, 5)
     conv2 the end of (27, 27, 13)
     """
-    opened = {task: Tower(task, model, towers) for task, model in towers.items()}
+    opened = opened_towers(towers)
     ends = {task: _stage_ends(tower) for task, tower in opened.items()}
     first, *others = opened
     taps: list[Tap] = []

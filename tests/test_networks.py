@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from keras_cross_stitch import CrossStitch, alexnet, fcn_alexnet, split, stitch
-from keras_cross_stitch.networks import check_task_names
+from keras_cross_stitch.opening import check_task_names
 
 FCN_TAPS = ["pool1", "pool2", "pool5", "fc6", "fc7"]
 

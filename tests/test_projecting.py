@@ -338,6 +338,21 @@ def test_maps_that_cannot_be_projected_are_an_error(shapes, words):
         ProjectedCrossStitch()(inputs)
 
 
-def test_taps_that_cannot_be_projected_name_the_tap():
-    with pytest.raises(ValueError, match=r"At the tap 'conv1'.*other ranks.*'age'"):
-        stitch(towers(), [{"kind": "conv1", "age": "pool"}], project=True)
+def test_taps_that_cannot_be_projected_name_towers_layers_and_which_would_do():
+    words = (
+        r"At the tap 'conv1'.*other ranks.*Tapped are 'conv1' of the tower of 'kind', "
+        r"'pool' of the tower of 'age'\. Layers of the rank of the first, "
+        r"\(16, 12, 4\), are, in the tower of 'age': \['conv1', 'conv2', 'conv3'\]$"
+    )
+    apart = {task: one for task, one in towers().items() if task != "size"}
+
+    with pytest.raises(ValueError, match=words):
+        stitch(apart, [{"kind": "conv1", "age": "pool"}], project=True)
+
+
+@pytest.mark.parametrize(("tap", "helps"), [("conv1", True), ("pool", False)])
+def test_projection_is_a_remedy_where_it_helps(tap, helps):
+    with pytest.raises(ValueError, match="Tapped are") as caught:
+        stitch(towers(), [{"kind": "conv1", "age": tap}])
+
+    assert ("stitch(..., project=True)" in str(caught.value)) == helps

@@ -97,6 +97,12 @@ def test_without_projection_shapes_are_equal():
     assert named(taps) == [(n, n) for n in ("down0", "bottom", "up0")]
 
 
+@pytest.mark.parametrize("towers", [[], {"a": None}])
+def test_towers_are_a_dict_of_two_at_least(towers):
+    with pytest.raises(ValueError, match="must be a dict of at least two"):
+        common_taps(towers)
+
+
 PAIRS = {
     "a U-Net and a squeezing net": (unet, squeezing),
     "texts of other widths": (text, lambda n: text(n, units=8, depth=3)),
