@@ -5,8 +5,6 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
-from keras_cross_stitch.projecting import pointwise
-
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
 class NDDR(keras.layers.Layer):
@@ -45,8 +43,8 @@ class NDDR(keras.layers.Layer):
         The same as the input, in a dict.
 
     Weights:
-        <unit>_<task>/kernel: W, `(..., T C, C)`, its rows in the order of the sorted
-            tasks. The layers are in `convolutions[task]`.
+        <task>_kernel: W, `(T C, C)`, its rows in the order of the sorted tasks; in
+            `kernels[task]`. `model.quantize` leaves them as they are.
         <unit>_<task>_norm: of the batch normalisation.
 
     Example:
@@ -55,8 +53,8 @@ class NDDR(keras.layers.Layer):
     >>> unit = NDDR(same_task=0.75)
     >>> float(keras.ops.convert_to_numpy(unit(maps)["b"]).max().round(2))
     0.25
-    >>> tuple(unit.convolutions["a"].kernel.shape)
-    (1, 1, 8, 4)
+    >>> tuple(unit.kernels["a"].shape)
+    (8, 4)
 
     Reference:
 
@@ -88,28 +86,22 @@ class NDDR(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         shape = self._common_shape(input_shape)
         channels = shape[self._channel_axis]
-        together = list(shape)
-        together[self._channel_axis] = len(input_shape) * channels
         self.tasks = tuple(map(str, sorted(input_shape)))
-        self.convolutions: dict[str, Any] = {}
+        self.kernels: dict[str, Any] = {}
         self.norms: dict[str, Any] = {}
         for task in self.tasks:
-            self.convolutions[task] = pointwise(
-                channels,
-                len(shape),
-                use_bias=False,
-                kernel_initializer=self._start(task),
-                kernel_regularizer=self.kernel_regularizer,
-                data_format=self.data_format,
-                name=f"{self.name}_{task}",
-                dtype=self.dtype_policy,
+            # Not of a convolution's or a `Dense` layer, which may be quantized.
+            self.kernels[task] = self.add_weight(
+                name=f"{task}_kernel",
+                shape=(len(self.tasks) * channels, channels),
+                initializer=self._start(task),
+                regularizer=self.kernel_regularizer,
             )
             self.norms[task] = keras.layers.BatchNormalization(
                 self._channel_axis,
                 name=f"{self.name}_{task}_norm",
                 dtype=self.dtype_policy,
             )
-            self.convolutions[task].build(tuple(together))
             self.norms[task].build(shape)
 
     @property
@@ -123,17 +115,21 @@ class NDDR(keras.layers.Layer):
         def kernel(shape: tuple[int, ...], dtype: Any = None) -> Any:
             same = ops.eye(shape[-1], dtype=dtype)
             parts = [self.same_task if x == task else rest for x in self.tasks]
-            return ops.reshape(ops.concatenate([x * same for x in parts]), shape)
+            return ops.concatenate([x * same for x in parts])
 
         return kernel
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         maps = [inputs[task] for task in sorted(inputs)]
-        together = ops.concatenate(maps, axis=self._channel_axis)
+        # Channels last, so that what each pixel becomes is a product with W.
+        together = ops.concatenate(
+            [ops.moveaxis(x, self._channel_axis, -1) for x in maps], axis=-1
+        )
         mixed = {}
         for task in inputs:
-            x = self.convolutions[str(task)](together)
-            mixed[task] = ops.relu(self.norms[str(task)](x, training=training))
+            x = ops.tensordot(together, self.kernels[task], 1)
+            x = ops.moveaxis(x, -1, self._channel_axis)
+            mixed[task] = ops.relu(self.norms[task](x, training=training))
         return mixed
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:

@@ -224,7 +224,7 @@ def _parts(unit: CrossStitch | NDDR) -> Any:
     """What part of each task's map is taken from which: (T, T), rows sum to 1."""
     tasks = len(unit.tasks)
     if isinstance(unit, NDDR):
-        kernels = [unit.convolutions[task].kernel for task in unit.tasks]
+        kernels = [unit.kernels[task] for task in unit.tasks]
         values = [keras.ops.convert_to_numpy(x).reshape(tasks, -1) for x in kernels]
         alpha = np.abs(np.stack(values))  # (T, T, C * C)
     else:

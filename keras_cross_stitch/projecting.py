@@ -94,13 +94,12 @@ class ProjectedCrossStitch(CrossStitch):
         name = f"{self.name}_{key}"
         if config := self._quantized.get(key):
             return keras.layers.Dense.from_config({**config, "name": name})
-        return pointwise(
-            shape[self._channel_axis],
-            len(shape),
-            data_format=self.data_format,
-            name=name,
-            dtype=self.dtype_policy,
-        )
+        arguments: dict[str, Any] = {"name": name, "dtype": self.dtype_policy}
+        channels = shape[self._channel_axis]
+        if len(shape) == 2:
+            return keras.layers.Dense(channels, **arguments)
+        convolution = getattr(keras.layers, f"Conv{len(shape) - 2}D")
+        return convolution(channels, 1, data_format=self.data_format, **arguments)
 
     def get_config(self) -> dict[str, Any]:
         # `model.quantize` goes past the unit, to its `Dense` layers.
@@ -149,16 +148,6 @@ class ProjectedCrossStitch(CrossStitch):
                 x = ops.matmul(_linear(given, to, dtype), x)
                 x = ops.cast(ops.swapaxes(x, axis, -2), self.compute_dtype)
         return x
-
-
-def pointwise(
-    channels: int, rank: int, *, data_format: str, **arguments: Any
-) -> keras.layers.Layer:
-    """A layer from each pixel's channels to others: `Dense` of vectors, (N, C)."""
-    if rank == 2:
-        return keras.layers.Dense(channels, **arguments)
-    convolution = getattr(keras.layers, f"Conv{rank - 2}D")
-    return convolution(channels, 1, data_format=data_format, **arguments)
 
 
 def _linear(given: Any, to: Any, dtype: str) -> Any:

@@ -4,7 +4,7 @@ import keras
 import pytest
 from keras import layers
 
-from keras_cross_stitch import split, stitch
+from keras_cross_stitch import NDDR, split, stitch
 from training import costs
 
 
@@ -56,6 +56,18 @@ def test_projections_are_counted(rank):
     more = {key: x - costs.count(apart)[key] for key, x in costs.count(model).items()}
     weights = (5 + 1) * 2 + (2 + 1) * 5
     assert more == {"parameters": weights + 4, "multiply_adds": 4 ** (rank - 2) * 20}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_nddrs_units_are_products_of_all_channels(count):
+    towers = {f"task{k}": tower() for k in range(count)}
+    apart = costs.count(stitch(towers, at=[]))
+    joined = costs.count(stitch(towers, at=["conv"], unit=NDDR))
+
+    weights = count * (count * 4 * 4 + 4 * 4)  # and of the batch normalisation
+    assert joined["parameters"] - apart["parameters"] == weights
+    products = count * 5 * 4 * (count * 4) * 4
+    assert joined["multiply_adds"] - apart["multiply_adds"] == products
 
 
 def test_products_of_matrices_and_free_sizes_are_counted():
