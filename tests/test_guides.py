@@ -1,4 +1,4 @@
-"""The guides run, in fewer epochs than they say, and what they train learns."""
+"""The guides run, on less than they say, and what they train learns."""
 
 import socket
 from pathlib import Path
@@ -16,8 +16,9 @@ import keras
 
 fit, losses = keras.Model.fit, []
 
-def short(*args, epochs, **kwargs):
-    history = fit(*args, epochs=min(epochs, 2), **kwargs)
+def short(model, *data, epochs, **kwargs):
+    data = keras.tree.map_structure(lambda array: array[:300], data)
+    history = fit(model, *data, epochs=min(epochs, 2), **kwargs)
     losses.append(history.history["loss"])
     return history
 
@@ -44,6 +45,7 @@ def test_the_guide_runs_and_learns(guide):
     for cell in notebook.cells:
         for port, free in ports.items():
             cell.source = cell.source.replace(port, free)
+        cell.source = cell.source.replace("SEEDS = 5", "SEEDS = 1")
     first, last = map(nbformat.v4.new_code_cell, (SHORTEN, CHECK))
     notebook.cells = [first, *notebook.cells, last]
 
