@@ -126,10 +126,10 @@ def fit(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(METHODS).replace('split', 'split@LAYER')}. Those with "
-            "units or towers of their own take options, as in "
-            "cross_stitch@same_task=0.5,at=pool1+pool5. Repeat for several. Without "
-            f"it: {', '.join(COMPARED)}."
+            help=f"{', '.join(METHODS).replace('split', 'split@LAYER')}. Options stand "
+            "behind it, as in cross_stitch@same_task=0.5,at=pool1+pool5 or "
+            "hard_sharing@gradients=pcgrad. Repeat for several. Without it: "
+            f"{', '.join(COMPARED)}."
         ),
     ] = None,
     tasks: Tasks = None,

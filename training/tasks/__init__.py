@@ -1,7 +1,9 @@
 """The tasks: one file each, with its targets, loss, answer, scores and colours."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
+
+import tensorflow_datasets as tfds
 
 from training.metric import Metric
 from training.tasks.attributes import Attributes
@@ -31,6 +33,15 @@ class Task(Protocol):
     outputs: int  # channels of the tower's logits
     void: float  # what a target holds where there is no label
     metrics: Mapping[str, Metric]  # what its scores give, and in which direction
+
+    @classmethod
+    def for_dataset(
+        cls, builder: tfds.core.DatasetBuilder, split: str, feature: str
+    ) -> Self:
+        """The task of a data set's feature; what is learned of it, of that split.
+
+        Raises a ValueError where the feature is of another kind.
+        """
 
     def loss(self) -> Any:
         """The Keras loss of (target, logits)."""

@@ -44,7 +44,7 @@ class Detection:
 
     @classmethod
     def for_dataset(
-        cls, builder: tfds.core.DatasetBuilder, split: str, name: str
+        cls, builder: tfds.core.DatasetBuilder, split: str, feature: str
     ) -> Self:
         """The task as the data set defines it."""
         return cls(tuple(builder.info.features["objects"]["label"].names))
