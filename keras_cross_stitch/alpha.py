@@ -27,9 +27,10 @@ def alpha_table(model: keras.Model) -> list[dict[str, Any]]:
 
     Returns:
         List of dicts, one for each unit, task and source, in the order of the
-        graph: `unit` (the layer's name), `task` (that takes), `source` (task that
-        gives), and `mean`, `std`, `min` and `max` of alpha over the channels. With
-        `per="layer"`, alpha is one number. Empty for a model without units.
+        graph. The keys are `unit` (the layer's name), `task` (that takes), `source`
+        (the task that gives), and `mean`, `std`, `min` and `max` of alpha over the
+        channels. With `per="layer"`, alpha is one number. The list is empty for a
+        model without units.
 
     Raises:
         ValueError: For a model that is not built.
@@ -64,14 +65,14 @@ class AlphaHistory(keras.callbacks.ProgbarLogger):
     """Adds the mean of every alpha to the logs, at the end of each epoch.
 
     The keys are `alpha/<unit>/<task>_from_<source>`. `fit` returns them in its
-    history, and the callbacks that come *after* this one in the list find them in
-    their logs: put it before `CSVLogger`, which then writes them to its file, and
-    before `TensorBoard`, which shows them as `epoch_alpha/...`. A callback that comes
-    before it never sees alpha. A model without units has none to add.
+    history. Only callbacks that come *after* this one in the list find them in their
+    logs. So put it before `CSVLogger`, which then writes them to its file, and before
+    `TensorBoard`, which shows them as `epoch_alpha/...`. A model without units adds
+    nothing.
 
-    It shows the progress bar, in the place of Keras's, so that the line does not grow
-    by T * T numbers a unit: `alpha/<unit>` there is the unit's mean over what tasks
-    take from other tasks.
+    This callback shows the progress bar instead of Keras's, so that the line does not
+    grow by T * T numbers for each unit. There `alpha/<unit>` is the unit's mean over
+    what tasks take from other tasks.
 
     Example:
 
@@ -108,9 +109,9 @@ class AlphaHistory(keras.callbacks.ProgbarLogger):
 def plot_alpha(model: keras.Model) -> "Figure":
     """Draws every alpha of a model, as the paper's Table 4 does.
 
-    One column per unit, one row per task. Each line is the alpha of one source over
-    the channels, sorted: solid for the task itself (alpha_S), dashed for another
-    task (alpha_D). With `per="layer"` the lines are flat.
+    There is one column per unit and one row per task. Each line is the alpha of one
+    source over the channels, sorted. It is solid for the task itself (alpha_S) and
+    dashed for another task (alpha_D). With `per="layer"` the lines are flat.
 
     Args:
         model: Built `keras.Model` with `CrossStitch` layers.
@@ -119,7 +120,7 @@ def plot_alpha(model: keras.Model) -> "Figure":
         `matplotlib.figure.Figure`; `.savefig("alpha.png")` writes it to a file.
 
     Raises:
-        ValueError: For a model without units, or one that is not built.
+        ValueError: For a model without units, or for one that is not built.
         ImportError: Without matplotlib.
 
     Example:

@@ -23,8 +23,9 @@ class CrossStitch(keras.layers.Layer):
             segmentation and normals) or `"layer"` (one unit for the whole map,
             the paper's choice for detection and attributes).
         same_task: Float, the initial weight of a task's own map (alpha_S). The
-            other tasks share `1 - same_task` evenly, so that rows sum to 1.
-            Ignored where `alpha_initializer` is given.
+            other tasks share `1 - same_task` evenly, so that rows sum to 1. Keep
+            0.9 for towers that start alike; take 1.0 for towers of unrelated
+            weights. Ignored if `alpha_initializer` is given.
         alpha_initializer: Initializer of `alpha`, or `None` for `same_task`.
             `"identity"` starts every channel at the identity: nothing is shared.
         alpha_regularizer: Regularizer of `alpha`, or `None`.
@@ -40,30 +41,31 @@ class CrossStitch(keras.layers.Layer):
     Input shape:
         T tensors of shape `(N, C)`, `(N, L, C)`, `(N, H, W, C)` or
         `(N, D, H, W, C)`; with `"channels_first"`, C stands second. All axes
-        but C may be unknown, if they are so in all tensors; that sizes are equal
-        is then checked when they are known.
+        but C may be unknown, if they are unknown in all tensors. Whether the sizes
+        are equal is then checked when the layer runs.
 
     Output shape:
         The same as the input, in the same structure.
 
     Weights:
         alpha: `(T, T, C)` per channel, `(T, T)` per layer, indexed by (task
-        that takes, task that gives, channel). Tasks are in the order of the
-        list, or of the *sorted* keys of the dict. It is float32, or float64 where
-        the layer is, under every dtype policy, and its gradient is summed so. The
-        variable has an attribute `is_cross_stitch_alpha`, `True`, by which
-        optimizers tell it from others, after loading and cloning too.
+            that takes, task that gives, channel). Tasks are in the order of the
+            list, or of the *sorted* keys of the dict. Under every dtype policy it is
+            float32 (float64 in a float64 layer), and its gradient is summed in that
+            dtype. Its attribute `is_cross_stitch_alpha` is `True`. By it optimizers
+            find alpha, also in loaded and cloned models.
 
     Attributes:
         alpha: The weight, once the layer is built.
-        tasks: Tuple of strings, the tasks in the order of alpha's axes, once the layer
-            is built: the dict's sorted keys, or `"0"`, `"1"` and so on of a list.
+        tasks: Tuple of strings, once the layer is built: the tasks in the order of
+            alpha's axes. These are the sorted keys of the dict, or `"0"`, `"1"` and so
+            on for a list.
 
     Raises:
-        ValueError: For arguments of another kind; for a single input, inputs of
-            unequal shapes, of a rank below 2 or above 5, or of a size that is known
-            of some of them alone; for channels that are unknown, with one unit per
-            channel.
+        ValueError: If an argument is of another kind; if there is a single input; if
+            the inputs have unequal shapes, a rank below 2 or above 5, or a size that
+            is known in some of them only; or if the channels are unknown, with one
+            unit per channel.
 
     Example:
 

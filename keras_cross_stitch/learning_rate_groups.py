@@ -15,10 +15,13 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     """Multiplies the learning rate of an optimizer, group by group.
 
     A variable's learning rate is `learning_rate * multiplier`, whatever sets the
-    `learning_rate`: a schedule, a callback or an assignment. Gradient clipping,
-    gradient accumulation, the moving average, loss scaling and `tf.distribute` work
-    over all variables, as `inner_optimizer` has them: each of its attributes is an
-    attribute of this optimizer, too.
+    `learning_rate`: a schedule, a callback or an assignment. Begin where alpha's own
+    learning rate is about 0.1: `alpha=10` beside `SGD(0.01)`, `alpha=100` beside
+    `Adam(0.001)`.
+
+    Gradient clipping, gradient accumulation, the moving average, loss scaling and
+    `tf.distribute` work over all variables, as in `inner_optimizer`. Each attribute of
+    `inner_optimizer` is an attribute of this optimizer, too.
 
     Weight decay (`weight_decay`, the decoupled one) follows a variable's learning
     rate, so that a multiplier of 0 freezes it. The alpha of `CrossStitch` units is
@@ -31,19 +34,19 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             non-negative numbers. A variable that none of them matches has
             multiplier 1.
         alpha: Non-negative number, the multiplier of the alpha of all `CrossStitch`
-            units, whatever they and the other variables are called. The expressions
-            of `multipliers` are then searched in the other variables alone. A model
-            without units may be trained with it, too. Defaults to `None`: alpha is
-            a variable like the others.
+            units, whatever their names are. The expressions of `multipliers` are
+            then searched in the other variables only. The model may also have no
+            units. Defaults to `None`: alpha is a variable like the others.
         projections: The same for the weights of the projections between unequal
-            maps, which `stitch(..., project=True)` makes and which start at random
-            beside towers that are trained.
+            maps, which `stitch(..., project=True)` makes. They start at random, beside
+            towers that may be trained.
         name: String, the name of the optimizer.
 
     Raises:
-        ValueError: If `inner_optimizer` is none, or is one that only wraps others;
-            if an expression or a multiplier is invalid; or, when the optimizer is
-            built, if an expression matches no trainable variable, or two match one.
+        ValueError: If `inner_optimizer` is no optimizer, or is one that only wraps
+            others; if an expression or a multiplier is invalid; or, when the optimizer
+            is built, if an expression matches no trainable variable, or if two match
+            the same one.
 
     Example:
 
@@ -61,9 +64,8 @@ class LearningRateGroups(keras.optimizers.Optimizer):
 
     Reference:
 
-    - [Misra et al., 2016](https://arxiv.org/abs/1604.03539): cross-stitch units
-      learn best at 100 to 1000 times the learning rate of the network, which is not
-      printed. With SGD, begin where alpha's own learning rate is about 0.1.
+    - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), which takes 100 to 1000
+      times the learning rate of the network, and does not print that rate
     """
 
     built: bool

@@ -26,43 +26,45 @@ def weigh_losses(
     loss: Mapping[str, Any],
     by: Literal["uncertainty", "dynamic_average"],
 ) -> tuple[keras.Model, dict[str, Any]]:
-    """Weighs the losses of a model's tasks, by weights that change in training.
+    """Weights the losses of a model's tasks, and changes the weights in training.
 
-    By `"uncertainty"` (Kendall et al.), the total loss is, with a trained `s_i`,
+    By `"uncertainty"` (Kendall et al.), each task has a trained `s_i`. The total loss
+    is
 
         sum_i L_i / (2 s_i^2) + log s_i
 
-    `uncertainty/log_variance` holds the log s_i^2, which start at 0. Keep an
-    optimizer's `weight_decay` off them:
+    The variable `uncertainty/log_variance` holds log s_i^2, which starts at 0. If the
+    optimizer has a `weight_decay`, exclude it:
     `optimizer.exclude_from_weight_decay(var_names=["log_variance"])`.
 
-    By `"dynamic_average"` (Liu et al.), it is `sum_i w_i L_i`, with weights that sum
-    to the number of tasks. They start at 1, and the callback `DynamicWeightAverage`,
-    which `fit` must be given, sets them after each epoch.
+    By `"dynamic_average"` (Liu et al.), the total loss is `sum_i w_i L_i`. The weights
+    sum to the number of tasks and start at 1. The callback `DynamicWeightAverage` sets
+    them after each epoch: give it to `fit`.
 
-    The new model computes what the given one does, and shares its layers. One layer of
-    it, called `by`, holds the weights, so that they are trained, saved, loaded and
-    copied as others are: the losses take the weights of the copy that they follow. The
-    losses in the logs (`<task>_loss`) are the weighted ones, which fall below 0 and
-    tell little: monitor a metric.
+    The new model computes what the given one does, and shares its layers. It has one
+    layer more, named as `by`, which holds the weights. So they are trained, saved,
+    loaded and copied as other weights are. In a copy of the model, the losses take the
+    weights of the copy. The losses in the logs (`<task>_loss`) are the weighted ones.
+    They can fall below 0 and say little, so monitor a metric.
 
     Both formulas are for losses of 0 or more. A cosine similarity, which is at least
     -1, counts as `1 + L_i`.
 
     Args:
         model: Functional `keras.Model` whose output is a dict with a tensor a task.
-        loss: Dict of task to loss, as `MaskedLoss` takes it, for every task. A
-            `MaskedLoss` stays one, and an `ignore_class` counts: a batch without
-            labels leaves the task's weight alone.
+        loss: Dict of every task to a loss that `MaskedLoss` would take, or to a
+            `MaskedLoss`. An `ignore_class` is respected. A batch without labels of a
+            task leaves the task's weight as it is.
         by: `"uncertainty"` or `"dynamic_average"`.
 
     Returns:
         The new model and the dict of losses to compile it with.
 
     Raises:
-        ValueError: If `by` is neither, if the model's output is no dict of two tensors
-            or more, if they are not those of `loss`, if it is weighed already, if
-            `MaskedLoss` would not take a loss, or if a loss goes below 0.
+        ValueError: If `by` is neither; if the model's output is no dict of two tensors
+            or more; if its tasks are not those of `loss`; if the model's losses are
+            weighted already; if `MaskedLoss` would not take a loss; or, in training, if
+            a loss goes below 0.
 
     Example:
 
@@ -117,16 +119,16 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         r_i = L_i(t - 1) / L_i(t - 2)
         w_i = T exp(r_i / temperature) / sum_j exp(r_j / temperature)
 
-    In the first two epochs w_i = 1. A ratio that is no number, since a loss is 0,
-    counts as 1. The model holds weights and losses; put this callback before
-    `BackupAndRestore`, and a resumed run goes on where it was.
+    In the first two epochs w_i = 1. If a loss is 0 and a ratio is therefore no number,
+    the ratio counts as 1. The model holds the weights and the losses. Put this callback
+    before `BackupAndRestore`, and a resumed run goes on where it stopped.
 
     Args:
-        temperature: Positive number: the larger, the more even are the weights.
+        temperature: Positive number. The larger it is, the more equal are the weights.
 
     Raises:
         ValueError: If `temperature` is not positive; when training begins, if the
-            model is none of `weigh_losses(..., by="dynamic_average")`; or, at the end
+            model is not from `weigh_losses(..., by="dynamic_average")`; or, at the end
             of an epoch, if a loss is below 0.
 
     Example:

@@ -33,34 +33,36 @@ class MaskedLoss(keras.losses.Loss):
 
         loss = sum(weight * value) / sum(weight)
 
-    A label is missing where it is NaN (or `missing`), where its `sample_weight` is 0,
-    and where Keras masks the prediction. Such a label has weight 0, and neither it nor
-    its prediction reaches the loss or a gradient, whatever stands there. The others
-    have their `sample_weight`, or 1. A batch without a label has loss 0 and gradients
-    of exactly 0; an optimizer with momentum or weight decay may still move the weights.
+    A label is missing if it is NaN (or `missing`), if its `sample_weight` is 0, or if
+    Keras masks the prediction. Such a label has weight 0. Neither it nor its prediction
+    reaches the loss or a gradient, whatever stands there. The other labels have their
+    `sample_weight`, or 1. A batch without labels has a loss and gradients of exactly 0;
+    an optimizer with momentum or weight decay may still move the weights.
 
     A label is what belongs to one vector of the prediction's last axis: a class, a
-    number, or a vector. Where the loss is a mean over the vector's components, as
-    squared and absolute errors and binary cross-entropies are, each component is a
-    label of its own (which is tried once, on random numbers, so that it holds for a
-    loss of your own, too). For all others, such as a cosine similarity, a vector is
-    missing if any of its components is.
+    number, or a vector. Some losses are a mean over the vector's components, such as
+    squared and absolute errors and binary cross-entropies. There each component is a
+    label of its own. (Whether a loss is such a mean is tried once, on random numbers,
+    so this holds for a loss of your own, too.) For all other losses, such as a cosine
+    similarity, a vector is missing if any of its components is missing.
 
-    An epoch without a label has a `<task>_loss` of exactly 0, which is no perfect
-    score: `MaskedMetric` is NaN there.
+    In an epoch without labels `<task>_loss` is exactly 0, which is no perfect score.
+    `MaskedMetric` is NaN there.
 
     The mean is taken where Keras takes it. Each replica of a `tf.distribute` strategy,
-    and each step of gradient accumulation, divides by its own labels, and the gradient
-    is the mean of theirs; one without a label counts as 0. So does a batch in the
-    `<task>_loss` of the logs: `MaskedMetric` gives the mean over an epoch's labels.
+    and each step of gradient accumulation, divides by the number of its own labels. The
+    gradient is the mean of their gradients, and one without labels counts as 0. The
+    `<task>_loss` in the logs is likewise a mean over batches. `MaskedMetric` gives the
+    mean over all labels of an epoch.
 
     Args:
-        loss: The loss: a `keras.losses.Loss`, a function `(y_true, y_pred)` or its
-            name. It gives one value for each label, from that label and prediction
-            alone; or one for several labels (`Dice(axis=(1, 2, 3))`), which counts
-            only if none of them is missing. Its own reduction must be a mean.
-        missing: Number that marks a missing label, -1 or 255, say. Defaults to
-            `None`: NaN does. Numbers of classes have no NaN, unless they are floats.
+        loss: A `keras.losses.Loss`, a function `(y_true, y_pred)`, or the name of
+            either. It gives one value for each label, from that label and its
+            prediction only. It may also give one value for several labels, as
+            `Dice(axis=(1, 2, 3))` does; this counts only if none of them is missing.
+            Its reduction must be a mean.
+        missing: Number that marks a missing label, such as -1 or 255. Defaults to
+            `None`: NaN marks it. Integer classes have no NaN, so they need a number.
         name: String, the name of the loss.
 
     Input shape:
@@ -73,7 +75,7 @@ class MaskedLoss(keras.losses.Loss):
     Raises:
         ValueError: If `loss` is no loss, gives a sum, compares examples with each
             other, or has an `ignore_class`; if `missing` is no number; or, when
-            called, if the shapes do not fit.
+            called, if the shapes do not fit each other.
 
     Example:
 
@@ -165,32 +167,33 @@ class MaskedLoss(keras.losses.Loss):
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
 class MaskedMetric(keras.metrics.Metric):
-    """A Keras metric of the labels that are there.
+    """A Keras metric over the labels that are there.
 
-    What is missing is as for `MaskedLoss`: the metric gets a label of 0, a prediction
-    of 1 and a weight of 0 for it. Over all batches, and all replicas of
-    a `tf.distribute` strategy, the result is that of the labelled examples alone. It
-    is NaN where no label has been seen.
+    `MaskedLoss` says which labels are missing. In the place of a missing label the
+    metric gets a label of 0, a prediction of 1 and a weight of 0. The result, over all
+    batches and all replicas of a `tf.distribute` strategy, is that of the other labels.
+    If there was no label, it is NaN.
 
-    Of a vector, single components are left out where the metric is one of Keras's that
-    average over them (`MeanSquaredError`, `BinaryAccuracy` ...), or such a function.
+    Single components of a vector can be missing if the metric is a mean over them, as
+    `MeanSquaredError` and `BinaryAccuracy` are, or a function that is such a mean.
 
-    `compile(weighted_metrics=...)` hands it the sample weights, `compile(metrics=...)`
+    `compile(weighted_metrics=...)` gives it the sample weights. `compile(metrics=...)`
     does not.
 
     Args:
-        metric: The metric: a `keras.metrics.Metric` whose `update_state` takes a
+        metric: A `keras.metrics.Metric` whose `update_state` takes a
             `sample_weight`, a function `(y_true, y_pred)` that gives a value for each
             label, or the name of either.
-        missing: Number that marks a missing label. Defaults to `None`: NaN does.
-        name: String, the name of the metric. Defaults to the wrapped one's.
+        missing: Number that marks a missing label. Defaults to `None`: NaN marks it.
+        name: String, the name of the metric. Defaults to the name of `metric`.
 
     Input shape:
         As for `MaskedLoss`.
 
     Raises:
-        ValueError: If `metric` is no metric, or `"accuracy"`, of which Keras has
-            several; or, when called, if the shapes do not fit.
+        ValueError: If `metric` is no metric, or is `"accuracy"`, which is the name of
+            several; if `missing` is no number; or, when called, if the shapes do not
+            fit each other.
 
     Example:
 

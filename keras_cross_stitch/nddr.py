@@ -10,17 +10,17 @@ from keras import ops
 class NDDR(keras.layers.Layer):
     """Mixes the maps of T tasks by 1x1 convolutions over all their channels.
 
-    Another unit for `stitch(..., unit=NDDR)`. Where `CrossStitch` has T numbers for
-    each channel of a task, this has a matrix W[i] over the channels of all tasks:
+    A unit for `stitch(..., unit=NDDR)`, instead of `CrossStitch`. For each channel of a
+    task `CrossStitch` has T numbers. NDDR has a matrix W[i] for each task, over the
+    channels of all tasks:
 
         x~i = relu(batch_norm(W[i] concat(x[1], ..., x[T])))
 
-    W[i] begins as a cross-stitch unit does: channel k is made of channel k of each
-    task. The map that comes out is still another one, since it is normalised over the
-    batch: a joined model does not begin with what its towers give, whatever `same_task`
-    is.
+    At the start, channel k is made of channel k of each task, as in a cross-stitch
+    unit. The result is then normalised over the batch. So whatever `same_task` is, a
+    joined model does not begin with what its towers give.
 
-    The paper trains W a hundred times as fast as the towers, and decays it:
+    The paper gives W 100 times the learning rate of the towers, and weight decay:
     `LearningRateGroups(optimizer, {"^nddr_": 100})`.
 
     Args:
@@ -33,7 +33,8 @@ class NDDR(keras.layers.Layer):
 
     Call arguments:
         inputs: Dict of task name to tensor, of T >= 2 tasks.
-        training: Whether maps are normalised by their batch, or by what was seen.
+        training: Whether maps are normalised by the statistics of their batch, or by
+            the moving ones.
 
     Input shape:
         T tensors of one shape, `(N, C)`, `(N, L, C)`, `(N, H, W, C)` or
@@ -43,9 +44,14 @@ class NDDR(keras.layers.Layer):
         The same as the input, in a dict.
 
     Weights:
-        <task>_kernel: W, `(T C, C)`, its rows in the order of the sorted tasks; in
-            `kernels[task]`. `model.quantize` leaves them as they are.
-        <unit>_<task>_norm: of the batch normalisation.
+        `<task>_kernel`: W, `(T C, C)`, its rows in the order of the sorted tasks. The
+            variable is `kernels[task]`. `model.quantize` leaves it as it is.
+        `<unit>_<task>_norm`: the weights of the batch normalisation.
+
+    Raises:
+        ValueError: If an argument is of another kind; or, when called, if the inputs
+            are no dict of at least two tensors, if their shapes are unequal, if their
+            rank is below 2 or above 5, or if their channels are unknown.
 
     Example:
 

@@ -45,7 +45,7 @@ class Stage(NamedTuple):
 
 
 def network_table(model: keras.Model) -> str:
-    """Tells as text what `plot_network` draws.
+    """Gives as text what `plot_network` draws.
 
     Args:
         model: Model that `stitch` or `split` has made.
@@ -96,12 +96,12 @@ def network_table(model: keras.Model) -> str:
 def plot_network(model: keras.Model) -> "Figure":
     """Draws what is joined: a column a tower, stages as boxes, units as links.
 
-    A stage is what a tower computes between two units: its first and last layer, how
-    many there are, and the shape that comes out. Below it the links of a unit go from
-    the tower that gives to the one that takes, in the colour of the one that gives. A
-    link is as wide as the part that is taken: `|alpha|`, summed over the channels, of
-    which the parts of a task sum to 1. Units that project say so. Layers that all
-    tasks have in common stand in one wide box, frozen ones are hatched.
+    A stage is what a tower computes between two units. Its box names the first and the
+    last layer, the number of layers and the shape that comes out. Below it, the links
+    of a unit go from the tower that gives to the tower that takes, in the colour of the
+    one that gives. A link is as wide as the part that is taken: `|alpha|`, summed over
+    the channels and scaled so that the parts of a task sum to 1. Units that project say
+    so. Layers that all tasks share stand in one wide box. Frozen layers are hatched.
 
     Args:
         model: Model that `stitch` or `split` has made.

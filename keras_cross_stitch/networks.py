@@ -45,10 +45,11 @@ def stitch(
 ) -> keras.Model:
     """Joins one model per task into one, with cross-stitch units between them.
 
-    At each tap, the towers' outputs are replaced by their mix. Whatever else
-    reads a tap, such as a skip connection, reads the mix too. The towers are
-    copied whole, with weights, adapted state and frozen layers; with alpha =
-    identity the model gives what the towers give.
+    A tower is the model of one task, and a tap is a layer of each tower at which
+    a unit stands. The unit replaces the outputs of these layers by their mixes.
+    Whatever else reads a tap, such as a skip connection, reads the mix too. The
+    towers are copied whole, with weights, adapted state and frozen layers. With
+    alpha = identity the model gives what the towers give.
 
     Nested models (`backbone(x)`, as in Keras's guide to transfer learning) are
     opened: their layers are layers of the joined model, and can be tapped.
@@ -58,43 +59,44 @@ def stitch(
             two. A task name becomes a key of the model's output, a prefix of
             its layers' names and a signature of the exported model: letters,
             digits and underscores.
-        at: List of taps from input to output, each the name of a layer, or a
-            dict of task name to layer name where the towers' names differ or only
-            some of the tasks, two at least, have it. Or a dict of a name of yours
-            to each tap, which is then the unit's. With an empty list the towers
-            stand side by side and share nothing. Layers of a nested model are named
-            `"backbone/conv1"`, or `"conv1"` where only one layer has that name;
-            `"backbone"` is the model's output. Of a layer that is called more than
-            once, `"act:0"` is the first call; of one with several outputs,
-            `"lstm:out0"` is the first, and `"lstm:1:out0"` that of its second call.
-        shared_input: Whether all towers read the same input, which must then be
-            of one shape. If `False`, the model takes a dict of task name to
+        at: List of taps from input to output. A tap is the name of a layer, or a
+            dict of task name to layer name if the names differ, or if the tap is of
+            some of the tasks only (at least two). To name the units yourself, give a
+            dict of unit name to tap instead of the list. With an empty list the
+            towers stand side by side and share nothing. A layer of a nested model is
+            named `"backbone/conv1"`, or `"conv1"` if only one layer has that name;
+            `"backbone"` is the nested model's output. If a layer is called more than
+            once, `"act:0"` is its first call. If it has several outputs,
+            `"lstm:out0"` is the first, and `"lstm:1:out0"` the first of its second
+            call.
+        shared_input: Whether all towers read the same input, which must then have
+            one shape. If `False`, the model takes a dict of task name to
             input (`<task>_<input name>` for towers of several inputs).
-        share_frozen: Whether layers of several towers that compute the same, now
-            and after training, are built once: frozen layers (or those without
-            weights) of one kind with equal weights that read the same tensors,
-            such as the frozen trunk of a backbone that the towers have in common.
-            Random layers that are the same but for their seed and read the same,
-            such as the towers' augmentation, are built once in any case, so that
-            all tasks see the same picture.
-        project: Whether towers may have other channels or sizes at a tap: what a
-            task takes of another then goes through a learned 1x1 convolution and a
-            resize, see `projecting.ProjectedCrossStitch`. Where shapes are equal,
-            the unit is the same as without.
+        share_frozen: Whether layers that compute the same in several towers, now
+            and after training, are built once. These are frozen layers, and layers
+            without weights, of one kind and with equal weights, that read the same
+            tensors. The frozen trunk of a common backbone is an example. Equal
+            random layers that read the same tensors, such as the towers'
+            augmentation, are always built once, so that all tasks see the same
+            picture.
+        project: Whether towers may have different channels or sizes at a tap. What
+            a task takes from another then goes through a learned 1x1 convolution
+            and a resize. If the shapes are equal, the unit is the same as without.
         unit: Class of the units: `CrossStitch`, `NDDR`, or a layer of yours that
             takes a dict of task name to map and gives another.
         name: String, the model's name.
         **arguments: Arguments of every unit, such as `per` or `same_task`.
 
     Returns:
-        A functional `keras.Model` with a dict of task name to output. Tower
-        layers are named `<task>_<layer>`, and `<task>_<model>_<layer>` where they
-        are nested; units `cross_stitch_<layer>` (the first tower's) or
-        `cross_stitch_<name>` (others than `CrossStitch` after their class,
-        `nddr_<layer>`); layers that are built once `shared_<layer>`. Several
-        shared inputs stay in the list or dict that the first tower takes. Inputs
-        keep their names; one without a name of its own is `input` (`input_1`,
-        `input_2` ... where there are several), so that every export has the same.
+        A functional `keras.Model` with a dict of task name to output. A layer of a
+        tower is named `<task>_<layer>`, or `<task>_<model>_<layer>` if it is nested.
+        A layer that is built once is named `shared_<layer>`. A unit is named
+        `cross_stitch_<layer>` after the first tower's layer, or
+        `cross_stitch_<name>` if you named it; other units have the name of their
+        class in front, such as `nddr_<layer>`. Several shared inputs stay in the
+        list or dict that the first tower takes. Inputs keep their names. Those
+        without a name of their own are called `input` (`input_1`, `input_2` ... if
+        there are several), so that every export has the same names.
 
     Raises:
         ValueError: For an unknown layer, taps out of order, unequal shapes at a
@@ -103,9 +105,9 @@ def stitch(
             shared; it names the tower and the layer.
 
     Warns:
-        UserWarning: Where the towers' weights have nothing to do with each other and
-            units take from other tasks at the start, or where random layers in front
-            of a tap give every task another picture.
+        UserWarning: If the towers have unrelated weights and units take from other
+            tasks at the start, or if random layers in front of a tap give every task
+            another picture.
 
     Example:
 
@@ -173,19 +175,19 @@ def split(
 ) -> keras.Model:
     """Joins one model per task into one that shares its first layers.
 
-    Hard parameter sharing, the alternative to stitching: the layers below `at`
-    are the first tower's, for all tasks; the layer `at` and all above, that is,
-    all that depend on it, are each task's own. With the last layer for `at` it is
-    the paper's MTL-shared. The towers are copied as `stitch` copies them.
+    This is hard sharing, the alternative to stitching. All tasks use the first
+    tower's layers below `at`. Each task has its own layer `at`, and its own layers
+    above, that is, all that depend on `at`. If `at` is the last layer, this is the
+    paper's MTL-shared. The towers are copied as `stitch` copies them.
 
     Args:
         towers: Dict of task name to functional or Sequential model, at least
             two, with the same input and the same layers below `at`.
         at: The name of the first layer that is not shared, or a dict of task
-            name to layer name where the towers' names differ; nested models as
-            in `stitch`, where `"backbone"` is all of it.
-        share_frozen: Whether frozen layers above `at` that are the same in several
-            towers, and read the same tensors, are built once, too.
+            name to layer name if the names differ. Layers of nested models are named
+            as in `stitch`; here `"backbone"` is the whole nested model.
+        share_frozen: Whether frozen layers above `at` are built once, too, if they
+            are the same in several towers and read the same tensors.
         name: String, the model's name.
 
     Returns:

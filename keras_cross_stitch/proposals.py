@@ -13,9 +13,9 @@ _ENLARGED, _SCALE = 1.25, 75
 def selective_search(image: Any, most: int = 1000) -> np.ndarray:
     """Proposes boxes in which an object may be, by OpenCV's selective search.
 
-    Parts of the image that are alike are joined step by step, and each part, small or
-    large, gives a box. It needs no training. Made for images of 100 to 300 pixels a
-    side, where it takes some tenths of a second: shrink a photograph first.
+    Similar parts of the image are joined step by step, and each part, small or large,
+    gives a box. It needs no training. It is made for images of 100 to 300 pixels a
+    side, where it takes some tenths of a second. So shrink a photograph first.
 
     Args:
         image: Array `(H, W, 3)`, uint8, RGB.

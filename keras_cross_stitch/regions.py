@@ -18,18 +18,19 @@ _DROPPED = -1.0  # in the place of a score: no probability, so no threshold lets
 class RoIAlign(layers.Layer):
     """Pools what a map holds of each region to one size, by bilinear sampling.
 
-    Each region is cut into `size` x `size` cells, and a cell is the mean of four points
-    of the map, each between its four neighbours. That is linear in the map, rows and
-    columns apart, so it is two products of matrices: quick, and so is its gradient.
+    Each region is cut into `size` x `size` cells. The value of a cell is the mean of
+    four points of the map, and each point is interpolated between its four neighbours.
+    This is linear in the map, for rows and columns separately. So it is computed as two
+    products of matrices, which are fast, and so is their gradient:
 
         output[r, i, j] = sum_{y, x} rows[r, i, y] * columns[r, j, x] * map[y, x]
 
     Args:
         size: Integer, cells of a side.
         stride: Integer, pixels of the image from one position of the map to the next.
-        first: Float, the pixel coordinate that the map's first position is centred on,
+        first: Float, the pixel coordinate of the centre of the map's first position,
             in both directions. Defaults to `stride / 2`. Padding on one side only
-            ("same" with an even size and a stride of 2) moves it.
+            ("same" with an even size and a stride of 2) moves this centre.
         **kwargs: Arguments of every Keras layer, such as `name`.
 
     Input shape:
@@ -122,17 +123,17 @@ class RoIAlign(layers.Layer):
 class Detections(layers.Layer):
     """The objects that Fast R-CNN finds: boxes moved, and duplicates suppressed.
 
-    Each region is moved by each class's deltas (x and y by shares of its width and
-    height, width and height by a power of e, all times `variance`), and cut at the
-    image's border. Of each class, the boxes that overlap a likelier one are dropped;
-    of all classes, the likeliest stay.
+    Each region is moved by the deltas of each class, all multiplied by `variance`: x
+    and y by shares of the region's width and height, width and height by powers of e.
+    It is cut at the image's border. In each class, boxes that overlap a likelier box
+    are dropped. Of the boxes of all classes, the likeliest stay.
 
     Args:
         image_size: Tuple `(H, W)`, pixels.
         variance: Tuple of 4 floats, by which the deltas are multiplied.
         iou_threshold: Float, above which two boxes are duplicates.
         score_threshold: Float, below which a box is no detection.
-        max_detections: Integer, of an image, once duplicates are gone.
+        max_detections: Integer, the most objects of an image, without duplicates.
         **kwargs: Arguments of every Keras layer, such as `name`.
 
     Input shape:
@@ -142,9 +143,9 @@ class Detections(layers.Layer):
 
     Output shape:
         Dict of `boxes` `(N, max_detections, 4)`, left, top, right, bottom in pixels;
-        `classes` `(N, max_detections)`, int32, 0 being the first behind the background;
+        `classes` `(N, max_detections)`, int32, 0 being the first after the background;
         `scores` `(N, max_detections)`, falling; and `num_detections` `(N,)`, int32.
-        Behind those, boxes and scores are 0, and classes -1.
+        After the first `num_detections`, boxes and scores are 0, and classes -1.
 
     Raises:
         ValueError: For inputs whose shapes do not fit each other.

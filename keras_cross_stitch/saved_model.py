@@ -39,36 +39,37 @@ def export_saved_model(
 ) -> pathlib.Path:
     """Writes a multi-task model as the next version of a served model.
 
-    Each task is a signature that runs only the layers which that task needs;
+    Each task is a signature that runs only the layers which that task needs.
     `serving_default` runs all tasks. The model is written under a temporary name,
-    loaded back, compared with the one given, and only then renamed to its version:
-    TensorFlow Serving never sees half a model, nor a wrong one.
+    loaded back, and compared with the one given. Only then is it renamed to its
+    version. So TensorFlow Serving never sees half a model, nor a wrong one.
 
     Args:
         model: Functional `keras.Model` with a dict of task name to output, such as
             `stitch` returns. A task's output is a tensor or a dict of tensors.
         directory: Local folder of the served model, made if it does not exist;
             `~` is the home folder. Versions are its subfolders.
-        version: Positive integer. Defaults to one above the highest that is there;
-            of two exports at once, each gets a number of its own.
+        version: Positive integer. Defaults to one above the highest that is there.
+            Two exports at the same time get a number each.
         from_jpeg: Whether to add signatures that take encoded images:
             `<task>_from_jpeg` per task, and `from_jpeg` of all tasks. The model must
             have one input, `(N, H, W, 3)`.
-        sample: A batch of inputs to compare the models on, as the model is called
-            with: an array, or a list or dict of them. For a `tf.data.Dataset` of
-            `(inputs, labels)` it is `next(iter(dataset))[0]`. With `from_jpeg` it
-            is rounded to whole pixel values. Must be given for inputs of text.
-            Defaults to random input, the same in every export: whole numbers to
-            255 for floats, or 0 and 1 where these are refused, as for integers.
+        sample: A batch of inputs on which to compare the models, in the form in which
+            the model is called: an array, or a list or dict of arrays. For a
+            `tf.data.Dataset` of `(inputs, labels)` it is `next(iter(dataset))[0]`.
+            With `from_jpeg` it is rounded to whole pixel values. Inputs of text need
+            a sample. Defaults to random input, the same in every export: whole
+            numbers up to 255 for floats; 0 and 1 for integers, and for floats if the
+            model refuses larger ones.
         finish: Optional function of the version's folder and of the inputs that it
-            was compared on, `{name in the signatures: array}`. Called before the
-            version gets its name: to add to `assets.extra/` what is served with the
-            model. What it raises ends the export.
-        progress: Function that is called with a line of text for each signature
-            as soon as its graph is made, such as `print`.
+            was compared on, `{name in the signatures: array}`. It is called before
+            the version gets its name, and may add files to `assets.extra/`. If it
+            raises, the export ends.
+        progress: Optional function, such as `print`. It is called with a line of text
+            for each signature, as soon as the signature's graph is made.
 
     Returns:
-        `pathlib.Path`, the folder written: `<directory>/<version>`.
+        `pathlib.Path`, the folder that was written: `<directory>/<version>`.
 
     Signatures:
         `<task>`: from the model's inputs, by their names (`_` for what is not a
@@ -79,11 +80,11 @@ def export_saved_model(
             are named `<task>_<key>`.
         `<task>_from_jpeg`: from `image_bytes` `(N,)`, JPEG or PNG files as strings.
             They are decoded and resized (bilinear, antialiased, whatever the aspect
-            ratio) to the model's input, as RGB in [0, 255]. Where the model's height
-            or width is unknown, they stay as they are, and those of one batch must
-            be of one size. The orientation in a JPEG file's EXIF data is not
-            applied, as TensorFlow does not read it: photographs of phones must be
-            turned upright, and saved so, before they are sent.
+            ratio) to the model's input, as RGB in [0, 255]. If the model's height or
+            width is unknown, they are not resized, and those of one batch must have
+            one size. TensorFlow does not read the orientation in a JPEG file's EXIF
+            data, so photographs of phones must be turned upright, and saved so,
+            before they are sent.
         `from_jpeg`: the same for all tasks; the outputs are `serving_default`'s.
 
     Raises:

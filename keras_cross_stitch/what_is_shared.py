@@ -19,38 +19,38 @@ def sharing(
 ) -> list[dict[str, Any]]:
     """Measures what each task takes from each other one, unit by unit.
 
-    Give it data that training has not seen: what a task has learned by heart is of use
-    to it in training alone. Alpha is set to 0 for a moment, task by task, and the model
-    evaluated; then it is as before.
+    Give it data that training has not seen, since what a task has learned by heart
+    helps only in training. For each task and each source the alphas are set to 0 in
+    turn, and the model is evaluated. Afterwards the model is as before.
 
     Args:
-        model: Compiled `keras.Model` with `CrossStitch` layers, whose output is a dict
-            of task to tensor, and that has a loss for each task.
+        model: Compiled `keras.Model` with `CrossStitch` layers. Its output is a dict of
+            task to tensor, and it has a loss for each task.
         data: Tuple `(x, y)` of inputs and a dict of labels, as `model.fit` takes them,
             or `(x, y, sample_weight)`.
-        batch_size: Integer, of the evaluations.
+        batch_size: Integer, the batch size of the evaluations.
 
     Returns:
-        List of dicts, one for each unit and pair of a task and another one, in the
-        order of the graph:
+        List of dicts, one for each unit and each pair of a task and another task, in
+        the order of the graph:
 
         - `unit`, `task` (that takes) and `source` (that gives).
-        - `part`: what part of the task's mixed map comes from the source. Each channel
-            counts with the standard deviation of the source's map over the data, and
-            the parts of a task, its own too, sum to 1: `sum_c |alpha[i, j, c]| std[j,
-            c]`, over the same for all `j`.
-        - `part_at_start`: the same with the alpha of the start, None where an
+        - `part`: what part of the task's mixed map comes from the source. It is
+            `sum_c |alpha[i, j, c]| std[j, c]`, divided by the sum of the same over all
+            `j`. `std` is the standard deviation of a channel of the source's map over
+            the data. The parts of a task, with its own, sum to 1.
+        - `part_at_start`: the same with the alpha of the start, or None if an
             `alpha_initializer` drew it.
-        - `without`: by what share the task's loss grows where it takes nothing from the
-            source at this unit; 0.5 is half as much again, below 0 it falls.
-        - `shared`: the lesser of `without` and of how much the source's own loss grows
-            without its own map, but at least 0. Both tasks live on a map that is
-            shared. A tower whose own task learns nothing has none, however much others
-            take from it.
+        - `without`: by what share the task's loss grows if it takes nothing from the
+            source at this unit. 0.5 means half as much again; below 0 the loss falls.
+        - `shared`: the smaller of `without` and of the share by which the source's own
+            loss grows without its own map, and at least 0. It is large only if both
+            tasks need the map. If the source's own task learns nothing, it is 0,
+            however much other tasks take.
 
     Raises:
-        ValueError: For a model without units, one that is not compiled, or one whose
-            tasks have no losses of their own.
+        ValueError: For a model without units, for one that is not compiled, or for one
+            whose tasks have no losses of their own.
 
     Example:
 

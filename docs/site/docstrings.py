@@ -11,11 +11,12 @@ _SECTION = re.compile(
     r"|References?):\n((?:(?: {4}.*)?\n)*)",
     re.M,
 )
+_ITEM = re.compile(r"^(`[^`]+`|\w+): ", re.M)
 _DOCTEST = re.compile(r"^>>> .*\n(?:.+\n)*", re.M)
 
 
 class KerasDocstrings(griffe.Extension):
-    """Writes such sections as bold titles, and doctests as code."""
+    """Writes such sections as bold titles and lists, and doctests as code."""
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
@@ -24,7 +25,8 @@ class KerasDocstrings(griffe.Extension):
 
 def _as_markdown(text):
     def section(match):
-        return f"**{match[1]}**\n\n{textwrap.dedent(match[2])}"
+        content = _ITEM.sub(r"- \1: ", textwrap.dedent(match[2]))
+        return f"**{match[1]}**\n\n{content}"
 
     text = _SECTION.sub(section, f"{text}\n")
     return _DOCTEST.sub(lambda match: f"```pycon\n{match[0]}```\n", text)
