@@ -96,6 +96,8 @@ class Units:
     at: tuple[str, ...]  # the taps
     per: str
     same_task: float
+    # Alpha's own rate is this times a schedule's. Begin a recipe of yours at 0.1; those
+    # here keep the multiplier that their published runs had.
     alpha_multiplier: float
 
 
