@@ -47,6 +47,14 @@ def test_every_public_name_has_its_place_in_the_api(site):
     assert "&gt;&gt;&gt;" not in re.sub("<code.*?</code>", "", page, flags=re.S)
 
 
+def test_what_a_function_returns_is_one_item_and_messages_break(site):
+    returns = re.findall(r"Returns:.*?</ul>", (site / "api.html").read_text(), re.S)
+    assert len(returns) > 5
+    for items in returns:
+        assert items.count('<li class="doc-section-item') == 1, items
+    assert 'class="language-text' in (site / "errors.html").read_text()
+
+
 def test_formulas_are_drawn_without_a_script(site):
     page = (site / "how_it_works.html").read_text()
     assert page.count("<math") > 10
