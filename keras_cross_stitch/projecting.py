@@ -1,5 +1,6 @@
 """What one tower takes from another whose maps have other channels or other sizes."""
 
+import math
 from typing import Any
 
 import keras
@@ -143,6 +144,12 @@ class ProjectedCrossStitch(CrossStitch):
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
         for axis, to in enumerate(size, 2 if self._channel_axis == 1 else 1):
             given = ops.shape(x)[axis]
+            if given is None or to is None:
+                raise ValueError(
+                    f"'{self.name}' resizes to sizes that are not known before it is "
+                    "run, and cannot be written with alpha as constants: give the "
+                    "model's inputs a size"
+                )
             if not (isinstance(given, int) and isinstance(to, int) and given == to):
                 x = ops.swapaxes(ops.cast(x, dtype), axis, -2)
                 x = ops.matmul(_linear(given, to, dtype), x)
@@ -164,7 +171,4 @@ def _linear(given: Any, to: Any, dtype: str) -> Any:
 
 def _pixels(size: tuple) -> int:
     """How many pixels there are, none where that is not known yet."""
-    pixels = 1
-    for n in size:
-        pixels *= n if isinstance(n, int) else 0
-    return pixels
+    return math.prod(n if isinstance(n, int) else 0 for n in size)

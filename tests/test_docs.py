@@ -1,5 +1,6 @@
 """The documentation site is built strictly, and fetches nothing."""
 
+import csv
 import os
 import re
 import subprocess
@@ -101,3 +102,15 @@ def test_the_demo_takes_as_long_on_each_page():
     }
     assert {page for page, _ in told} == {"README.md", "docs/serving.md"}
     assert len({minutes for _, minutes in told}) == 1, told
+
+
+def test_compatibility_counts_its_rows():
+    page = (ROOT / "docs/compatibility.md").read_text("utf-8")
+    told = re.findall(r"(\d+) of (\d+) work", page)
+    counted = []
+    for name in ("compatibility_pairs", "compatibility"):
+        path = ROOT / "docs/results" / f"{name}.csv"
+        with path.open(newline="", encoding="utf-8") as file:
+            results = [row["result"] for row in csv.DictReader(file)]
+        counted.append((str(results.count("works")), str(len(results))))
+    assert told == counted

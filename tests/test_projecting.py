@@ -283,6 +283,15 @@ def test_links_of_projections_are_left_out():
     np.testing.assert_allclose(got["kind"], whole["kind"], rtol=1e-4, atol=1e-5)
 
 
+def test_links_cannot_be_left_out_where_sizes_are_unknown():
+    unit = ProjectedCrossStitch(name="unit")
+    unit(maps_of((1, 5, 4), (1, 3, 2)))
+    maps = {task: keras.Input((None, n)) for task, n in (("a", 4), ("b", 2))}
+
+    with pytest.raises(ValueError, match=r"'unit' resizes.* give the model's inputs"):
+        unit.as_constants(maps, leave_out=[(0, 1)])
+
+
 def test_sizes_that_are_known_when_run_are_resized():
     def build(strides, outputs):
         image = keras.Input((None, None, 3), name="image")

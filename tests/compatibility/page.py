@@ -37,17 +37,21 @@ def write_page():
         "## Two towers of one model",
         "",
         f"{_works(models)} of {len(models)} work, as one flat model or with the "
-        "backbone nested (called as a layer), with units at two layers. The first "
-        "third of a tower is frozen, and stays so; exports are loaded without Keras, "
-        "too.",
+        "backbone nested (called as a layer). Units stand at two layers; the first "
+        "third of a tower is frozen, and stays so; exports are loaded without Keras.",
         "",
-        "| model | backbone | input | layers | units behind | result |",
-        "| --- | --- | --- | ---: | --- | --- |",
+        "| model | layers | flat | nested |",
+        "| --- | ---: | --- | --- |",
     ]
-    for row in sorted(models, key=lambda row: (row["model"].lower(), row["way"])):
-        cells = [row[key] for key in ("model", "way", "input", "layers", "taps")]
-        result = row["result"].replace("|", "\\|")
-        lines.append(f"| {' | '.join(cells)} | {result} |")
+    by_model: dict[str, dict] = {}
+    for row in models:
+        by_model.setdefault(row["model"], {})[row["way"]] = row
+    for name, ways in sorted(by_model.items(), key=lambda item: item[0].lower()):
+        results = [
+            ways[x]["result"] if x in ways else "not tried" for x in ("flat", "nested")
+        ]
+        layers = ways.get("flat", {}).get("layers", "")
+        lines.append(f"| {name} | {layers} | {' | '.join(results)} |")
     (DOCS / "compatibility.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
