@@ -3,10 +3,8 @@
 Data: 400 train and 100 test images of 128x96, 19 classes. The images are doubled,
 so that a cell of FCN-32s stands for 16 of their pixels.
 
-The demo is this recipe with segmentation labels on a tenth of the images. In four
-minutes of two CPU cores' time, seed 0, single_task_as_long / hard_sharing /
-cross_stitch_from_start: mIoU 11.7 / 13.2 / 13.4 %, mean angle 27.1 / 28.0 / 26.8
-degrees.
+The demo is this recipe with segmentation labels on a tenth of the images.
+docs/results.md has what comes out.
 
     python -m training
     python -m training study scenes methods --seeds 3
