@@ -64,6 +64,15 @@ class Cell:
         return f"{self.mean:{sign}.{digits}f} ± {self.deviation:.{digits}f}"
 
     @property
+    def change(self) -> str:
+        """The difference alone, with its interval; the value of what has none."""
+        if self.difference is None:
+            return self.value
+        digits = self.metric.digits + 1
+        mean = f"{self.mean:+.{digits}f} " if self.is_change else ""
+        return f"{mean}{self.gain}"
+
+    @property
     def gain(self) -> str:
         if self.difference is None:
             return ""
@@ -87,6 +96,8 @@ class Table:
     task: str
     metrics: list[str]
     cells: dict[str, list[Cell | None]]
+    # Cross-stitch against hard sharing: a cell, as it differs, for each metric.
+    rivals: dict[tuple[str, str], list[Cell | None]]
     paper: dict[str, list[float | None]]  # the paper's values, by method
 
     @property
@@ -267,7 +278,12 @@ def statistics(
     values = by_seed(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
     columns = {key: _column(key, of_metric) for key, of_metric in values.items()}
-    columns = _marked(columns, values)
+    pairs = _rivals(methods)
+    against = {
+        key: {pair: _against(key, pair, of_metric) for pair in pairs}
+        for key, of_metric in values.items()
+    }
+    columns, against = _marked(columns, against, values)
     tables = []
     for task in dict.fromkeys(row.task for row in rows if row.task != ALL_TASKS):
         keys = [key for key in values if key[0] == task]
@@ -277,12 +293,15 @@ def statistics(
             for method in methods
             if any(method in columns[key] for key in keys)
         }
+        rivals = {pair: [against[key][pair] for key in keys] for pair in pairs}
+        rivals = {pair: row for pair, row in rivals.items() if any(row)}
         reference = {
             method: [known.get(key) for key in keys]
             for method, known in (of_paper or {}).items()
             if any(key in known for key in keys)
         }
-        tables.append(Table(task, [name for _, name in keys], cells, reference))
+        names = [name for _, name in keys]
+        tables.append(Table(task, names, cells, rivals, reference))
     return tables
 
 
@@ -313,19 +332,45 @@ def _difference(key: Key, method: str, of_metric: OfMetric) -> Difference | None
     )
 
 
+def _rivals(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """Cross-stitch and hard sharing with the same options: who shares, chooses."""
+    known = list(methods)
+    pairs = []
+    for method in known:
+        name, at, options = method.partition("@")
+        rival = f"hard_sharing{at}{options}"
+        if name == "cross_stitch_from_start" and rival in known:
+            pairs.append((method, rival))
+    return pairs
+
+
+def _against(key: Key, pair: tuple[str, str], of_metric: OfMetric) -> Cell | None:
+    """How the first method differs from the second, over the seeds of both."""
+    if metric(key[1]).higher_is_better is None:
+        return None
+    ours, theirs = (of_metric.get(method, {}) for method in pair)
+    known = paired_difference(ours, theirs)
+    if known is None:
+        return None
+    return Cell(known.mean, None, known.seeds, metric(key[1]), known)
+
+
 def _marked(
-    columns: Mapping[Key, dict[str, Cell]], values: Values
-) -> dict[Key, dict[str, Cell]]:
-    """The columns' cells with what is certain, over all of them, and what is best.
+    columns: Mapping[Key, dict[str, Cell]],
+    against: Mapping[Key, dict[tuple[str, str], Cell | None]],
+    values: Values,
+) -> tuple[dict[Key, dict[str, Cell]], dict[Key, dict[tuple[str, str], Cell | None]]]:
+    """The cells with what is certain, over all of them, and what is best.
 
     The best is certainly better than its baseline, and differs from each other method
     of its column, by Holm over these.
     """
-    p_values = {
-        (key, method): cell.difference.p
-        for key, column in columns.items()
-        for method, cell in column.items()
-        if cell.difference
+    p_values: dict[Hashable, float] = {
+        (key, of): cell.difference.p
+        for found in (columns, against)
+        for key, column in found.items()
+        for of, cell in column.items()
+        if cell and cell.difference
     }
     certain = holm(p_values)
     marked = {}
@@ -339,7 +384,14 @@ def _marked(
             )
             for method, cell in column.items()
         }
-    return marked
+    rivals = {
+        key: {
+            pair: cell and dataclasses.replace(cell, certain=(key, pair) in certain)
+            for pair, cell in of_pairs.items()
+        }
+        for key, of_pairs in against.items()
+    }
+    return marked, rivals
 
 
 def _best(key: Key, column: dict[str, Cell], of_metric: OfMetric) -> str | None:

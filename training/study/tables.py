@@ -84,8 +84,11 @@ def brief(tables: Sequence[Table]) -> str:
     for method in tables[0].cells:
         of_tasks = [table.cells[method] for table in tables]
         cells = [*(of_task[0] for of_task in of_tasks), of_tasks[0][-1]]
-        shown = [_change(cell) if cell else "" for cell in cells]
+        shown = [cell.change if cell else "" for cell in cells]
         lines.append([label(method), tables[0].seeds(method), *shown])
+    for (one, other), row in tables[0].rivals.items():
+        cells = [*(table.rivals[one, other][0] for table in tables), row[-1]]
+        lines.append(_rival_line(one, other, cells))
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     note = (
         "The baseline: mean and standard deviation over the seeds. The others: their "
@@ -94,14 +97,6 @@ def brief(tables: Sequence[Table]) -> str:
         "all metrics together (Holm)."
     )
     return "\n".join(["", "".join(f"| {' | '.join(x)} |\n" for x in lines), note, ""])
-
-
-def _change(cell: Cell) -> str:
-    """The difference to the baseline, or the value of what has none."""
-    if not cell.difference:
-        return cell.value
-    mean = f"{cell.mean:+.{cell.metric.digits + 1}f} " if cell.is_change else ""
-    return f"{mean}{cell.gain}"
 
 
 def markdown(tables: Sequence[Table]) -> str:
@@ -119,6 +114,8 @@ def _table(table: Table) -> str:
         lines.append([label(method), table.seeds(method), *map(_cell, cells)])
         if method in table.paper:
             lines.append(_paper_line(method, table.paper[method]))
+    for (one, other), cells in table.rivals.items():
+        lines.append(_rival_line(one, other, cells))
     for method, values in table.paper.items():
         if method not in table.cells:
             lines.append(_paper_line(method, values))
@@ -135,6 +132,13 @@ def _cell(cell: Cell | None) -> str:
     return f"{value}<br>{cell.gain}" if cell.gain else value
 
 
+def _rival_line(one: str, other: str, cells: Iterable[Cell | None]) -> list[str]:
+    cells = list(cells)
+    seeds = max((cell.seeds for cell in cells if cell), default=0)
+    shown = (cell.change if cell else "" for cell in cells)
+    return [f"{label(one)} minus {label(other)}", str(seeds), *shown]
+
+
 def _paper_line(method: str, values: Iterable[float | None]) -> list[str]:
     shown = ("" if value is None else f"*{value}*" for value in values)
     return [f"*paper: {label(method)}*", "", *shown]
@@ -148,7 +152,11 @@ def notes(tables: Sequence[Table]) -> list[str]:
         for method, of in table.baselines.items()
     }
     cells = [
-        cell for table in tables for row in table.cells.values() for cell in row if cell
+        cell
+        for table in tables
+        for row in (*table.cells.values(), *table.rivals.values())
+        for cell in row
+        if cell
     ]
     sentences = []
     if any(cell.seeds > 1 for cell in cells):

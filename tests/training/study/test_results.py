@@ -273,3 +273,38 @@ def test_a_metric_of_unknown_direction_is_refused():
         ValueError, match="whether a higher 'loss' is better: add it to"
     ):
         statistics(rows_of({"single_task": [1.0]}, metric="loss"))
+
+
+def test_cross_stitch_is_paired_with_hard_sharing():
+    random = np.random.default_rng(0)
+    with_option = "@loss_weighting=uncertainty"
+    values = {
+        "single_task_as_long": random.normal(20, 1, 4),
+        f"hard_sharing{with_option}": random.normal(21, 1, 4),
+        "hard_sharing": random.normal(21, 1, 4),
+        "cross_stitch_from_start": random.normal(23, 1, 4),
+    }
+    (table,) = statistics(rows_of(values))
+    ((pair, (cell,)),) = table.rivals.items()
+
+    assert pair == ("cross_stitch_from_start", "hard_sharing")
+    ours, theirs = (values[method] for method in reversed(pair))
+    assert cell.mean == pytest.approx(np.mean(theirs - ours))
+    assert cell.difference.p == pytest.approx(ttest_rel(theirs, ours).pvalue)
+
+
+def test_the_pair_counts_among_what_is_certain():
+    """Alone it would be; of five differences together it is not."""
+    apart = np.array([0.9, 1.0, 1.1, 1.35])
+    values = {
+        "single_task_as_long": np.array([20.0, 24, 19, 22]),
+        "hard_sharing": np.array([21.0, 20, 22, 23]),
+    }
+    values["cross_stitch_from_start"] = values["hard_sharing"] + apart
+    (table,) = statistics(rows_of(values))
+    ((alone,),) = table.rivals.values()
+    assert alone.certain
+    others = {f"split@x{n}": values["hard_sharing"] for n in range(40)}
+    (table,) = statistics(rows_of({**values, **others}))
+    ((among,),) = table.rivals.values()
+    assert not among.certain
