@@ -326,9 +326,36 @@ def _unit(
     kind = "cross_stitch" if unit is CrossStitch else unit.__name__.lower()
     name = f"{kind}_{re.sub('[/:]', '_', label)}"
     joined.claim(name, f"the unit at '{label}'")
+    if "data_format" not in arguments and len(value.shape) > 2:
+        arguments = {**arguments, **_data_format(joined, label, tap)}
     shapes = [value.shape[1:] for value in tap.values()]
     # Sizes that are not known yet may differ, which a projection resizes.
     differ = len(set(shapes)) > 1 or any(None in shape for shape in shapes)
     if project and differ:
         unit = ProjectedCrossStitch
     return unit(name=name, **{"dtype": policy, **arguments})
+
+
+def _data_format(
+    joined: Joined, label: str, tap: Mapping[str, Value]
+) -> dict[str, str]:
+    """Where the layers of the towers have their channels."""
+    formats = {
+        task: {
+            call.layer.data_format
+            for call in joined.towers[task].calls
+            if isinstance(getattr(call.layer, "data_format", None), str)
+            and any(len(x.shape) == len(value.shape) for x in call.outputs)
+        }
+        for task, value in tap.items()
+    }
+    found = set().union(*formats.values())
+    if len(found) > 1:
+        told = "; ".join(f"'{task}': {sorted(x)}" for task, x in formats.items())
+        raise ValueError(
+            f"At the tap '{label}', maps have their channels at other places: the "
+            f"layers of the towers have, by task, {told}. Give all towers one "
+            "`data_format`, or say that of what is tapped: "
+            "`stitch(..., data_format='channels_last')`"
+        )
+    return {"data_format": found.pop()} if found else {}

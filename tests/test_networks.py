@@ -1324,3 +1324,24 @@ def test_towers_that_cannot_be_split_are_an_error(towers, at, words):
 
     with pytest.raises(ValueError, match=words):
         split(towers, at)
+
+
+def tower_of(data_format, channels=4):
+    image = keras.Input((8, 8, 3) if data_format == "channels_last" else (3, 8, 8))
+    x = keras.layers.Conv2D(channels, 3, data_format=data_format, name="conv")(image)
+    x = keras.layers.ReLU(name="relu")(x)
+    x = keras.layers.GlobalAveragePooling2D(data_format)(x)
+    return keras.Model(image, keras.layers.Dense(2, name="score")(x))
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_units_have_their_channels_where_the_towers_have(project):
+    first = {"a": tower_of("channels_first"), "b": tower_of("channels_first")}
+    unit = stitch(first, ["relu"], project=project).get_layer("cross_stitch_relu")
+    assert unit.data_format == "channels_first"
+    assert tuple(unit.alpha.shape) == (2, 2, 4)
+
+    mixed = {"a": tower_of("channels_last"), "b": tower_of("channels_first")}
+    words = r"At the tap 'relu'.*'a': \['channels_last'\]; 'b': \['channels_first'\]"
+    with pytest.raises(ValueError, match=words):
+        stitch(mixed, ["relu"], shared_input=False, project=project)
