@@ -83,7 +83,9 @@ def stitch(
             a task takes from another then goes through a learned 1x1 convolution
             and a resize. If the shapes are equal, the unit is the same as without.
         unit: Class of the units: `CrossStitch`, `NDDR`, or a layer of yours that
-            takes a dict of task name to map and gives another.
+            takes a dict of task name to map and gives another. It is called with
+            `name` and `dtype`, and with `data_format` if that of the towers is not
+            Keras's.
         name: String, the model's name.
         **arguments: Arguments of every unit, such as `per` or `same_task`.
 
@@ -358,4 +360,7 @@ def _data_format(
             "`data_format`, or say that of what is tapped: "
             "`stitch(..., data_format='channels_last')`"
         )
-    return {"data_format": found.pop()} if found else {}
+    # A layer of somebody's own need not know of it, unless it matters.
+    if found <= {keras.config.image_data_format()}:
+        return {}
+    return {"data_format": found.pop()}
