@@ -1,6 +1,7 @@
 """docs/compatibility.md, written from the rows that are there."""
 
 import csv
+import re
 from pathlib import Path
 
 import keras
@@ -66,7 +67,7 @@ def models_that_were_not_made_for_each_other(pairs):
         "`stitch(towers, common_taps(towers, project=True), project=True)`; the number "
         "is that of the taps, a row is the first tower.",
         "",
-        f"| | {' | '.join(FAMILIES)} |",
+        f"| | {' | '.join(map(_in_two_lines, FAMILIES))} |",
         f"| --- |{' ---: |' * len(FAMILIES)}",
     ]
     for first in FAMILIES:
@@ -80,6 +81,10 @@ def models_that_were_not_made_for_each_other(pairs):
         if row["result"] != "works":
             lines += ["", f"{row['first']} and {row['second']}: {row['result']}"]
     return lines
+
+
+def _in_two_lines(family):
+    return re.sub("(Net|tion|NeXt)(?=.)", r"\1<br>", family)
 
 
 def _cell(row):
