@@ -107,21 +107,12 @@ class CrossStitch(keras.layers.Layer):
             raise ValueError(
                 f"`per` must be 'channel' or 'layer'. Received: per={per!r}"
             )
-        if isinstance(same_task, bool) or not isinstance(same_task, int | float):
-            raise ValueError(
-                f"`same_task` must be a number. Received: same_task={same_task!r}"
-            )
         self.per = per
-        self.same_task = same_task
+        self.same_task = checked_same_task(same_task)
         self.alpha_initializer = keras.initializers.get(alpha_initializer)
         self.alpha_regularizer = keras.regularizers.get(alpha_regularizer)
         self.alpha_constraint = keras.constraints.get(alpha_constraint)
-        self.data_format = data_format or keras.config.image_data_format()
-        if self.data_format not in ("channels_last", "channels_first"):
-            raise ValueError(
-                "`data_format` must be 'channels_last' or 'channels_first'. "
-                f"Received: data_format={data_format!r}"
-            )
+        self.data_format = checked_data_format(data_format)
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
@@ -271,6 +262,25 @@ class CrossStitch(keras.layers.Layer):
                 f"Received shapes by task: {shapes}"
             )
         return tuple(next((n for n in sizes if n is not None), None) for sizes in axes)
+
+
+def checked_same_task(same_task: Any) -> float:
+    if isinstance(same_task, bool) or not isinstance(same_task, int | float):
+        raise ValueError(
+            f"`same_task` must be a number. Received: same_task={same_task!r}"
+        )
+    return same_task
+
+
+def checked_data_format(data_format: str | None) -> str:
+    """Keras's own for `None`."""
+    checked = data_format or keras.config.image_data_format()
+    if checked not in ("channels_last", "channels_first"):
+        raise ValueError(
+            "`data_format` must be 'channels_last' or 'channels_first'. "
+            f"Received: data_format={data_format!r}"
+        )
+    return checked
 
 
 @ops.custom_gradient

@@ -5,6 +5,8 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
+from keras_cross_stitch.cross_stitch import checked_data_format, checked_same_task
+
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
 class NDDR(keras.layers.Layer):
@@ -75,18 +77,9 @@ class NDDR(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if isinstance(same_task, bool) or not isinstance(same_task, int | float):
-            raise ValueError(
-                f"`same_task` must be a number. Received: same_task={same_task!r}"
-            )
-        self.same_task = same_task
+        self.same_task = checked_same_task(same_task)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.data_format = data_format or keras.config.image_data_format()
-        if self.data_format not in ("channels_last", "channels_first"):
-            raise ValueError(
-                "`data_format` must be 'channels_last' or 'channels_first'. "
-                f"Received: data_format={data_format!r}"
-            )
+        self.data_format = checked_data_format(data_format)
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:

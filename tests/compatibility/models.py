@@ -6,24 +6,26 @@ import re
 
 import keras
 
+_WORDS = {
+    "vocabulary_size": 50,
+    "num_layers": 3,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+    "max_sequence_length": 12,
+}
+_RESIDUAL = {
+    "stackwise_filters": [64, 64],
+    "stackwise_blocks": [2, 2],
+    "stackwise_strides": [1, 2],
+    "block_type": "block",
+    "include_rescaling": True,
+    "input_shape": (32, 32, 3),
+}
 # The classes named after presets (ResNet18Backbone) want a download.
 BACKBONES = {
-    "keras_hub BertBackbone": {
-        "vocabulary_size": 50,
-        "num_layers": 3,
-        "num_heads": 2,
-        "hidden_dim": 16,
-        "intermediate_dim": 32,
-        "max_sequence_length": 12,
-    },
-    "keras_hub RobertaBackbone": {
-        "vocabulary_size": 50,
-        "num_layers": 3,
-        "num_heads": 2,
-        "hidden_dim": 16,
-        "intermediate_dim": 32,
-        "max_sequence_length": 12,
-    },
+    "keras_hub BertBackbone": _WORDS,
+    "keras_hub RobertaBackbone": _WORDS,
     "keras_hub DistilBertBackbone": {
         "vocabulary_size": 50,
         "num_layers": 2,
@@ -49,22 +51,8 @@ BACKBONES = {
         "hidden_dim": 16,
         "mlp_dim": 32,
     },
-    "keras_cv ResNetBackbone": {
-        "stackwise_filters": [64, 64],
-        "stackwise_blocks": [2, 2],
-        "stackwise_strides": [1, 2],
-        "block_type": "block",
-        "include_rescaling": True,
-        "input_shape": (32, 32, 3),
-    },
-    "keras_cv ResNetV2Backbone": {
-        "stackwise_filters": [64, 64],
-        "stackwise_blocks": [2, 2],
-        "stackwise_strides": [1, 2],
-        "block_type": "block",
-        "include_rescaling": True,
-        "input_shape": (32, 32, 3),
-    },
+    "keras_cv ResNetBackbone": _RESIDUAL,
+    "keras_cv ResNetV2Backbone": _RESIDUAL,
     "keras_cv MobileNetV3Backbone": {
         "stackwise_expansion": [1, 4],
         "stackwise_filters": [16, 24],

@@ -278,12 +278,17 @@ def statistics(
     values = by_seed(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
     columns = {key: _column(key, of_metric) for key, of_metric in values.items()}
-    pairs = _rivals(methods)
-    against = {
-        key: {pair: _against(key, pair, of_metric) for pair in pairs}
+    pairs: dict[tuple[Key, Hashable], Cell] = {
+        (key, rivals): cell
         for key, of_metric in values.items()
+        for rivals in _rivals(methods)
+        if (cell := _against(key, rivals, of_metric))
     }
-    columns, against = _marked(columns, against, values)
+    certain = _certain(columns, pairs)
+    columns = _marked(columns, values, certain)
+    pairs = {
+        x: dataclasses.replace(cell, certain=x in certain) for x, cell in pairs.items()
+    }
     tables = []
     for task in dict.fromkeys(row.task for row in rows if row.task != ALL_TASKS):
         keys = [key for key in values if key[0] == task]
@@ -293,8 +298,11 @@ def statistics(
             for method in methods
             if any(method in columns[key] for key in keys)
         }
-        rivals = {pair: [against[key][pair] for key in keys] for pair in pairs}
-        rivals = {pair: row for pair, row in rivals.items() if any(row)}
+        rivals = {
+            of: [pairs.get((key, of)) for key in keys]
+            for of in _rivals(methods)
+            if any((key, of) in pairs for key in values)
+        }
         reference = {
             method: [known.get(key) for key in keys]
             for method, known in (of_paper or {}).items()
@@ -355,24 +363,30 @@ def _against(key: Key, pair: tuple[str, str], of_metric: OfMetric) -> Cell | Non
     return Cell(known.mean, None, known.seeds, metric(key[1]), known)
 
 
+def _certain(
+    columns: Mapping[Key, dict[str, Cell]],
+    pairs: Mapping[tuple[Key, Hashable], Cell],
+) -> set[tuple[Key, Hashable]]:
+    """(key, method) and (key, rivals) of the differences that Holm leaves, over all."""
+    cells: dict[tuple[Key, Hashable], Cell] = {
+        (key, method): cell
+        for key, column in columns.items()
+        for method, cell in column.items()
+    }
+    cells.update(pairs)
+    return holm({x: cell.difference.p for x, cell in cells.items() if cell.difference})
+
+
 def _marked(
     columns: Mapping[Key, dict[str, Cell]],
-    against: Mapping[Key, dict[tuple[str, str], Cell | None]],
     values: Values,
-) -> tuple[dict[Key, dict[str, Cell]], dict[Key, dict[tuple[str, str], Cell | None]]]:
-    """The cells with what is certain, over all of them, and what is best.
+    certain: set[tuple[Key, Hashable]],
+) -> dict[Key, dict[str, Cell]]:
+    """The columns' cells with what is certain, and what is best.
 
     The best is certainly better than its baseline, and differs from each other method
     of its column, by Holm over these.
     """
-    p_values: dict[Hashable, float] = {
-        (key, of): cell.difference.p
-        for found in (columns, against)
-        for key, column in found.items()
-        for of, cell in column.items()
-        if cell and cell.difference
-    }
-    certain = holm(p_values)
     marked = {}
     for key, column in columns.items():
         best = _best(key, column, values[key])
@@ -384,14 +398,7 @@ def _marked(
             )
             for method, cell in column.items()
         }
-    rivals = {
-        key: {
-            pair: cell and dataclasses.replace(cell, certain=(key, pair) in certain)
-            for pair, cell in of_pairs.items()
-        }
-        for key, of_pairs in against.items()
-    }
-    return marked, rivals
+    return marked
 
 
 def _best(key: Key, column: dict[str, Cell], of_metric: OfMetric) -> str | None:

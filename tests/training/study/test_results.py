@@ -13,6 +13,7 @@ from training.study.results import (
     read_rows,
     statistics,
 )
+from training.study.tables import brief
 
 HEADER = (*Row._fields, *Made._fields)
 
@@ -308,3 +309,13 @@ def test_the_pair_counts_among_what_is_certain():
     (table,) = statistics(rows_of({**values, **others}))
     ((among,),) = table.rivals.values()
     assert not among.certain
+
+
+def test_a_pair_that_one_task_lacks_has_an_empty_row_there():
+    both = {"hard_sharing": [1.0, 2.0], "cross_stitch_from_start": [2.0, 2.5]}
+    alone = {"cross_stitch_from_start": [2.0, 2.5]}
+    rows = rows_of(both) + rows_of(alone, "mean_angle", "normals")
+    segmentation, normals = statistics(rows)
+    assert [cell.seeds for (cell,) in segmentation.rivals.values()] == [2]
+    assert list(normals.rivals.values()) == [[None]]
+    assert brief([segmentation, normals])
