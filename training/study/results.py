@@ -301,7 +301,7 @@ def statistics(
         rivals = {
             of: [pairs.get((key, of)) for key in keys]
             for of in _rivals(methods)
-            if any((key, of) in pairs for key in values)
+            if any((key, of) in pairs for key in keys)
         }
         reference = {
             method: [known.get(key) for key in keys]

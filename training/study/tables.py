@@ -81,14 +81,14 @@ def brief(tables: Sequence[Table]) -> str:
     """
     titles = [f"{table.task}: {metric(table.metrics[0]).title}" for table in tables]
     lines = [["", "seeds", *titles, metric("delta_m").title]]
-    for method in tables[0].cells:
-        of_tasks = [table.cells[method] for table in tables]
-        cells = [*(of_task[0] for of_task in of_tasks), of_tasks[0][-1]]
-        shown = [cell.change if cell else "" for cell in cells]
-        lines.append([label(method), tables[0].seeds(method), *shown])
-    for (one, other), row in tables[0].rivals.items():
-        cells = [*(table.rivals[one, other][0] for table in tables), row[-1]]
-        lines.append(_rival_line(one, other, cells))
+    for method in dict.fromkeys(x for table in tables for x in table.cells):
+        rows = [(table.metrics, table.cells.get(method)) for table in tables]
+        seeds = next(t.seeds(method) for t in tables if method in t.cells)
+        shown = (cell.change if cell else "" for cell in _brief_row(rows))
+        lines.append([label(method), seeds, *shown])
+    for one, other in dict.fromkeys(x for table in tables for x in table.rivals):
+        rows = [(table.metrics, table.rivals.get((one, other))) for table in tables]
+        lines.append(_rival_line(one, other, _brief_row(rows)))
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     note = (
         "The baseline: mean and standard deviation over the seeds. The others: their "
@@ -97,6 +97,18 @@ def brief(tables: Sequence[Table]) -> str:
         "all metrics together (Holm)."
     )
     return "\n".join(["", "".join(f"| {' | '.join(x)} |\n" for x in lines), note, ""])
+
+
+def _brief_row(
+    rows: Sequence[tuple[list[str], list[Cell | None] | None]],
+) -> list[Cell | None]:
+    """The first metric's cell of each task's row, and Delta_m's, which all share."""
+    of_all = (
+        dict(zip(metrics, row, strict=True)).get("delta_m")
+        for metrics, row in rows
+        if row
+    )
+    return [*(row[0] if row else None for _, row in rows), next(of_all, None)]
 
 
 def markdown(tables: Sequence[Table]) -> str:

@@ -311,11 +311,20 @@ def test_the_pair_counts_among_what_is_certain():
     assert not among.certain
 
 
-def test_a_pair_that_one_task_lacks_has_an_empty_row_there():
+def test_what_one_task_lacks_is_left_out_of_its_table_and_empty_in_the_brief_one():
     both = {"hard_sharing": [1.0, 2.0], "cross_stitch_from_start": [2.0, 2.5]}
     alone = {"cross_stitch_from_start": [2.0, 2.5]}
-    rows = rows_of(both) + rows_of(alone, "mean_angle", "normals")
-    segmentation, normals = statistics(rows)
+    normals, segmentation = statistics(
+        rows_of(alone, "mean_angle", "normals") + rows_of(both)
+    )
     assert [cell.seeds for (cell,) in segmentation.rivals.values()] == [2]
-    assert list(normals.rivals.values()) == [[None]]
-    assert brief([segmentation, normals])
+    assert not normals.rivals
+    assert list(normals.cells) == ["cross_stitch_from_start"]
+    rows = [
+        line.split("|")[1:-1] for line in brief([normals, segmentation]).split("\n")
+    ]
+    of = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if row}
+    assert of["hard sharing"] == ["2", "", "1.50 ± 0.71", ""]
+    pair = of["cross-stitch from the start minus hard sharing"]
+    assert (pair[0], pair[1], pair[3]) == ("2", "", "")
+    assert pair[2].startswith("+0.75")
