@@ -37,7 +37,18 @@ BATCH = 16
 TAPS = ["pool1", "pool2", "pool5", "fc6", "fc7"]
 # Of AlexNets of half the width.
 SITES = [(27, 27, 48), (13, 13, 128), (6, 6, 128), (2048,), (2048,)]
-DTYPES = ("float32", "mixed_bfloat16")
+# {policy: {pass: the most that it may take of PyTorch's best}}. Nobody trains weights
+# that are in bfloat16 themselves.
+AIMS = {
+    "float32": {"inference": 0.95, "step": 0.90},
+    "mixed_bfloat16": {"inference": 0.95, "step": 0.90},
+    "bfloat16": {"inference": 0.95},
+}
+TITLES = {
+    "float32": "float32",
+    "mixed_bfloat16": "bfloat16",
+    "bfloat16": "weights in bfloat16",
+}
 RNG = np.random.default_rng(0)
 
 
@@ -88,10 +99,11 @@ def networks(dtype, stitched):
     image = tf.constant(RNG.uniform(0, 255, (BATCH, 227, 227, 3)), "float32")
     labels = dict.fromkeys("ab", tf.constant(RNG.integers(0, 20, BATCH)))
     name = f"two AlexNets, {dtype}, {'stitched' if stitched else 'apart'}"
-    return {
-        f"{name}, step": lambda: model.train_on_batch(image, labels),
-        f"{name}, inference": lambda: model.predict_on_batch(image),
+    runs = {
+        "step": lambda: model.train_on_batch(image, labels),
+        "inference": lambda: model.predict_on_batch(image),
     }
+    return {f"{name}, {run}": runs[run] for run in AIMS[dtype]}
 
 
 def limits():
@@ -111,7 +123,7 @@ def limits():
     return {
         "limit, the maps of T=2 copied once": copy,
         "limit, a matrix product of 2048, float32": product("float32"),
-        "limit, a matrix product of 2048, mixed_bfloat16": product("bfloat16"),
+        "limit, a matrix product of 2048, bfloat16": product("bfloat16"),
     }
 
 
@@ -162,22 +174,23 @@ def gflop():
 def step_table(ms):
     """Two AlexNets: apart, stitched, PyTorch's, and the matrix rate."""
     columns = {}
-    for dtype in DTYPES:
-        rate = 2 * 2048**3 / 1e6 / ms[f"limit, a matrix product of 2048, {dtype}"]
-        for run, work in reversed(gflop().items()):
+    work = gflop()
+    for dtype, aims in AIMS.items():
+        limit = f"limit, a matrix product of 2048, {dtype.removeprefix('mixed_')}"
+        rate = 2 * 2048**3 / 1e6 / ms[limit]
+        for run, aim in aims.items():
             name = f"two AlexNets, {dtype}"
             apart, ours = (ms[f"{name}, {x}, {run}"] for x in ("apart", "stitched"))
-            column = {
+            columns[f"{run}, {TITLES[dtype]}"] = {
                 "apart, ms": f"{apart:.1f}",
                 "stitched, ms": f"{ours:.1f}",
                 "stitched / apart": f"{ours / apart:.3f}",
                 **against_pytorch(ms, name, run, ours),
-                "aim: at most": {"inference": "0.95", "step": "0.90"}[run],
-                "work, GFLOP": f"{work:.1f}",
+                "aim: at most": f"{aim:.2f}",
+                "work, GFLOP": f"{work[run]:.1f}",
                 "matrix rate, GFLOP/s": f"{rate:.0f}",
-                "share of the matrix rate": f"{1000 * work / ours / rate:.0%}",
+                "share of the matrix rate": f"{1000 * work[run] / ours / rate:.0%}",
             }
-            columns[f"{run}, {dtype.removeprefix('mixed_')}"] = column
     return table("two AlexNets", columns)
 
 
@@ -243,7 +256,7 @@ def main(python=None, rounds=25):
     tf.config.threading.set_intra_op_parallelism_threads(THREADS)
     tf.config.threading.set_inter_op_parallelism_threads(THREADS)
     cases = {**units(2), **units(4), **limits()}
-    for dtype in DTYPES:
+    for dtype in AIMS:
         cases |= networks(dtype, False) | networks(dtype, True)
     cases = {name: partial(timed, run) for name, run in cases.items()}
     torch_version = None
