@@ -20,7 +20,16 @@ from keras_cross_stitch import (
     LearningRateGroups,
     weigh_losses,
 )
-from training import batches, costs, distribution, methods, provenance, runs, towers
+from training import (
+    batches,
+    costs,
+    distribution,
+    faster_layers,
+    methods,
+    provenance,
+    runs,
+    towers,
+)
 from training.callbacks import Backup, History, ShowProgress, StopAtNaN
 from training.files import remove_unfinished, unfinished, write_csv, write_json
 from training.gradients import PCGrad
@@ -139,6 +148,7 @@ def compiled(
     schedule: float | keras.optimizers.schedules.LearningRateSchedule,
 ) -> keras.Model:
     """The model, which may get weights of its losses, with losses and optimizer."""
+    faster_layers.exchange(model)
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     multipliers: dict[str, float] = {}
     if _has(model, NDDR):

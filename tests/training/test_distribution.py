@@ -77,12 +77,12 @@ def plain(finished, tmp_path_factory):
     That is dropout, and batch normalization, whose statistics are of a replica's part
     of the batch.
     """
+    keras.utils.set_random_seed(0)
     x = image = keras.Input((None, None, 3), name="image")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1.0, name="rescaling")(x)
     for index, stride in ((4, 8), (7, 4)):
         x = keras.layers.Conv2D(8, 9, stride, padding="same", name=f"conv{index}")(x)
         x = keras.layers.ReLU(name=f"relu{index}")(x)
-    keras.utils.set_random_seed(0)
     path = tmp_path_factory.mktemp("plain") / "backbone.keras"
     keras.Model(image, x).save(path)
     tower = recipes.SavedBackbone(
@@ -249,7 +249,7 @@ def test_one_device_and_two_train_the_same_on_regions(
     finish(of_two)
 
     alpha = np.load(run / "alpha.npz")["cross_stitch_relu7"]
-    assert np.abs(alpha[0, 1] - 0.1).max() > 1e-4
+    assert np.abs(alpha[[0, 1], [1, 0]] - 0.1).max() > 1e-3
     assert_same_run(tmp_path / run.relative_to(plain_regions.runs), run)
 
 
