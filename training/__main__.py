@@ -269,6 +269,7 @@ def study(
             open_experiment(one.recipe, data, runs)  # of its own splits
             of_one = (run.method for run in planned if run.experiment is one)
             fitting.check(one, list(dict.fromkeys(of_one)))
+        written: list[Path] = []
         with _progress() as progress:
             for run in mine:
                 fitting.fit(
@@ -278,8 +279,11 @@ def study(
                     strategy=strategy,
                     progress=progress,
                 )
+                # After each, since a study takes hours.
+                if distribution.is_chief(strategy):
+                    written = studies.write(planned, results or runs / "results")
         if distribution.is_chief(strategy):
-            for path in studies.write(planned, results or runs / "results"):
+            for path in written:
                 console.print(f"Wrote {path}")
             if table == "search":
                 tried = studies.best_first(planned)

@@ -72,18 +72,35 @@ def test_every_method_of_a_study_can_be_planned(scenes, study, name):
 
 
 def test_a_search_gives_baseline_and_method_as_many_tries_on_a_part_of_train(scenes):
+    recipe = scenes.recipe
     planned = studies.plan(scenes, "search", [0])
-    tried = [methods.plan(run.method, run.experiment.recipe) for run in planned]
-    schedules = {
-        name: [x.schedule for x in tried if x.spelled.startswith(name)]
-        for name in ("single_task_as_long", "cross_stitch_from_start")
+    tried = {run.method: methods.plan(run.method, recipe) for run in planned}
+    of = {
+        name: [x for x in tried.values() if x.spelled.partition("@")[0] == name]
+        for name in (
+            "single_task_as_long",
+            "cross_stitch_from_start",
+            "single_task_longer",
+            "cross_stitch",
+        )
     }
-    one, other = schedules.values()
 
-    assert one == other
-    assert len(set(one)) == studies.TRIES
-    assert one[0] == scenes.recipe.from_start
-    assert {schedule.epochs for schedule in one} == {10, 20, 40}
+    assert len(tried) == len(planned) == sum(map(len, of.values()))
+    assert {len(x) for x in of.values()} == {len(studies.UNITS_TRIED)}
+    assert planned[0].method == "single_task_as_long"
+    for name, rate, epochs in (
+        ("single_task_as_long", 0.05, 20),
+        ("single_task_longer", 0.01, 6),
+    ):
+        schedules = [x.schedule for x in of[name]]
+        assert {x.learning_rate / rate for x in schedules} == {0.5, 1, 2, 4}
+        assert {x.epochs / epochs for x in schedules} == {1, 2}
+    for name, rate in (("cross_stitch_from_start", 0.05), ("cross_stitch", 0.01)):
+        assert {x.schedule for x in of[name]} == {of[name][0].schedule}
+        assert {
+            (round(x.recipe.units.alpha_multiplier * rate, 6), x.recipe.units.same_task)
+            for x in of[name]
+        } == {*studies.UNITS_TRIED}
     assert {run.experiment.recipe.data.train_split for run in planned} == {
         "train[:80%]"
     }
@@ -103,7 +120,7 @@ def test_what_was_tried_is_told_best_first(scenes):
     finish(planned[2], 40.0)
 
     assert studies.best_first(planned) == [
-        ("cross_stitch_from_start", pytest.approx(5.0)),
+        (planned[1].method, pytest.approx(5.0)),
         ("single_task_as_long", 0.0),
         (planned[2].method, pytest.approx(-10.0)),
     ]

@@ -16,7 +16,10 @@ from training.study import delta_m
 from training.study.results import ALL_TASKS, read_rows
 
 LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
-TRIES = 8  # of a search, for the baseline and for cross-stitch each
+# Of a search: the learning rate and the epochs as multiples of the recipe's, and
+# alpha's own rate with the start, `same_task`.
+SCHEDULES_TRIED = ((1, 1), (0.5, 1), (2, 1), (4, 1), (1, 2), (0.5, 2))
+UNITS_TRIED = ((0.1, 0.9), (0.02, 0.9), (0.5, 0.9), (2, 0.9), (5, 0.9), (0.1, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,28 +138,33 @@ def _weightings(recipe: recipes.Recipe) -> Sequence[str]:
 
 
 def _search(recipe: recipes.Recipe) -> Sequence[str]:
-    """Settings, tried on a part of train: as many of the baseline as of cross-stitch.
+    """Settings, tried on a part of train: as many of a baseline as of cross-stitch.
 
-    The first try of each is the recipe's own. The others are drawn at random, at the
-    same learning rates and epochs for both; alpha's rate is drawn as such, and not as a
-    multiple.
+    Of the baseline its learning rate and epochs, the recipe's first; of cross-stitch,
+    which has the recipe's, alpha's own rate and the start.
     """
-    rng = np.random.default_rng(0)
-    spelled = ["single_task_as_long", "cross_stitch_from_start"]
-    for _ in range(TRIES - 1):
-        rate = _rounded(recipe.single_task.learning_rate * 2 ** rng.uniform(-2, 2))
-        epochs = round(recipe.from_start.epochs * rng.choice([0.5, 1.0, 2.0]))
-        both = {"learning_rate": rate, "epochs": epochs}
-        of_alpha = 10 ** rng.uniform(-2, 0.5)
-        units = {
-            "alpha_multiplier": _rounded(of_alpha / rate),
-            "same_task": float(rng.choice([0.5, 0.7, 0.9, 1.0])),
-            "per": str(rng.choice(["channel", "layer"])),
-        }
-        spelled += [
-            methods.spell(spelled[0], recipe, **both),
-            methods.spell(spelled[1], recipe, **both, **units),
-        ]
+    spelled = []
+    for baseline, name, schedule in (
+        ("single_task_as_long", "cross_stitch_from_start", recipe.from_start),
+        ("single_task_longer", "cross_stitch", recipe.finetuning),
+    ):
+        rate = schedule.learning_rate
+        for (faster, longer), (of_alpha, same_task) in zip(
+            SCHEDULES_TRIED, UNITS_TRIED, strict=True
+        ):
+            of_baseline = {}
+            if faster != 1:
+                of_baseline["learning_rate"] = _rounded(rate * faster)
+            if longer != 1:
+                of_baseline["epochs"] = schedule.epochs * longer
+            units = {
+                "alpha_multiplier": _rounded(of_alpha / rate),
+                "same_task": same_task,
+            }
+            spelled += [
+                methods.spell(baseline, recipe, **of_baseline),
+                methods.spell(name, recipe, **units),
+            ]
     return spelled
 
 
