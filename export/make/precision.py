@@ -6,6 +6,22 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
+# All of whose weights are rounded at each call where they compute in a smaller dtype.
+_PRODUCTS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
 
 def computed_here() -> bool:
     """Whether this machine's processor computes in bfloat16; as far as it is known."""
@@ -19,8 +35,9 @@ def computed_here() -> bool:
 def lower(model: keras.Model, dtype: str) -> keras.Model:
     """The model computing in `dtype`, with inputs and outputs as before.
 
-    Weights and alphas stay float32, and the layers that give the outputs go on
-    computing in it. The layers are those of `model`, changed.
+    Weights of convolutions and dense layers are rounded once, and not at each call.
+    All others stay float32, alphas among them, and the layers that give the outputs go
+    on computing in it. The layers are those of `model`, changed.
     """
     outputs = {id(x) for x in keras.tree.flatten(model.output)}
     for layer in _layers(model):
@@ -37,9 +54,15 @@ def lower(model: keras.Model, dtype: str) -> keras.Model:
 
 def _anew(layer: keras.layers.Layer) -> keras.layers.Layer:
     """The same layers in a new graph, which knows the dtypes between them."""
-    if not _is_graph(layer):
-        return layer
-    return keras.models.clone_model(layer, clone_function=_anew)
+    if _is_graph(layer):
+        return keras.models.clone_model(layer, clone_function=_anew)
+    if type(layer) in _PRODUCTS and layer.compute_dtype != layer.variable_dtype:
+        config = {**layer.get_config(), "dtype": layer.compute_dtype}
+        rounded = type(layer).from_config(config)
+        rounded.build_from_config(layer.get_build_config())
+        rounded.set_weights(layer.get_weights())
+        return rounded
+    return layer
 
 
 def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:

@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import pytest
 
 from export.make.precision import lower
 from export.version.signatures import signatures
@@ -28,6 +29,46 @@ def test_nested_models_compute_in_it_too(images):
     assert nested.get_layer("conv1").compute_dtype == "bfloat16"
     outputs = lowered.predict(images, verbose=0)
     assert {x.dtype for x in outputs.values()} == {np.dtype("float32")}
+
+
+LAYERS = {
+    "dense": lambda: keras.layers.Dense(3),
+    "einsum": lambda: keras.layers.EinsumDense("nhwc,cd->nhwd", (None, None, 3)),
+    "conv": lambda: keras.layers.Conv2D(3, 3, padding="same"),
+    "transposed": lambda: keras.layers.Conv2DTranspose(3, 3, 2, padding="same"),
+    "depthwise": lambda: keras.layers.DepthwiseConv2D(3, padding="same"),
+    "separable": lambda: keras.layers.SeparableConv2D(3, 3, padding="same"),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_weights_are_rounded_once_and_to_the_same(kind, images):
+    """As at each call by a mixed policy, also where a layer is called twice."""
+    image = keras.Input((9, 7, 3), name="image")
+    shared = LAYERS[kind]()
+    x = shared(image)
+    if x.shape == image.shape:
+        x = shared(x)
+    x = keras.layers.BatchNormalization()(x)
+    model = keras.Model(image, {"a": keras.layers.Activation("relu")(x)})
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.1, 1, w.shape) for w in model.get_weights()])
+    mixed = keras.models.clone_model(
+        model,
+        clone_function=lambda layer: type(layer).from_config(
+            {**layer.get_config(), "dtype": "mixed_bfloat16"}
+        ),
+    )
+    mixed.set_weights(model.get_weights())
+
+    lowered = lower(model, "bfloat16")
+
+    ours = lowered.predict(images, verbose=0)["a"]
+    theirs = mixed.predict(images, verbose=0)["a"]
+    np.testing.assert_allclose(ours, theirs.astype("float32"), rtol=0.02)
+    assert {w.dtype for w in lowered.get_layer(shared.name).weights} == {"bfloat16"}
+    normalization = next(x for x in lowered.layers if "normalization" in x.name)
+    assert {w.dtype for w in normalization.weights} == {"float32"}
 
 
 def test_a_bfloat16_version_takes_and_gives_float32(cheaper, version):
