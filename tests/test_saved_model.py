@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cross_stitch import export_saved_model, stitch
+from keras_cross_stitch import export_saved_model, faster_layers, stitch
 from keras_cross_stitch.saved_model import _check_equal
 
 pytestmark = pytest.mark.slow
@@ -922,3 +922,66 @@ def test_the_library_imports_without_tensorflow():
     program = "import sys; sys.modules['tensorflow'] = None; import keras_cross_stitch"
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def normalized(dtype=None):
+    """Two towers with batch norm, as after training, and a cropped output."""
+    keras.utils.set_random_seed(0)
+    towers = {}
+    for task, outputs in {"kind": 5, "depth": 1}.items():
+        image = keras.Input((9, 7, 3), name="image")
+        x = layers.Rescaling(1 / 255, dtype=dtype)(image)
+        x = layers.Conv2D(4, 3, name="conv", dtype=dtype)(x)
+        x = layers.BatchNormalization(name="norm", dtype=dtype)(x)
+        x = layers.ReLU(name="relu", dtype=dtype)(x)
+        x = layers.Conv2D(outputs, 1, name="score", dtype=dtype)(x)
+        x = layers.Cropping2D(((0, 1), (2, 0)), dtype=dtype)(x)
+        towers[task] = keras.Model(image, x)
+    model = stitch(towers, at=["relu"])
+    rng = np.random.default_rng(0)
+    weights = [w + rng.uniform(0, 0.5, w.shape) for w in model.get_weights()]
+    model.set_weights(weights)
+    return model
+
+
+def normalizations(path):
+    """How many signatures of a version run batch norm by its own operation."""
+    loaded = tf.saved_model.load(str(path))
+    graphs = [x.graph.as_graph_def() for x in loaded.signatures.values()]
+    return sum("FusedBatchNormV3" in str(graph) for graph in graphs)
+
+
+def test_batch_norm_is_served_by_one_operation_and_stays_keras_own(tmp_path):
+    model = normalized()
+    x = pixels(3, 9, 7, 3)
+    expected = model.predict(x, verbose=0)
+
+    path = export_saved_model(model, tmp_path)
+
+    assert normalizations(path) == 3
+    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+    for task, served in signature(image=x).items():
+        close(served, expected[task])
+    assert not [layer for layer in model.layers if "call" in vars(layer)]
+
+
+def test_batch_norm_stays_as_it_is_where_answers_would_change(tmp_path, monkeypatch):
+    own = faster_layers._normalized
+    monkeypatch.setattr(
+        faster_layers,
+        "_normalized",
+        lambda *args, **kwargs: 1.001 * own(*args, **kwargs),
+    )
+    model = normalized()
+    x = pixels(3, 9, 7, 3)
+    path = export_saved_model(model, tmp_path)
+
+    assert normalizations(path) == 0
+    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+    for task, served in signature(image=x).items():
+        close(served, model.predict(x, verbose=0)[task])
+
+
+def test_batch_norm_in_a_smaller_dtype_stays_as_it_is(tmp_path):
+    path = export_saved_model(normalized("mixed_bfloat16"), tmp_path)
+    assert normalizations(path) == 0

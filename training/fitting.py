@@ -20,16 +20,8 @@ from keras_cross_stitch import (
     LearningRateGroups,
     weigh_losses,
 )
-from training import (
-    batches,
-    costs,
-    distribution,
-    faster_layers,
-    methods,
-    provenance,
-    runs,
-    towers,
-)
+from keras_cross_stitch.faster_layers import exchange
+from training import batches, costs, distribution, methods, provenance, runs, towers
 from training.callbacks import Backup, History, ShowProgress, StopAtNaN
 from training.files import remove_unfinished, unfinished, write_csv, write_json
 from training.gradients import PCGrad
@@ -148,7 +140,7 @@ def compiled(
     schedule: float | keras.optimizers.schedules.LearningRateSchedule,
 ) -> keras.Model:
     """The model, which may get weights of its losses, with losses and optimizer."""
-    faster_layers.exchange(model)
+    exchange(model.layers)  # in which a step takes less time
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     multipliers: dict[str, float] = {}
     if _has(model, NDDR):

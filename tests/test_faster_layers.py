@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training import faster_layers
+from keras_cross_stitch import faster_layers
 
 
 def tower(dtype="float32", trainable=True, **options):
@@ -45,7 +45,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_trains_as_with_keras_own_layers(case):
     exchanged = tower(**CASES[case])
-    faster_layers.exchange(exchanged)
+    faster_layers.exchange(exchanged.layers)
     for ours, theirs in zip(
         trained(exchanged), trained(tower(**CASES[case])), strict=True
     ):
@@ -54,7 +54,7 @@ def test_a_model_trains_as_with_keras_own_layers(case):
 
 def test_maps_in_bfloat16_are_normalised_in_float32():
     exchanged = tower("mixed_bfloat16")
-    faster_layers.exchange(exchanged)
+    faster_layers.exchange(exchanged.layers)
     theirs = trained(tower("mixed_bfloat16"))
     for a, b in zip(trained(exchanged), theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0.03, atol=0.03)
@@ -66,7 +66,7 @@ def test_the_moving_statistics_are_those_of_the_batch():
     x = rng.normal(3, 2, (3, 5, 7, 4))
     image = keras.Input(x.shape[1:])
     model = keras.Model(image, keras.layers.BatchNormalization(momentum=0.7)(image))
-    faster_layers.exchange(model)
+    faster_layers.exchange(model.layers)
     given = model(x.astype("float32"), training=True)
     *_, mean, variance = model.get_weights()
     np.testing.assert_allclose(mean, 0.3 * x.mean((0, 1, 2)), rtol=1e-5)
@@ -77,7 +77,7 @@ def test_the_moving_statistics_are_those_of_the_batch():
 
 def test_the_faster_operations_run():
     model = tower()
-    faster_layers.exchange(model)
+    faster_layers.exchange(model.layers)
     step = tf.function(lambda x: model(x, training=True))
     graph = step.get_concrete_function(tf.TensorSpec((None, 9, 7, 2))).graph
     assert {"FusedBatchNormV3", "Slice"} <= {x.type for x in graph.get_operations()}
@@ -90,13 +90,13 @@ def test_a_masked_map_is_normalised_by_keras():
     layer = keras.layers.BatchNormalization()
     model = keras.Model(image, layer(image))
     expected = layer(x, training=True, mask=mask)
-    faster_layers.exchange(model)
+    faster_layers.exchange(model.layers)
     np.testing.assert_allclose(layer(x, training=True, mask=mask), expected, atol=1e-6)
 
 
 def test_the_saved_file_is_keras_own(tmp_path):
     model = tower()
-    faster_layers.exchange(model)
+    faster_layers.exchange(model.layers)
     trained(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
