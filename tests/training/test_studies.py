@@ -86,21 +86,28 @@ def test_a_search_gives_baseline_and_method_as_many_tries_on_a_part_of_train(sce
     }
 
     assert len(tried) == len(planned) == sum(map(len, of.values()))
-    assert {len(x) for x in of.values()} == {len(studies.UNITS_TRIED)}
+    assert {len(x) for x in of.values()} == {len(studies.TRIES)}
     assert planned[0].method == "single_task_as_long"
-    for name, rate, epochs in (
-        ("single_task_as_long", 0.05, 20),
-        ("single_task_longer", 0.01, 6),
+    for baseline, name, rate, epochs in (
+        ("single_task_as_long", "cross_stitch_from_start", 0.05, 20),
+        ("single_task_longer", "cross_stitch", 0.01, 6),
     ):
-        schedules = [x.schedule for x in of[name]]
-        assert {x.learning_rate / rate for x in schedules} == {0.5, 1, 2, 4}
-        assert {x.epochs / epochs for x in schedules} == {1, 2}
-    for name, rate in (("cross_stitch_from_start", 0.05), ("cross_stitch", 0.01)):
-        assert {x.schedule for x in of[name]} == {of[name][0].schedule}
-        assert {
-            (round(x.recipe.units.alpha_multiplier * rate, 6), x.recipe.units.same_task)
-            for x in of[name]
-        } == {*studies.UNITS_TRIED}
+        schedules = [x.schedule for x in of[baseline]]
+        # Rates are rounded to two digits.
+        np.testing.assert_allclose(
+            [(x.learning_rate / rate, x.epochs / epochs) for x in schedules],
+            [times for times, _ in studies.TRIES],
+            rtol=0.05,
+        )
+        stitched = [(x.recipe.units, x.schedule) for x in of[name]]
+        assert [
+            round(units.alpha_multiplier * schedule.learning_rate, 6)
+            for units, schedule in stitched
+        ] == [of_alpha for _, (of_alpha, _) in studies.TRIES]
+        assert {units.same_task for units, _ in stitched} == {0.9, 1.0}
+        assert {units.per for units, _ in stitched} == {"channel", "layer"}
+        assert {x.learning_rate / rate for _, x in stitched} == {1, 2}
+        assert {x.epochs / epochs for _, x in stitched} == {1, 2}
     assert {run.experiment.recipe.data.train_split for run in planned} == {
         "train[:80%]"
     }

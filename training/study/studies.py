@@ -16,10 +16,19 @@ from training.study import delta_m
 from training.study.results import ALL_TASKS, read_rows
 
 LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
-# Of a search: the learning rate and the epochs as multiples of the recipe's, and
-# alpha's own rate with the start, `same_task`.
-SCHEDULES_TRIED = ((1, 1), (0.5, 1), (2, 1), (4, 1), (1, 2), (0.5, 2))
-UNITS_TRIED = ((0.1, 0.9), (0.02, 0.9), (0.5, 0.9), (2, 0.9), (5, 0.9), (0.1, 1.0))
+# Of a search, a try a line: of the baseline its learning rate and epochs, as multiples
+# of the recipe's; of cross-stitch alpha's own rate, and what it changes besides.
+TRIES: tuple[tuple[tuple[float, int], tuple[float, dict[str, Any]]], ...] = (
+    ((1, 1), (0.1, {})),
+    ((0.5, 1), (0.02, {})),
+    ((2, 1), (0.5, {})),
+    ((4, 1), (2, {})),
+    ((1, 2), (5, {})),
+    ((0.5, 2), (0.1, {"same_task": 1.0})),
+    ((0.25, 1), (0.1, {"per": "layer"})),
+    ((2, 2), (0.1, {"times": (2, 1)})),
+    ((4, 2), (0.1, {"times": (1, 2)})),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,32 +149,34 @@ def _weightings(recipe: recipes.Recipe) -> Sequence[str]:
 def _search(recipe: recipes.Recipe) -> Sequence[str]:
     """Settings, tried on a part of train: as many of a baseline as of cross-stitch.
 
-    Of the baseline its learning rate and epochs, the recipe's first; of cross-stitch,
-    which has the recipe's, alpha's own rate and the start.
+    Of the baseline its learning rate and epochs, the recipe's own first; of
+    cross-stitch alpha's own rate, the start, units per layer, and as the baseline's.
     """
     spelled = []
     for baseline, name, schedule in (
         ("single_task_as_long", "cross_stitch_from_start", recipe.from_start),
         ("single_task_longer", "cross_stitch", recipe.finetuning),
     ):
-        rate = schedule.learning_rate
-        for (faster, longer), (of_alpha, same_task) in zip(
-            SCHEDULES_TRIED, UNITS_TRIED, strict=True
-        ):
-            of_baseline = {}
-            if faster != 1:
-                of_baseline["learning_rate"] = _rounded(rate * faster)
-            if longer != 1:
-                of_baseline["epochs"] = schedule.epochs * longer
-            units = {
-                "alpha_multiplier": _rounded(of_alpha / rate),
-                "same_task": same_task,
-            }
+        for times, (of_alpha, units) in TRIES:
+            units = {"same_task": 0.9, "per": "channel", **units}
+            changed = _changed(schedule, *units.pop("times", (1, 1)))
+            rate = changed.get("learning_rate", schedule.learning_rate)
+            units["alpha_multiplier"] = _rounded(of_alpha / rate)
             spelled += [
-                methods.spell(baseline, recipe, **of_baseline),
-                methods.spell(name, recipe, **units),
+                methods.spell(baseline, recipe, **_changed(schedule, *times)),
+                methods.spell(name, recipe, **changed, **units),
             ]
     return spelled
+
+
+def _changed(schedule: recipes.Schedule, faster: float, longer: int) -> dict[str, Any]:
+    """What is other than in the schedule."""
+    changed: dict[str, Any] = {}
+    if faster != 1:
+        changed["learning_rate"] = _rounded(schedule.learning_rate * faster)
+    if longer != 1:
+        changed["epochs"] = schedule.epochs * longer
+    return changed
 
 
 def _rounded(value: float) -> float:
