@@ -17,6 +17,7 @@ from training.files import unfinished
 from training.runs import Experiment
 from training.study import delta_m, figures, recorded
 from training.study.results import (
+    ALL_TASKS,
     OfMetric,
     Values,
     by_seed,
@@ -85,7 +86,7 @@ def rows(
     seed: int,
     published: Path = PUBLISHED,
 ) -> tuple[list[str], list[list[str]]]:
-    """The table's header and rows: one row per metric, one column per method.
+    """The table's header and rows: below each task its metrics, a column per method.
 
     Behind a value stand the ends of the interval in which it usually is, where values
     of the same recipe are published. Below stand Delta_m and what the methods cost.
@@ -107,13 +108,16 @@ def rows(
     for row in (*of_runs, *delta_m.rows(of_runs)):
         values.setdefault((row.task, row.metric), {})[row.method] = row.value
     usual = _usual(experiment, published)
-    body = [
-        [
-            f"{task}: {metric(name).title}",
-            *(_shown(name, of, usual.get((task, name)), x) for x in methods),
-        ]
-        for (task, name), of in values.items()
-    ]
+    body: list[list[str]] = []
+    for (task, name), of in values.items():
+        title = metric(name).title
+        if task != ALL_TASKS:
+            heading = [task, *("" for _ in methods)]
+            if heading not in body:
+                body.append(heading)
+            title = f"  {title}"
+        known = usual.get((task, name))
+        body.append([title, *(_shown(name, of, known, x) for x in methods)])
     of_methods = [
         recorded.shown_costs(recorded.Run(experiment.folder(x, seed)).costs)
         for x in methods
@@ -136,7 +140,8 @@ def _shown(
     if interval is None:
         return value
     low, high = interval
-    return f"{value} ({low:.{digits}f} to {high:.{digits}f})"
+    # Without a space, so that a narrow terminal breaks the line before the bracket.
+    return f"{value} ({low:.{digits}f}…{high:.{digits}f})"
 
 
 def _usual(experiment: Experiment, published: Path) -> Values:

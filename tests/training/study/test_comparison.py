@@ -77,7 +77,14 @@ def test_the_table_has_a_row_a_metric_and_a_column_a_method(finished, cross_stit
     header, body = comparison.rows(finished, ["single_task", "cross_stitch"], 0)
 
     assert header == ["", "single-task", "cross-stitch"]
-    assert len(body) == 8 + 3
+    assert len(body) == 2 + 8 + 3
+    assert [row[0] for row in body[:5]] == [
+        "segmentation",
+        "  pixel accuracy, % ↑",
+        "  mIoU, % ↑",
+        "  fwIoU, % ↑",
+        "normals",
+    ]
     assert {len(row) for row in body} == {3}
     costs = {name: values for name, *values in body[-3:]}
     one, stitched = map(float, costs["parameters, million"])
@@ -110,9 +117,9 @@ def test_the_table_ends_in_delta_m_and_says_where_values_usually_are(
 
     body = shown(finished.digest)
     # 21 -+ t(2, 0.975) * 1 * sqrt(4 / 3)
-    assert body["segmentation: mIoU, % ↑"] == [
+    assert body["  mIoU, % ↑"] == [
         f"{miou:.1f}",
-        f"{miou:.1f} (16.0 to 26.0)",
+        f"{miou:.1f} (16.0…26.0)",
     ]
-    assert body["all tasks: Δm, % ↑"] == ["", "+0.0"]
-    assert shown("another")["segmentation: mIoU, % ↑"] == 2 * [f"{miou:.1f}"]
+    assert body["Δm, % ↑"] == ["", "+0.0"]
+    assert shown("another")["  mIoU, % ↑"] == 2 * [f"{miou:.1f}"]
