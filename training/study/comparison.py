@@ -1,7 +1,6 @@
 """What the runs of one seed come to: a table, a gallery, alphas and a SavedModel."""
 
 import shutil
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +53,7 @@ def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path:
     folders = [experiment.folder(method, seed) / "model.keras" for method in methods]
     models = [keras.models.load_model(path, compile=False) for path in folders]
     target = experiment.folder("comparison", seed)
-    names = [textwrap.fill(label(method), 14) for method in methods]
-    titles = ["image", "truth", *names, "change"]
+    titles = ["image", "truth", *map(label, methods), "change"]
     gallery = target.parents[1] / "gallery"
     builder: Any = experiment.builder  # not `None`: there is a test split to show
     recipe, tasks = experiment.recipe, experiment.tasks

@@ -5,6 +5,7 @@ which stay apart for the colour-blind; lines also differ in markers or dashes.
 """
 
 import collections
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,11 +61,14 @@ def gallery(
     """
     rows = len(next(iter(columns.values())))
     height, width = np.shape(next(iter(columns.values()))[0])[:2]
-    side = WIDTH / len(columns)
+    side = max(WIDTH / len(columns), 1.0)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    figure = Figure((WIDTH, side * rows * height / width + 0.5), layout=layout)
+    titles = [textwrap.fill(title, int(12 * side)) for title in columns]
+    above = 0.2 * max(title.count("\n") for title in titles) + 0.5
+    size = (side * len(columns), side * rows * height / width + above)
+    figure = Figure(size, layout=layout)
     grid = figure.subplots(rows, len(columns), squeeze=False)
-    for axes, (title, images) in zip(grid.T, columns.items(), strict=True):
+    for axes, title, images in zip(grid.T, titles, columns.values(), strict=True):
         axes[0].set_title(title)
         for cell, image in zip(axes, images, strict=True):
             cell.imshow(image, interpolation="nearest")

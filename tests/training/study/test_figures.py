@@ -1,5 +1,7 @@
 """What the figures show; how they look was looked at."""
 
+import itertools
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
@@ -32,6 +34,17 @@ def test_the_gallery_shows_the_given_pixels_under_their_titles():
     for column, images in zip(axes.T, columns.values(), strict=True):
         for cell, image in zip(column, images, strict=True):
             np.testing.assert_array_equal(cell.images[0].get_array(), image)
+
+
+def test_titles_of_many_columns_do_not_overlap():
+    long = [f"split at block{n} expand conv, alpha multiplier 2.0" for n in range(9)]
+    images = [np.zeros((6, 8, 3), "uint8")]
+    figure = figures.gallery({x: images for x in ("image", *long, "change")})
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+
+    assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
+    assert max(box.y1 for box in boxes) <= figure.bbox.y1
 
 
 def test_a_difference_map_tells_who_is_nearer_to_the_truth():
