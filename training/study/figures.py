@@ -72,6 +72,7 @@ def gallery(
         axes[0].set_title(title)
         for cell, image in zip(axes, images, strict=True):
             cell.imshow(image, interpolation="nearest")
+            cell.set_anchor("N")  # below the titles, however high these are
             cell.set_axis_off()
     if scale:
         colours, (low, high), unit = scale
