@@ -107,6 +107,27 @@ def test_a_study_uses_the_runs_that_there_are(demo, tmp_path, monkeypatch):
 
 
 @shares_the_demo
+def test_a_study_that_is_stopped_has_written_the_rows_of_what_was_finished(
+    demo, tmp_path, monkeypatch
+):
+    _, folder = demo
+    trained = []
+
+    def fit(experiment, method, seed, **_):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(method)
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    study = ("study", "scenes-labels10", "demo", "--toy", "--runs", folder.parent)
+    training(*study, "--results", tmp_path)
+
+    assert len(trained) == 1
+    table = (tmp_path / "scenes-toy-labels10/demo.csv").read_text()
+    assert "\nhard_sharing,0," in table
+
+
+@shares_the_demo
 def test_what_is_claimed_otherwise_ends_in_one_line(demo, tmp_path):
     _, folder = demo
     run = shutil.copytree(
