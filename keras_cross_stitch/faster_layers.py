@@ -20,7 +20,7 @@ def exchange(layers: Iterable[Any]) -> list[Any]:
     The gradient of `x[:, a:b]` runs in one thread, and that of `tf.slice` in all.
 
     Args:
-        layers: Built layers, of which all others stay as they are.
+        layers: Layers, of which all others stay as they are.
 
     Returns:
         List of the layers that are exchanged.
@@ -54,6 +54,7 @@ def _is_normalization_of_maps(layer: Any) -> bool:
     """Whether TensorFlow's operation does what the layer does."""
     return (
         type(layer) is keras.layers.BatchNormalization
+        and layer.built
         and layer.input_spec.ndim == 4
         and layer.axis in (-1, 3)
         and layer.scale

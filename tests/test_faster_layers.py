@@ -83,6 +83,18 @@ def test_the_faster_operations_run():
     assert {"FusedBatchNormV3", "Slice"} <= {x.type for x in graph.get_operations()}
 
 
+def test_other_layers_stay_as_they_are():
+    class Own(keras.layers.BatchNormalization):
+        pass
+
+    vectors = keras.layers.BatchNormalization()
+    vectors.build((None, 3))
+    own, unused = Own(), keras.layers.BatchNormalization()
+    own.build((None, 5, 5, 3))
+    first = keras.layers.Cropping2D(1, data_format="channels_first")
+    assert faster_layers.exchange([vectors, own, unused, first]) == []
+
+
 def test_a_masked_map_is_normalised_by_keras():
     x = np.random.default_rng(3).normal(size=(2, 5, 7, 4)).astype("float32")
     mask = x[..., 0] > 0
