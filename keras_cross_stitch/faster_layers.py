@@ -11,6 +11,8 @@ from typing import Any
 
 import keras
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def exchange(layers: Iterable[Any]) -> list[Any]:
     """Lets batch normalisation and cropping call faster operations.
@@ -47,7 +49,7 @@ def exchanged(layers: Iterable[Any]) -> Iterator[list[Any]]:
         yield changed
     finally:
         for layer in changed:
-            del layer.call
+            vars(layer).pop("call", None)  # another thread may have done so
 
 
 def _is_normalization_of_maps(layer: Any) -> bool:
@@ -78,7 +80,8 @@ def _normalized(
 ) -> Any:
     import tensorflow as tf
 
-    if mask is not None:
+    dtype = keras.backend.standardize_dtype(inputs.dtype)
+    if mask is not None or dtype != layer.compute_dtype or dtype not in _DTYPES:
         return keras.layers.BatchNormalization.call(layer, inputs, training, mask)
     # float32 also where the maps are in bfloat16, as in Keras.
     known = (layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance)

@@ -985,3 +985,14 @@ def test_batch_norm_stays_as_it_is_where_answers_would_change(tmp_path, monkeypa
 def test_batch_norm_in_a_smaller_dtype_stays_as_it_is(tmp_path):
     path = export_saved_model(normalized("mixed_bfloat16"), tmp_path)
     assert normalizations(path) == 0
+
+
+def test_batch_norm_of_whole_numbers_is_exported(tmp_path):
+    """Keras's own takes them, and TensorFlow's operation does not."""
+    image = keras.Input((6, 5, 3), name="image", dtype="uint8")
+    x = layers.BatchNormalization()(image)
+    model = keras.Model(image, {"kind": layers.Conv2D(2, 3)(x)})
+    path = export_saved_model(model, tmp_path)
+    x = pixels(2, 6, 5, 3).astype("uint8")
+    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+    close(signature(image=x)["kind"], model.predict(x, verbose=0)["kind"])

@@ -244,6 +244,7 @@ def study(
     """
     with _errors_in_a_line():
         from training import distribution, fitting
+        from training.locks import lock
         from training.runs import Experiment, open_experiment
         from training.study import studies
 
@@ -269,21 +270,32 @@ def study(
             open_experiment(one.recipe, data, runs)  # of its own splits
             of_one = (run.method for run in planned if run.experiment is one)
             fitting.check(one, list(dict.fromkeys(of_one)))
-        written: list[Path] = []
+        writes = distribution.is_chief(strategy)
+
+        def write() -> list[Path]:
+            # Other processes may write of the same runs.
+            with lock(runs / ".results.lock", wait=True):
+                return studies.write(planned, results or runs / "results")
+
         with _progress() as progress:
             for run in mine:
-                fitting.fit(
-                    run.experiment,
-                    run.method,
-                    run.seed,
-                    strategy=strategy,
-                    progress=progress,
-                )
-                # After each, since a study takes hours.
-                if distribution.is_chief(strategy):
-                    written = studies.write(planned, results or runs / "results")
-        if distribution.is_chief(strategy):
-            for path in written:
+                was_finished = run.finished
+                try:
+                    fitting.fit(
+                        run.experiment,
+                        run.method,
+                        run.seed,
+                        strategy=strategy,
+                        progress=progress,
+                    )
+                except FloatingPointError as error:
+                    if table != "search":
+                        raise
+                    console.print(f"{run.method}, seed {run.seed}: {error}")
+                if writes and not was_finished:
+                    write()  # after each run, since a study takes hours
+        if writes:
+            for path in write():
                 console.print(f"Wrote {path}")
             if table == "search":
                 tried = studies.best_first(planned)

@@ -140,7 +140,9 @@ def compiled(
     schedule: float | keras.optimizers.schedules.LearningRateSchedule,
 ) -> keras.Model:
     """The model, which may get weights of its losses, with losses and optimizer."""
-    exchange(model.layers)  # in which a step takes less time
+    has_gpu = bool(tf.config.list_physical_devices("GPU"))
+    # A step takes less time. On a GPU a frozen norm's gradient is not deterministic.
+    exchange(layer for layer in model.layers if layer.trainable or not has_gpu)
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     multipliers: dict[str, float] = {}
     if _has(model, NDDR):
@@ -165,8 +167,7 @@ def compiled(
         loss_weights=weights and dict(zip(tasks, weights, strict=True)),
         # XLA's convolutions are slower than oneDNN's on a CPU, and it cannot compile
         # what goes between replicas.
-        jit_compile=bool(tf.config.list_physical_devices("GPU"))
-        and tf.distribute.get_strategy().num_replicas_in_sync == 1,
+        jit_compile=has_gpu and tf.distribute.get_strategy().num_replicas_in_sync == 1,
     )
     return model
 

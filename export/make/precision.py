@@ -1,5 +1,6 @@
 """A trained model in a smaller dtype, for processors that compute faster in it."""
 
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -37,13 +38,13 @@ def lower(model: keras.Model, dtype: str) -> keras.Model:
 
     Weights of convolutions and dense layers are rounded once, and not at each call.
     All others stay float32, alphas among them, and the layers that give the outputs go
-    on computing in it. The layers are those of `model`, changed.
+    on computing in it. Other layers are those of `model`, changed.
     """
     outputs = {id(x) for x in keras.tree.flatten(model.output)}
     for layer in _layers(model):
         if layer.dtype_policy.name == "float32" and not _gives(layer, outputs):
             layer.dtype_policy = f"mixed_{dtype}"
-    lowered = _anew(model)
+    lowered = _anew(model, {})
     same_dtypes = keras.tree.map_structure(
         lambda x, before: x if x.dtype == before.dtype else ops.cast(x, before.dtype),
         lowered.output,
@@ -52,17 +53,40 @@ def lower(model: keras.Model, dtype: str) -> keras.Model:
     return keras.Model(lowered.input, same_dtypes)
 
 
-def _anew(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """The same layers in a new graph, which knows the dtypes between them."""
-    if _is_graph(layer):
-        return keras.models.clone_model(layer, clone_function=_anew)
-    if type(layer) in _PRODUCTS and layer.compute_dtype != layer.variable_dtype:
-        config = {**layer.get_config(), "dtype": layer.compute_dtype}
-        rounded = type(layer).from_config(config)
-        rounded.build_from_config(layer.get_build_config())
-        rounded.set_weights(layer.get_weights())
-        return rounded
-    return layer
+def _anew(
+    layer: keras.layers.Layer, known: dict[int, keras.layers.Layer]
+) -> keras.layers.Layer:
+    """The same layers in a new graph, which knows the dtypes between them.
+
+    Args:
+        layer: The layer or the nested model.
+        known: Dict of a layer's `id` to what stands for it, so that a layer that
+            several models share stays one.
+    """
+    if id(layer) not in known:
+        if _is_graph(layer):
+            clone = functools.partial(_anew, known=known)
+            known[id(layer)] = keras.models.clone_model(layer, clone_function=clone)
+        elif _is_rounded_at_each_call(layer):
+            known[id(layer)] = _rounded(layer)
+        else:
+            known[id(layer)] = layer
+    return known[id(layer)]
+
+
+def _is_rounded_at_each_call(layer: keras.layers.Layer) -> bool:
+    smaller = layer.compute_dtype != layer.variable_dtype
+    return type(layer) in _PRODUCTS and smaller and not layer.quantization_mode
+
+
+def _rounded(layer: keras.layers.Layer) -> keras.layers.Layer:
+    config = {**layer.get_config(), "dtype": layer.compute_dtype}
+    # Some initializers know no bfloat16, and what they draw is not used.
+    drawn = [name for name in config if name.endswith("_initializer")]
+    rounded = type(layer).from_config({**config, **dict.fromkeys(drawn, "zeros")})
+    rounded.build_from_config(layer.get_build_config())
+    rounded.set_weights(layer.get_weights())
+    return rounded
 
 
 def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:

@@ -111,20 +111,43 @@ def test_a_study_that_is_stopped_has_written_the_rows_of_what_was_finished(
     demo, tmp_path, monkeypatch
 ):
     _, folder = demo
+    (tmp_path / "datasets").symlink_to(folder.parent / "datasets")
     trained = []
 
     def fit(experiment, method, seed, **_):
         if trained:
             raise KeyboardInterrupt
         trained.append(method)
+        run = experiment.folder(method, seed)
+        shutil.copytree(folder / run.relative_to(tmp_path / folder.name), run)
 
     monkeypatch.setattr(fitting, "fit", fit)
-    study = ("study", "scenes-labels10", "demo", "--toy", "--runs", folder.parent)
+    study = ("study", "scenes-labels10", "demo", "--toy", "--runs", tmp_path)
     training(*study, "--results", tmp_path)
 
     assert len(trained) == 1
     table = (tmp_path / "scenes-toy-labels10/demo.csv").read_text()
-    assert "\nhard_sharing,0," in table
+    assert f"\n{trained[0]},0," in table
+
+
+@shares_the_demo
+def test_a_try_that_diverges_does_not_end_a_search(demo, tmp_path, monkeypatch):
+    _, folder = demo
+    tried = []
+
+    def fit(experiment, method, seed, **_):
+        tried.append(method)
+        raise FloatingPointError("The loss became nan")
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    options = ("--toy", "--runs", folder.parent, "--results", tmp_path)
+    result = training("study", "scenes-labels10", "search", *options)
+    assert result.exit_code == 0, result.output
+    assert len(tried) > 10
+    assert "single_task_as_long, seed 0: The loss became nan" in result.output
+    tried.clear()
+    assert training("study", "scenes-labels10", "methods", *options).exit_code
+    assert len(tried) == 1
 
 
 @shares_the_demo

@@ -106,8 +106,9 @@ def rows(
     for row in (*of_runs, *delta_m.rows(of_runs)):
         values.setdefault((row.task, row.metric), {})[row.method] = row.value
     usual = _usual(experiment, published)
+    tasks = list(dict.fromkeys(task for task, _ in values))
     body: list[list[str]] = []
-    for (task, name), of in values.items():
+    for (task, name), of in sorted(values.items(), key=lambda x: tasks.index(x[0][0])):
         title = metric(name).title
         if task != ALL_TASKS:
             heading = [task, *("" for _ in methods)]

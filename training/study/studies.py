@@ -16,18 +16,23 @@ from training.study import delta_m
 from training.study.results import ALL_TASKS, read_rows
 
 LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
-# Of a search, a try a line: of the baseline its learning rate and epochs, as multiples
-# of the recipe's; of cross-stitch alpha's own rate, and what it changes besides.
-TRIES: tuple[tuple[tuple[float, int], tuple[float, dict[str, Any]]], ...] = (
-    ((1, 1), (0.1, {})),
-    ((0.5, 1), (0.02, {})),
-    ((2, 1), (0.5, {})),
-    ((4, 1), (2, {})),
-    ((1, 2), (5, {})),
-    ((0.5, 2), (0.1, {"same_task": 1.0})),
-    ((0.25, 1), (0.1, {"per": "layer"})),
-    ((2, 2), (0.1, {"times": (2, 1)})),
-    ((4, 2), (0.1, {"times": (1, 2)})),
+# Of a search, as multiples of the recipe's: learning rate and epochs of the baseline.
+SCHEDULES_TRIED = (
+    *((1, 1), (0.5, 1), (2, 1), (4, 1), (1, 2), (0.5, 2), (0.25, 1), (2, 2), (4, 2)),
+    (0.25, 2),
+)
+# Of cross-stitch, beside the recipe's own: alpha's own rate, multiples as above, and
+# what the units have other than `same_task=0.9`, per channel.
+UNITS_TRIED: tuple[tuple[float, tuple[float, int], dict[str, Any]], ...] = (
+    (0.1, (1, 1), {}),
+    (0.02, (1, 1), {}),
+    (0.5, (1, 1), {}),
+    (2, (1, 1), {}),
+    (5, (1, 1), {}),
+    (0.1, (1, 1), {"same_task": 1.0}),
+    (0.1, (1, 1), {"per": "layer"}),
+    (0.1, (2, 1), {}),
+    (0.1, (1, 2), {}),
 )
 
 
@@ -149,23 +154,25 @@ def _weightings(recipe: recipes.Recipe) -> Sequence[str]:
 def _search(recipe: recipes.Recipe) -> Sequence[str]:
     """Settings, tried on a part of train: as many of a baseline as of cross-stitch.
 
-    Of the baseline its learning rate and epochs, the recipe's own first; of
-    cross-stitch alpha's own rate, the start, units per layer, and as the baseline's.
+    The recipe's own come first. Of the baseline its learning rate and epochs; of
+    cross-stitch these too, alpha's own rate, `same_task`, and units per layer.
     """
     spelled = []
     for baseline, name, schedule in (
         ("single_task_as_long", "cross_stitch_from_start", recipe.from_start),
         ("single_task_longer", "cross_stitch", recipe.finetuning),
     ):
-        for times, (of_alpha, units) in TRIES:
-            units = {"same_task": 0.9, "per": "channel", **units}
-            changed = _changed(schedule, *units.pop("times", (1, 1)))
+        stitched = [name]
+        for of_alpha, times, units in UNITS_TRIED:
+            changed = _changed(schedule, *times)
             rate = changed.get("learning_rate", schedule.learning_rate)
-            units["alpha_multiplier"] = _rounded(of_alpha / rate)
-            spelled += [
-                methods.spell(baseline, recipe, **_changed(schedule, *times)),
-                methods.spell(name, recipe, **changed, **units),
-            ]
+            known = {"same_task": 0.9, "per": "channel", **units}
+            known["alpha_multiplier"] = _rounded(of_alpha / rate)
+            stitched.append(methods.spell(name, recipe, **changed, **known))
+        stitched = list(dict.fromkeys(stitched))  # the recipe's own may be among them
+        for times, of_method in zip(SCHEDULES_TRIED, stitched, strict=False):
+            changed = _changed(schedule, *times)
+            spelled += [methods.spell(baseline, recipe, **changed), of_method]
     return spelled
 
 

@@ -71,6 +71,38 @@ def test_weights_are_rounded_once_and_to_the_same(kind, images):
     assert {w.dtype for w in normalization.weights} == {"float32"}
 
 
+def test_an_initializer_that_knows_no_bfloat16_is_not_asked(images):
+    image = keras.Input((9, 7, 3), name="image")
+    x = keras.layers.Conv2D(4, 3, kernel_initializer="orthogonal")(image)
+    model = keras.Model(image, {"a": keras.layers.ReLU()(x)})
+    expected = model.predict(images, verbose=0)["a"]
+    given = lower(model, "bfloat16").predict(images, verbose=0)["a"]
+    np.testing.assert_allclose(given, expected, atol=0.03 * expected.max())
+
+
+def test_quantized_layers_stay_as_they_are(images):
+    image = keras.Input((9, 7, 3), name="image")
+    x = keras.layers.Flatten()(image)
+    dense = keras.layers.Dense(4, dtype="mixed_bfloat16")
+    model = keras.Model(image, {"a": keras.layers.ReLU(dtype="float32")(dense(x))})
+    dense.quantize("int8")
+    lowered = lower(model, "bfloat16")
+    assert lowered.get_layer(dense.name) is dense
+    lowered.predict(images, verbose=0)
+
+
+def test_a_layer_that_two_nested_models_share_stays_one(images):
+    image = keras.Input((9, 7, 3), name="image")
+    shared = keras.layers.Conv2D(4, 3, name="shared")
+    inner = [keras.Model(x, shared(x)) for x in map(keras.Input, [(9, 7, 3)] * 2)]
+    a, b = (keras.layers.ReLU()(of(image)) for of in inner)
+    model = keras.Model(image, {"a": a, "b": b})
+    lowered = lower(model, "bfloat16")
+    assert lowered.count_params() == model.count_params()
+    given = lowered.predict(images, verbose=0)
+    np.testing.assert_array_equal(given["a"], given["b"])
+
+
 def test_a_bfloat16_version_takes_and_gives_float32(cheaper, version):
     written, _, changes = cheaper
     for name, signature in signatures(written).items():
