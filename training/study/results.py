@@ -167,8 +167,8 @@ def metric(name: str) -> Metric:
 def label(method: str) -> str:
     """A method's name as prose.
 
-    >>> label("split@conv4"), label("cross_stitch@same_task=0.5,per=layer")
-    ('split at conv4', 'cross-stitch, same task 0.5, per layer')
+    >>> label("split@conv4"), label("single_task_as_long@epochs=9,dropout=0.5")
+    ('split at conv4', 'single-task, as long, epochs 9, dropout 0.5')
     """
     name, _, options = method.partition("@")
     # A folder of runs may hold methods of before.
@@ -178,7 +178,8 @@ def label(method: str) -> str:
         return name
     if "=" not in options:
         return f"{name} at {options}"
-    return f"{name},{options}".replace("=", " ").replace('"', "").replace(",", ", ")
+    options = options.replace("=", " ").replace('"', "").replace(",", ", ")
+    return f"{name}, {options}"
 
 
 def baseline(method: str) -> str | None:

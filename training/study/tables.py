@@ -20,6 +20,7 @@ _TABLE = re.compile(
 )
 _MARK = re.compile(r"<!-- */?table\b.*?-->")
 _MOST_COLUMNS = 8  # that fit on a page; a table of more is turned on its side
+_ONE_SEED = "One seed: a difference may be chance."
 
 
 def update_tables(path: Path, results: Path = RESULTS) -> bool:
@@ -90,12 +91,17 @@ def brief(tables: Sequence[Table]) -> str:
         rows = [(table.metrics, table.rivals.get((one, other))) for table in tables]
         lines.append(_rival_line(one, other, _brief_row(rows)))
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    note = (
-        "The baseline: mean and standard deviation over the seeds. The others: their "
-        "mean difference to it, with its 95 % t-interval. Δm: the mean change of all "
-        "metrics of all tasks in percent, more being better. †: certain at 5 % over "
-        "all metrics together (Holm)."
+    delta_m = (
+        "Δm: the mean change of all metrics of all tasks in percent, more being better."
     )
+    if any(cell.seeds > 1 for table in tables for cell in _cells(table)):
+        note = (
+            "The baseline: mean and standard deviation over the seeds. The others: "
+            f"their mean difference to it, with its 95 % t-interval. {delta_m} †: "
+            "certain at 5 % over all metrics together (Holm)."
+        )
+    else:
+        note = f"{_ONE_SEED} {delta_m}"
     return "\n".join(["", "".join(f"| {' | '.join(x)} |\n" for x in lines), note, ""])
 
 
@@ -156,6 +162,11 @@ def _paper_line(method: str, values: Iterable[float | None]) -> list[str]:
     return [f"*paper: {label(method)}*", "", *shown]
 
 
+def _cells(table: Table) -> list[Cell]:
+    rows = (*table.cells.values(), *table.rivals.values())
+    return [cell for row in rows for cell in row if cell]
+
+
 def notes(tables: Sequence[Table]) -> list[str]:
     """How to read the tables, as sentences: what the numbers are, and of how many."""
     baselines = {
@@ -163,18 +174,12 @@ def notes(tables: Sequence[Table]) -> list[str]:
         for table in tables
         for method, of in table.baselines.items()
     }
-    cells = [
-        cell
-        for table in tables
-        for row in (*table.cells.values(), *table.rivals.values())
-        for cell in row
-        if cell
-    ]
+    cells = [cell for table in tables for cell in _cells(table)]
     sentences = []
     if any(cell.seeds > 1 for cell in cells):
         sentences.append("Mean and standard deviation over the seeds.")
     else:
-        sentences.append("One seed: a difference may be chance.")
+        sentences.append(_ONE_SEED)
     if baselines:
         pairs = (f"{label(x)} against {label(y)}" for x, y in baselines.items())
         count = len({id(cell) for cell in cells if cell.difference})
