@@ -298,6 +298,29 @@ def test_a_row_says_what_made_it(scenes, tmp_path):
     assert len(by["commit"].removesuffix("-dirty")) == 12
 
 
+def test_what_a_method_costs_stands_beside_its_rows(scenes, tmp_path):
+    def sizes(multiply_adds, of, seed=0):
+        planned = studies.plan(of, "splits", [seed])
+        for run, value in zip(planned, multiply_adds, strict=False):
+            finish(run)
+            costs = {"parameters": 7, "multiply_adds": value}
+            (run.folder / "costs.json").write_text(json.dumps(costs))
+        finish(planned[len(multiply_adds)])  # of a version that counted nothing
+        (path,) = studies.write(planned, tmp_path)
+        known = rows(path.with_name("sizes.csv"))
+        assert all(x["parameters"] == "7" for x in known)
+        return {x["method"]: x["multiply_adds"] for x in known}
+
+    first = sizes([300, 130], scenes)
+    assert first == {"single_task_as_long": "300", "split@conv2": "130"}
+    other = dataclasses.replace(scenes, runs=tmp_path / "other")
+    assert sizes([301], other, seed=1) == {**first, "single_task_as_long": "301"}
+    (tmp_path / "scenes" / "splits.csv").unlink()
+    changed = recipes.change(scenes.recipe, "finetuning", epochs=7)
+    other = dataclasses.replace(other, recipe=changed, runs=tmp_path / "third")
+    assert sizes([302], other) == {"single_task_as_long": "302"}
+
+
 def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
     (alpha,) = [
         run

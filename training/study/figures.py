@@ -282,36 +282,45 @@ def per_class(
 def label_fraction(
     by_share: Mapping[float, Sequence[Row]], panels: Sequence[Key]
 ) -> Figure:
-    """Metrics over the share of images with labels: a panel each, a line per method.
+    """The gain over the baseline by the share of images with labels.
+
+    A panel for each metric, a line for each method.
 
     Args:
         by_share: Dict of share (0.1 for a tenth) to a list of `results.Row`. A
-            method with one share alone is left out.
+            method with one share alone is left out, and so is one without a baseline.
         panels: List of (task, metric): first the task that lacks labels, then what
-            the others pay.
+            the others gain or pay.
     """
     values = {share: results.by_seed(rows) for share, rows in by_share.items()}
     shares = sorted(values)
     times = collections.Counter(
         method for rows in by_share.values() for method in {x.method for x in rows}
     )
-    methods = sorted(method for method in times if times[method] > 1)
+    methods = sorted(x for x in times if times[x] > 1 and results.baseline(x))
     figure, axis = _panels(len(panels))
     for axes, (task, name) in zip(axis, panels, strict=True):
-        for i, method in enumerate(methods):
-            seeds = [values[x].get((task, name), {}).get(method, {}) for x in shares]
-            points = [list(of_share.values()) for of_share in seeds]
-            means = [np.mean(x) if x else np.nan for x in points]
-            spread = [np.std(x, ddof=1) if len(x) > 1 else 0.0 for x in points]
-            aside = 1.02 ** (i - len(methods) / 2)  # so that no bar hides another
-            style = _line(i, label=results.label(method), capsize=3)
-            axes.errorbar(100 * aside * np.array(shares), means, spread, **style)
         known = results.metric(name)
-        axes.set(title=task, ylabel=known.title, xscale="log")
+        axes.axhline(0, color="black", lw=1)
+        for i, method in enumerate(methods):
+            of_metric = [values[share].get((task, name), {}) for share in shares]
+            against = results.baseline(method) or ""
+            gains = np.array(
+                [
+                    _gain(x.get(method, {}), x.get(against, {}), known.higher_is_better)
+                    for x in of_metric
+                ]
+            )  # (shares, 3)
+            bars = np.abs(gains[:, 1:] - gains[:, :1]).T
+            aside = 1.04 ** (i - len(methods) / 2)  # so that no bar hides another
+            style = _line(i, label=results.label(method), capsize=3)
+            axes.errorbar(100 * aside * np.array(shares), gains[:, 0], bars, **style)
+        axes.set(title=f"{task}: {known.label}", xscale="log")
+        axes.set_ylabel(", ".join(["gain over the baseline", *_points(known.unit)]))
         axes.set_xlabel(f"images with labels of {panels[0][0]}, %")
         axes.set_xticks([100 * x for x in shares], [f"{100 * x:g}" for x in shares])
         axes.minorticks_off()
-    figure.suptitle("mean and standard deviation over the seeds", fontsize=9)
+    figure.suptitle("mean and 95 % interval, up is better", fontsize=9)
     _legend(figure, axis)
     return figure
 

@@ -15,6 +15,7 @@ from training.runs import Experiment
 from training.study import delta_m
 from training.study.results import ALL_TASKS, read_rows
 
+SIZES = ("method", "parameters", "multiply_adds", "recipe")
 LABEL_FRACTIONS = (5, 10, 25, 50)  # per cent, and all
 # Of a search, as multiples of the recipe's: learning rate and epochs of the baseline.
 SCHEDULES_TRIED = (
@@ -273,7 +274,8 @@ def write(planned: Iterable[Planned], results: Path) -> list[Path]:
     """Writes the raw values of the finished runs, and returns the files' paths.
 
     A file per recipe and study, `<results>/<recipe>/<study>.csv`. What it holds of
-    other runs, of other seeds or from other machines, it keeps.
+    other runs, of other seeds or from other machines, it keeps. Beside it `sizes.csv`
+    says what each method's model costs.
 
     Raises:
         ValueError: If a run is of another recipe than the study's, or if a file holds
@@ -289,7 +291,26 @@ def write(planned: Iterable[Planned], results: Path) -> list[Path]:
     for path, of_runs in lines.items():
         header = (*Row._fields, *Made._fields)
         write_csv(path, header, itertools.chain.from_iterable(of_runs.values()))
+        _write_sizes(path.with_name("sizes.csv"), files[path])
     return list(files)
+
+
+def _write_sizes(path: Path, finished: Sequence[Planned]) -> None:
+    """What each method's model costs, which is the same for all seeds.
+
+    What the file holds of other methods of the same recipe is kept.
+    """
+    digest = finished[0].experiment.digest
+    known = read_csv(path) if path.exists() else []
+    lines = {x["method"]: tuple(x.values()) for x in known if x["recipe"] == digest}
+    for run in finished:
+        counted = run.folder / "costs.json"
+        if counted.exists():  # a run of before has none
+            values = read_json(counted)
+            sizes = values["parameters"], values["multiply_adds"]
+            lines[run.method] = (run.method, *sizes, digest)
+    if lines:
+        write_csv(path, SIZES, lines.values())
 
 
 def _merged(

@@ -6,12 +6,20 @@ one table for all tasks, of the first metric of each.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from training.files import read_text, write_text
+from training.files import read_csv, read_text, write_text
 from training.study import paper
-from training.study.results import Cell, Table, label, metric, read_rows, statistics
+from training.study.results import (
+    Cell,
+    Table,
+    baseline,
+    label,
+    metric,
+    read_rows,
+    statistics,
+)
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -70,39 +78,65 @@ def _of(recipe: str, study: str, is_brief: str | None, results: Path) -> str:
         )
     rows = [row for row, _ in read_rows(path)]
     if is_brief:
-        return brief(statistics(rows))
+        return brief(statistics(rows), _multiply_adds(path.with_name("sizes.csv")))
     return markdown(statistics(rows, paper.table(recipe, study)))
 
 
-def brief(tables: Sequence[Table]) -> str:
+def brief(
+    tables: Sequence[Table], multiply_adds: Mapping[str, float] | None = None
+) -> str:
     """The first metric of each task and Delta_m, of all tasks in one Markdown table.
 
     Args:
         tables: List of `Table`, see `results.statistics`.
+        multiply_adds: Dict of method to those of its model: a column more.
     """
+    costs = _costs(multiply_adds or {})
+    more = ["cost ↓"] if costs else []
     titles = [f"{table.task}: {metric(table.metrics[0]).title}" for table in tables]
-    lines = [["", "seeds", *titles, metric("delta_m").title]]
+    lines = [["", "seeds", *titles, metric("delta_m").title, *more]]
     for method in dict.fromkeys(x for table in tables for x in table.cells):
         rows = [(table.metrics, table.cells.get(method)) for table in tables]
         seeds = next(t.seeds(method) for t in tables if method in t.cells)
         shown = (cell.change if cell else "" for cell in _brief_row(rows))
-        lines.append([label(method), seeds, *shown])
+        cost = [costs.get(method, "") for _ in more]
+        lines.append([label(method), seeds, *shown, *cost])
     for one, other in dict.fromkeys(x for table in tables for x in table.rivals):
         rows = [(table.metrics, table.rivals.get((one, other))) for table in tables]
-        lines.append(_rival_line(one, other, _brief_row(rows)))
+        lines.append([*_rival_line(one, other, _brief_row(rows)), *("" for _ in more)])
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    delta_m = (
-        "Δm: the mean change of all metrics of all tasks in percent, more being better."
-    )
-    if any(cell.seeds > 1 for table in tables for cell in _cells(table)):
-        note = (
-            "The baseline: mean and standard deviation over the seeds. The others: "
-            f"their mean difference to it, with its 95 % t-interval. {delta_m} †: "
-            "certain at 5 % over all metrics together (Holm)."
+    several = any(cell.seeds > 1 for table in tables for cell in _cells(table))
+    notes = [
+        "The baseline: mean and standard deviation over the seeds. The others: their "
+        "mean difference to it, with its 95 % t-interval. †: certain at 5 % over all "
+        "metrics together (Holm)."
+        if several
+        else _ONE_SEED,
+        "Δm: the mean change of all metrics of all tasks in percent, more being "
+        "better.",
+    ]
+    if costs:
+        notes.append(
+            "Cost: the multiply-adds of an answer for all tasks, as a multiple of the "
+            "baseline's (those of the units are few, and not counted)."
         )
-    else:
-        note = f"{_ONE_SEED} {delta_m}"
-    return "\n".join(["", "".join(f"| {' | '.join(x)} |\n" for x in lines), note, ""])
+    text = "".join(f"| {' | '.join(x)} |\n" for x in lines)
+    return "\n".join(["", text, " ".join(notes), ""])
+
+
+def _multiply_adds(sizes: Path) -> dict[str, float]:
+    """{method: multiply-adds of its model}, empty where there is no such file."""
+    known = read_csv(sizes) if sizes.exists() else []
+    return {line["method"]: float(line["multiply_adds"]) for line in known}
+
+
+def _costs(multiply_adds: Mapping[str, float]) -> dict[str, str]:
+    """{method: multiply-adds as a multiple of its baseline's}."""
+    return {
+        method: f"{value / multiply_adds[of]:.2f}"
+        for method, value in multiply_adds.items()
+        if (of := baseline(method) or method) in multiply_adds
+    }
 
 
 def _brief_row(

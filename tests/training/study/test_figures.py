@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from scipy.stats import rankdata
+from scipy.stats import rankdata, ttest_1samp
 
 from training.study import figures
 from training.study.results import Row
@@ -146,20 +146,40 @@ def test_no_rank_correlation_where_all_classes_change_alike():
     assert "undefined: all classes alike" in above.get_title(loc="left")
 
 
-def test_label_fractions_show_each_method_with_the_mean_of_its_seeds():
-    by_share = {
-        1.0: [*rows("hard_sharing", [30, 34]), *rows("single_task", [1, 2])],
-        0.1: rows("hard_sharing", [20, 21, 22]),
+@pytest.mark.parametrize(
+    ("task", "metric", "up"), [("a", "miou", 1), ("b", "mean_angle", -1)]
+)
+def test_label_fractions_show_the_paired_gain_of_each_method(task, metric, up):
+    rng = np.random.default_rng(0)
+    names = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")
+    values = {
+        (share, method): rng.normal(30, 3, seeds)
+        for share, seeds in ((1.0, 1), (0.1, 5), (0.25, 2))
+        for method in names
     }
+    by_share = {
+        share: [x for m in names for x in rows(m, values[share, m], task, metric)]
+        for share in (1.0, 0.1, 0.25)
+    }
+    by_share[0.1] += rows("split@conv2", [1, 2], task, metric)  # one share alone
 
-    figure = figures.label_fraction(by_share, [("segmentation", "miou")])
+    figure = figures.label_fraction(by_share, [(task, metric)])
 
     (axes,) = figure.axes
-    (line,) = (x for x in axes.lines if x.get_marker() == "o")
-    np.testing.assert_allclose(line.get_xdata().astype(float), [10, 100], rtol=0.05)
-    np.testing.assert_allclose(line.get_ydata().astype(float), [21, 32])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "hard sharing"
-    ]
-    assert axes.get_ylabel() == "mIoU, % ↑"
-    assert axes.get_xlabel() == "images with labels of segmentation, %"
+    drawn = {bars.get_label(): bars.lines for bars in axes.containers}
+    assert list(drawn) == ["cross-stitch from the start", "hard sharing"]
+    for (line, _, (bars,)), method in zip(drawn.values(), names[:0:-1], strict=True):
+        np.testing.assert_allclose(line.get_xdata(), [10, 25, 100], rtol=0.1)
+        ends = [segment[:, 1] for segment in bars.get_segments()]
+        for share, mean, end in zip(
+            (0.1, 0.25, 1.0), line.get_ydata(), ends, strict=True
+        ):
+            gains = up * (values[share, method] - values[share, names[0]])
+            np.testing.assert_allclose(mean, gains.mean())
+            interval = [mean, mean]  # of one seed there is none
+            if len(gains) > 1:
+                interval = [*ttest_1samp(gains, 0).confidence_interval()]
+            np.testing.assert_allclose(end, interval)
+    unit = {"miou": "points", "mean_angle": "degrees"}[metric]
+    assert axes.get_ylabel() == f"gain over the baseline, {unit}"
+    assert axes.get_xlabel() == f"images with labels of {task}, %"

@@ -1,3 +1,4 @@
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,13 @@ def test_the_tables_are_those_of_the_raw_values(path):
     assert text == filled(text), f"{path.name} is not up to date: update_tables"
 
 
+def test_the_figure_is_that_of_the_raw_values():
+    drawing = runpy.run_path(ROOT / "docs" / "draw_label_fraction.py")
+
+    source = f"<dc:source>{drawing['digest']()}</dc:source>"
+    assert source in (ROOT / "docs" / "label_fraction.svg").read_text()
+
+
 def test_a_brief_table_has_one_row_a_method_for_all_tasks():
     methods = {"single_task_as_long": 0, "hard_sharing": 1}
     known = [
@@ -64,6 +72,24 @@ def test_a_brief_table_has_one_row_a_method_for_all_tasks():
         "| hard sharing | 2 or 3 | +1.01 (+0.99 to +1.03) † "
         "| +1.01 (+0.99 to +1.03) † | +1.50 (-4.85 to +7.85) |",
     ]
+
+
+def test_a_brief_table_has_what_each_method_costs():
+    methods = {"single_task_as_long": 0, "cross_stitch_from_start": 1}
+    known = statistics(rows({**methods, "hard_sharing": 1, "split@conv2": 2}))
+    sizes = {"single_task_as_long": 300, "hard_sharing": 130, "split@conv2": 201}
+
+    *lines, note = filter(None, brief(known, sizes).splitlines())
+
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [row[-2] for row in cells] == [
+        *("cost ↓", "---:"),
+        *("1.00", "", "0.43", "0.67"),
+        "",  # of a difference
+    ]
+    assert len({len(row) for row in cells}) == 1
+    assert "Cost: the multiply-adds" in note
+    assert "cost" not in brief(known).lower()
 
 
 def test_a_table_of_several_seeds():
