@@ -105,7 +105,7 @@ def fit(
                 _save(model, experiment.tasks, run)
         if writes:
             shutil.rmtree(run / "backup", ignore_errors=True)
-            _evaluate(experiment, run)
+            _evaluate(experiment, run, seed)
         distribution.from_chief(strategy, True)
     return runs.metrics(run)
 
@@ -303,19 +303,21 @@ def _save(model: keras.Model, tasks: Mapping[str, Any], run: Path) -> None:
         model.save(temporary)
 
 
-def _evaluate(experiment: Experiment, run: Path) -> None:
+def _evaluate(experiment: Experiment, run: Path, seed: int) -> None:
     model = keras.models.load_model(run / "model.keras", compile=False)
     scores: dict[str, Scores] = {}
-    for tasks, test in batches.test_passes(
-        experiment.builder, experiment.recipe, experiment.tasks
-    ):
-        part = keras.Model(model.input, {name: model.output[name] for name in tasks})
-        scores |= evaluate(part, tasks, test)
+    recipe, tasks = experiment.recipe, experiment.tasks
+    for together, test in batches.test_passes(experiment.builder, recipe, tasks):
+        answers = {name: model.output[name] for name in together}
+        scores |= evaluate(keras.Model(model.input, answers), together, test)
+    labels = batches.pipeline(recipe).labels(
+        experiment.train_examples, recipe, tasks, seed
+    )
     per_class = [
-        (task, name, metric, _rounded(value, experiment.tasks[task], metric))
+        (task, name, metric, _rounded(value, tasks[task], metric))
         for task, of_task in scores.items()
         for name, values in of_task.per_class().items()
-        for metric, value in values.items()
+        for metric, value in {**values, "labels": labels[task][name]}.items()
     ]
     if per_class:
         header = ("task", "class", "metric", "value")

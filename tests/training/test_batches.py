@@ -216,6 +216,20 @@ def test_a_target_that_is_not_every_so_many_th_pixel_is_refused(finished):
         dense.check(finished.builder, data)
 
 
+def test_labels_are_counted_on_the_images_that_have_them(tiny, finished):
+    recipe = recipes.change(tiny, "data", label_fraction=("segmentation", 0.25))
+    maps = finished.train_examples[1]["segmentation"].numpy()
+    chosen = maps[dense.labelled_images(recipe.data, len(maps), seed=3)]
+    names = finished.tasks["segmentation"].classes
+
+    counts = dense.labels(finished.train_examples, recipe, finished.tasks, seed=3)
+
+    expected = {name: int((chosen == i).sum()) for i, name in enumerate(names)}
+    assert counts == {"segmentation": expected, "normals": {}}
+    whole = dense.labels(finished.train_examples, tiny, finished.tasks, seed=3)
+    assert sum(whole["segmentation"].values()) == (maps != 255).sum()
+
+
 def test_a_small_label_fraction_is_part_of_a_larger_one(tiny):
     def chosen(share, seed):
         data = recipes.change(tiny, "data", label_fraction=("normals", share)).data

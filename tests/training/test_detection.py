@@ -75,7 +75,7 @@ def test_the_attributes_loss_is_the_weighed_sum_on_objects_alone(rng):
     z, y = logits[on_object].astype("float64"), truth[on_object]
     sums = (np.log1p(np.exp(z)) - y * z).sum(axis=-1)
 
-    value = Attributes(tuple(map(str, range(64)))).loss()(truth, logits)
+    value = Attributes(tuple(map(str, range(64))), (0,) * 64).loss()(truth, logits)
 
     assert 0 < on_object.sum() < 14
     np.testing.assert_allclose(value, sums.mean() / 64, rtol=1e-5)
@@ -117,7 +117,9 @@ def test_several_nets_answer_with_their_mean(rng):
     names = tuple("abcde")
     logits = rng.normal(size=(2, 1, 6, 5)).astype("float32")
     rois, image = np.zeros((1, 6, 4)), np.zeros((1, 32, 32, 3))
-    one, both = served(Attributes(names), logits, {"image": image, "rois": rois})
+    one, both = served(
+        Attributes(names, (3,) * len(names)), logits, {"image": image, "rois": rois}
+    )
 
     sigmoids = 1 / (1 + np.exp(-logits))
     np.testing.assert_allclose(one, sigmoids[0], rtol=1e-5)
@@ -371,7 +373,8 @@ def test_attributes_are_judged_one_by_one_on_true_boxes(rng):
     answer = rng.random((4, 9, 23)) + 0.3 * truth
     truth[..., 5] = 0  # which nothing has
     truth[rng.random((4, 9)) < 0.3] = np.nan
-    scores = Attributes(names).scores()
+    of_train = tuple(rng.permutation(23).tolist())
+    scores = Attributes(names, of_train).scores()
     scores.update(truth[:1], answer[:1])
     scores.update(truth[1:], answer[1:])
     there = ~np.isnan(truth[..., 0])
@@ -381,7 +384,7 @@ def test_attributes_are_judged_one_by_one_on_true_boxes(rng):
         for k in range(23)
         if k != 5
     }
-    rare = sorted(values, key=lambda k: flat[:, k].sum())
+    rare = sorted(values, key=lambda k: of_train[k])
     result, by_attribute = scores.result(), scores.per_class()
 
     assert list(by_attribute) == [name for name in names if name != "a5"]
@@ -396,7 +399,7 @@ def test_attributes_are_judged_one_by_one_on_true_boxes(rng):
 
 @pytest.mark.parametrize(
     ("task", "more"),
-    [(Detection(CLASSES), {"drawn_from": 0.3}), (Attributes(CLASSES), {})],
+    [(Detection(CLASSES), {"drawn_from": 0.3}), (Attributes(CLASSES, (1, 2, 3)), {})],
 )
 def test_what_answers_mean_is_said_in_json(task, more):
     said = json.loads(json.dumps(task.describe()))
@@ -425,8 +428,10 @@ def test_boxes_are_drawn_where_they_are():
     assert changed[40, 20:100].all()
     assert changed[40:100, 100].all()
     assert not changed[60:90, 30:90].any()
-    told = Attributes(CLASSES).draw(np.array([[0.9, 0.2, 0.6], [0, 0, 0]]), inputs)
+    told = Attributes(CLASSES, (1, 2, 3)).draw(
+        np.array([[0.9, 0.2, 0.6], [0, 0, 0]]), inputs
+    )
     assert (told != 100).any(-1)[100, 20:100].all()
     assert len(VARIANCE) == 4
-    silent = Attributes(CLASSES).draw(np.full((2, 3), 0.1), inputs)
+    silent = Attributes(CLASSES, (1, 2, 3)).draw(np.full((2, 3), 0.1), inputs)
     assert (told != silent).any()  # "cat, car"

@@ -28,7 +28,10 @@ from training.study import comparison
 from training.study.report import write_report
 from training.tasks import Attributes, Detection
 
-TASKS = {"detection": Detection(("cat", "dog")), "attributes": Attributes(("a", "b"))}
+TASKS = {
+    "detection": Detection(("cat", "dog")),
+    "attributes": Attributes(("a", "b"), (3, 5)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +360,13 @@ def test_a_run_is_trained_judged_compared_and_served(experiment, train):
     assert "round" in answers["attributes"]["names"]
     by_class = (folder / "per_class.csv").read_text()
     assert "attributes,round,objects," in by_class
+    names = experiment.builder.attribute_names
+    doors = round_ones = 0
+    for example in experiment.builder.as_dataset("train").as_numpy_iterator():
+        doors += (example["objects"]["label"] == 0).sum()
+        round_ones += example["objects"]["attributes"][:, names.index("round")].sum()
+    assert f"attributes,round,labels,{float(round_ones)}\n" in by_class
+    assert f"detection,door,labels,{float(doors)}\n" in by_class
     alpha = np.load(folder / "alpha.npz")
     assert {x.shape for x in alpha.values()} == {(2, 2)}
     assert "cross_stitch_fc7" in alpha

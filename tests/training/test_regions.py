@@ -123,7 +123,7 @@ def test_where_there_are_too_few_boxes_the_rest_counts_nowhere():
     assert sorted(classes) == [-1, -1, -1, -1, -1, 0, 3, 3]
     target = Detection(("x",) * 7).target(rois, matched).numpy()
     assert np.isfinite(target).all()
-    attributes = Attributes(("a", "b")).target(rois, matched).numpy()
+    attributes = Attributes(("a", "b"), (3, 5)).target(rois, matched).numpy()
     np.testing.assert_array_equal(np.isnan(attributes).any(-1)[0], classes <= 0)
 
 

@@ -84,6 +84,16 @@ def test_the_scores_of_a_class_are_its_iu_and_its_true_pixels(classified):
     )
 
 
+def test_the_labels_of_a_class_are_its_pixels(classified):
+    truth = np.concatenate([truth for truth, _ in classified])
+
+    counts = Segmentation(CLASSES).labels(truth)
+
+    expected = {name: np.sum(truth == i) for i, name in enumerate(CLASSES)}
+    assert counts == expected
+    assert sum(counts.values()) == np.sum(truth != VOID)
+
+
 def test_without_a_labelled_pixel_every_score_is_zero(classified, rng):
     truth, answer = classified[0]
     nothing = results(Segmentation(CLASSES), [(np.full_like(truth, VOID), answer)])

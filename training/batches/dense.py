@@ -110,6 +110,18 @@ def test_batches(
     )
 
 
+def labels(
+    examples: tuple, recipe: Any, tasks: Mapping[str, Any], seed: int
+) -> dict[str, dict[str, int]]:
+    """{task: {class: labels}} of the train examples that a run of the seed has."""
+    images, targets = examples
+    chosen = {name: target.numpy() for name, target in targets.items()}
+    starved, _ = recipe.data.label_fraction
+    labelled = labelled_images(recipe.data, len(images), seed)
+    chosen[starved] = chosen[starved][labelled]
+    return {name: task.labels(chosen[name]) for name, task in tasks.items()}
+
+
 def labelled_images(data: Data, count: int, seed: int) -> np.ndarray:
     """Which train images have the labels of the `label_fraction` task, (N,) bool.
 

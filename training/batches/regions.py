@@ -124,6 +124,14 @@ def test_batches(
     )
 
 
+def labels(
+    examples: tuple, recipe: Any, tasks: Mapping[str, Any], seed: int
+) -> dict[str, dict[str, int]]:
+    """{task: {class: labels}} of the train examples."""
+    _, regions = examples
+    return {name: task.labels(regions) for name, task in tasks.items()}
+
+
 def sample(
     regions: dict[str, tf.Tensor], count: int, seed: tf.Tensor
 ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:

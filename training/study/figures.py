@@ -250,7 +250,7 @@ def per_class(
         title: String, which score and which methods.
         classes: List of names.
         gains: Array `(classes,)`, change of the score in points.
-        counts: Array `(classes,)`, true pixels or objects.
+        counts: Array `(classes,)`, pixels or objects, of train as the paper has it.
         deviations: Array `(classes,)`, standard deviation of the change over seeds.
     """
     order = np.argsort(-np.asarray(counts, float), kind="stable")

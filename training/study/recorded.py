@@ -180,7 +180,7 @@ def class_changes(
     seeds = sorted(seed for seed in ours if ours[seed] and theirs.get(seed))
     changes = {}
     first = ours[seeds[0]] if seeds else {}
-    # Pixels, or objects: what is counted is neither good nor bad.
+    # What is counted is neither good nor bad. What train has comes last, and counts.
     counted = {task: x for (task, name), x in first.items() if _is_count(name)}
     for task, name in first:
         if _is_count(name):

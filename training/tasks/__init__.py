@@ -55,6 +55,12 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the answers mean: kind, names, colours, units, description."""
 
+    def labels(self, train: Any) -> dict[str, int]:
+        """How many train labels each class has, where the task has classes.
+
+        `train` are targets, (N, H, W, ...), or the regions that `batches` has loaded.
+        """
+
     def scores(self) -> Scores:
         """New scores, to which test batches are added."""
 

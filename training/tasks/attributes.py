@@ -18,7 +18,7 @@ from keras_cross_stitch import MaskedLoss
 from training.metric import Metric
 from training.tasks.detection import draw_boxes
 
-RAREST = (10, 20)  # figure 5: the attributes with the fewest objects
+RAREST = (10, 20)  # figure 5: the attributes that the fewest train objects have
 DRAWN = 3  # boxes of an image, and attributes of a box
 
 
@@ -27,6 +27,7 @@ class Attributes:
     """A sigmoid for each attribute; mean average precision."""
 
     names: tuple[str, ...]
+    train_objects: tuple[int, ...]  # that have each of them
     inputs = "objects"
     void = np.nan
     metrics = types.MappingProxyType(
@@ -39,6 +40,7 @@ class Attributes:
             # By attribute:
             "ap": Metric("AP", "%", True),
             "objects": Metric("true objects", "", None),
+            "labels": Metric("train objects", "", None),
         }
     )
 
@@ -46,8 +48,12 @@ class Attributes:
     def for_dataset(
         cls, builder: tfds.core.DatasetBuilder, split: str, feature: str
     ) -> Self:
-        """The task as the data set defines it."""
-        return cls(tuple(builder.attribute_names))
+        """The task as the data set defines it, and how many objects it has of each."""
+        read = tfds.decode.PartialDecoding({"objects": {"attributes": True}})
+        counts = np.zeros(len(builder.attribute_names), "int64")
+        for example in builder.as_dataset(split=split, decoders=read):
+            counts += example["objects"]["attributes"].numpy().sum(axis=0, dtype=int)
+        return cls(tuple(builder.attribute_names), tuple(counts.tolist()))
 
     @property
     def outputs(self) -> int:
@@ -87,8 +93,11 @@ class Attributes:
             ),
         }
 
+    def labels(self, train: dict[str, Any]) -> dict[str, int]:
+        return dict(zip(self.names, self.train_objects, strict=True))
+
     def scores(self) -> "AttributePrecision":
-        return AttributePrecision(self.names)
+        return AttributePrecision(self.names, self.train_objects)
 
     def draw(self, target_or_answer: Any, inputs: Any) -> np.ndarray:
         boxes = np.asarray(inputs["rois"])
@@ -105,8 +114,9 @@ class Attributes:
 class AttributePrecision:
     """Average precision of each attribute, over all objects."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], train_objects: tuple[int, ...]) -> None:
         self.names = names
+        self.train_objects = train_objects
         self.truth = [np.zeros((0, len(names)))]
         self.answers = [np.zeros((0, len(names)))]
 
@@ -118,8 +128,9 @@ class AttributePrecision:
 
     def result(self) -> dict[str, Any]:
         """In percent. Attributes that no object has do not count."""
-        by_count = sorted(self.per_class().values(), key=lambda x: x["objects"])
-        values = [x["ap"] for x in by_count] or [0.0]
+        counts = dict(zip(self.names, self.train_objects, strict=True))
+        by_count = sorted(self.per_class().items(), key=lambda x: counts[x[0]])
+        values = [x["ap"] for _, x in by_count] or [0.0]
         rarest = {f"mean_ap_rarest_{k}": np.mean(values[:k]) for k in RAREST}
         return {"mean_ap": np.mean(values), **rarest}
 

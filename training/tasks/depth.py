@@ -90,6 +90,9 @@ class Depth:
             "description": "The depth of each pixel along the camera's axis",
         }
 
+    def labels(self, train: Any) -> dict[str, int]:
+        return {}
+
     def scores(self) -> "DepthErrors":
         return DepthErrors()
 

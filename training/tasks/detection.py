@@ -39,6 +39,7 @@ class Detection:
             "ap": Metric("AP", "%", True),
             "ap_voc2008": Metric("AP as VOC 2008's devkit", "%", True),
             "objects": Metric("true objects", "", None),
+            "labels": Metric("train objects", "", None),
         }
     )
 
@@ -102,6 +103,11 @@ class Detection:
                 "num_detections says how many"
             ),
         }
+
+    def labels(self, train: dict[str, Any]) -> dict[str, int]:
+        labels = np.asarray(train["labels"])  # -1 is none
+        counts = np.bincount(labels[labels >= 0], minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def scores(self) -> "BoxPrecision":
         return BoxPrecision(self.classes)

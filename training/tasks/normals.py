@@ -123,6 +123,9 @@ class Normals:
             ),
         }
 
+    def labels(self, train: Any) -> dict[str, int]:
+        return {}
+
     def scores(self) -> "AngleHistogram":
         return AngleHistogram()
 

@@ -31,6 +31,7 @@ class Segmentation:
             # By class:
             "iou": Metric("IoU", "%", True),
             "pixels": Metric("true pixels", "", None),
+            "labels": Metric("train pixels", "", None),
         }
     )
 
@@ -82,6 +83,11 @@ class Segmentation:
             "units": "probability",
             "description": "The probability of each class at each pixel",
         }
+
+    def labels(self, train: Any) -> dict[str, int]:
+        classes = np.asarray(train)
+        counts = np.bincount(classes[classes != VOID], minlength=self.outputs)
+        return dict(zip(self.classes, counts.tolist(), strict=True))
 
     def scores(self) -> "ConfusionMatrix":
         return ConfusionMatrix(self.classes)

@@ -68,6 +68,7 @@ def write_run(folder, gain=0.0, *, seed=0, epochs=4, units=(), labels=1.0):
         for i, name in enumerate(CLASSES):
             writer.writerow(("segmentation", name, "iou", 20 + i * gain + luck))
             writer.writerow(("segmentation", name, "pixels", 10 ** (5 - i)))
+            writer.writerow(("segmentation", name, "labels", 10 ** (1 + i)))
     with open(folder / "history.csv", "w", newline="") as file:
         writer = csv.writer(file)
         pairs = ("normals_from_normals", "normals_from_segmentation")
