@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import keras
@@ -92,13 +93,12 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             )
         multipliers = dict(multipliers or {})
         for pattern, multiplier in multipliers.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
+            why = _why_no_pattern(pattern)
+            if why:
                 raise ValueError(
-                    "The keys of `multipliers` must be regular expressions. "
-                    f"Received: {pattern!r} ({error})"
-                ) from error
+                    "The keys of `multipliers` must be regular expressions, as "
+                    f"strings. Received: {pattern!r} ({why})"
+                )
             if not _is_multiplier(multiplier):
                 raise ValueError(
                     "The values of `multipliers` must be finite numbers, 0 or more. "
@@ -115,9 +115,9 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         for setting in super().get_config().keys() - {"name", "learning_rate"}:
             delattr(self, setting)
         self.inner_optimizer = inner_optimizer
-        self.multipliers = multipliers
-        self.alpha = alpha
-        self.projections = projections
+        self.multipliers = {key: _plain(x) for key, x in multipliers.items()}
+        self.alpha = _plain(alpha)
+        self.projections = _plain(projections)
         # What `apply_gradients` returns.
         self._iterations = inner_optimizer._iterations
 
@@ -126,7 +126,6 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             return
         self._multiplier_of = self._match(variables)
         inner = self.inner_optimizer
-        self._decay_of = {self._var_key(v): _weight_decay(inner, v) for v in variables}
         inner.build(variables)
         # Set on the instance, from which the inner optimizer's own `apply` calls them.
         inner.update_step = self._update_at_own_rate
@@ -200,8 +199,15 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         grads: list[Any],
         trainable_variables: Iterable[keras.Variable] | None = None,
     ) -> None:
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
         if not self.built:
-            self.build(list(trainable_variables or []))
+            self.build(trainable_variables or [])
+        # Now, since what is decayed, and how much, may have changed since the build.
+        self._decay_of = {
+            self._var_key(v): _weight_decay(self.inner_optimizer, v)
+            for v in self._trainable_variables
+        }
         self.inner_optimizer.apply(grads, trainable_variables)
 
     # All that follows belongs to the inner optimizer.
@@ -271,8 +277,23 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         return cls(**{**config, "inner_optimizer": inner_optimizer})
 
 
+def _why_no_pattern(pattern: Any) -> str | None:
+    if not isinstance(pattern, str):
+        return f"a {type(pattern).__name__}"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
+
+
 def _is_multiplier(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, Real) and 0 <= float(value) < math.inf
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's, which a config can hold."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _is_alpha_of_unit(variable: Any) -> bool:

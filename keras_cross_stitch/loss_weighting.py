@@ -48,7 +48,9 @@ def weigh_losses(
     They can fall below 0 and say little, so monitor a metric.
 
     Both formulas are for losses of 0 or more. A cosine similarity, which is at least
-    -1, counts as `1 + L_i`.
+    -1, counts as `1 + L_i`. Sample weights count as if an example stood so many times
+    in the batch: they multiply log s_i, and the 1 of `1 + L_i`, too. (In a `MaskedLoss`
+    the mean is divided by them.)
 
     Args:
         model: Functional `keras.Model` whose output is a dict with a tensor a task.
@@ -63,8 +65,9 @@ def weigh_losses(
     Raises:
         ValueError: If `by` is neither; if the model's output is no dict of two tensors
             or more; if its tasks are not those of `loss`; if the model's losses are
-            weighted already; if `MaskedLoss` would not take a loss; or, in training, if
-            a loss goes below 0.
+            weighted already; if `MaskedLoss` would not take a loss; or if a loss goes
+            below 0, as far as a trial shows. (`DynamicWeightAverage` looks again after
+            each epoch.)
 
     Example:
 
@@ -86,13 +89,17 @@ def weigh_losses(
     if by not in _WEIGHTS:
         raise ValueError(f"`by` must be one of {list(_WEIGHTS)}. Received: {by!r}")
     outputs = model.output
-    tasks = sorted(loss)
-    if not isinstance(outputs, dict) or sorted(outputs) != tasks or len(tasks) < 2:
-        received = sorted(outputs) if isinstance(outputs, dict) else outputs
+    given = [
+        sorted(x) if isinstance(x, Mapping) else f"no dict but {x}"
+        for x in (outputs, loss)
+    ]
+    if isinstance(given[0], str) or given[0] != given[1] or len(given[0]) < 2:
         raise ValueError(
-            "`model` must give a dict of two outputs or more, and `loss` have a loss "
-            f"for each of them. Received: outputs {received}, losses {tasks}"
+            "`model` must give a dict of two outputs or more, and `loss` be a dict "
+            f"with a loss for each of them. Received: outputs {given[0]}, losses "
+            f"{given[1]}"
         )
+    tasks = given[0]
     for task, output in outputs.items():
         if not isinstance(output, keras.KerasTensor):
             raise ValueError(
@@ -106,6 +113,9 @@ def weigh_losses(
                 "The losses of `model` are weighed already, by its layer "
                 f"'{layer.name}'"
             )
+    if by == "uncertainty":  # the callback of the other looks after each epoch
+        for task, of_task in loss.items():
+            _check_not_poisson(task, getattr(of_task, "loss", of_task))
     weights = _WEIGHTS[by](tasks, name=by)
     losses = {task: _weighted(loss[task], task, weights.key) for task in loss}
     return keras.Model(model.input, weights(outputs), name=model.name), losses
@@ -287,7 +297,13 @@ class WeightedLoss(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         values = values_of(self.loss, y_true, y_pred)
-        weighed = _called[self.weights_key].weigh(values + self.shift, self.task)
+        layer = _called.get(self.weights_key)
+        if layer is None:
+            raise ValueError(
+                f"The loss of '{self.task}' takes its weight from the model that "
+                "`weigh_losses` gave: load that, or call it, first"
+            )
+        weighed = layer.weigh(values + self.shift, self.task)
         # Private: where a loss says which labels count, as `ignore_class` does.
         mask = getattr(values, "_keras_mask", None)
         if mask is not None:
@@ -312,6 +328,17 @@ def _weighted(loss: Any, task: str, weights_key: str) -> keras.losses.Loss:
         # Inside, so that a batch without labels has no log s either.
         return MaskedLoss(WeightedLoss(loss.loss, task, weights_key), loss.missing)
     return WeightedLoss(loss, task, weights_key)
+
+
+def _check_not_poisson(task: str, loss: Any) -> None:
+    # A trial with probabilities does not show it.
+    loss = keras.losses.get(loss)
+    if isinstance(loss, keras.losses.Poisson) or loss is keras.losses.poisson:
+        raise ValueError(
+            f"The loss of '{task}' is Poisson's, which goes below 0 where counts are "
+            "large. Subtract what a perfect prediction has: `lambda y, p: "
+            "keras.losses.poisson(y, p) - keras.losses.poisson(y, y)`"
+        )
 
 
 def _below_zero(task: str, value: float) -> str:

@@ -147,8 +147,9 @@ class MaskedLoss(keras.losses.Loss):
         elif extra < 0:
             values = ops.mean(values, axis=tuple(range(extra, 0)))
         values = ops.where(weight != 0, values, 0)
-        # Keras reduces the values, which go through `call`.
-        return super().__call__(values, y_pred, weight)
+        # Keras reduces the values, which go through `call`. Not `y_pred` beside them:
+        # its mask, which is in the weight, would be taken twice.
+        return super().__call__(values, values, weight)
 
     def call(self, values: Any, y_pred: Any) -> Any:
         return values
@@ -192,8 +193,8 @@ class MaskedMetric(keras.metrics.Metric):
 
     Raises:
         ValueError: If `metric` is no metric, or is `"accuracy"`, which is the name of
-            several; if `missing` is no number; or, when called, if the shapes do not
-            fit each other.
+            several, or is one that counts what has no weight; if `missing` is no
+            number; or, when called, if the shapes do not fit each other.
 
     Example:
 
@@ -218,6 +219,14 @@ class MaskedMetric(keras.metrics.Metric):
         metric = keras.metrics.get(metric)
         if not callable(metric):
             raise ValueError(f"`metric` must be a Keras metric. Received: {metric!r}")
+        if isinstance(metric, keras.metrics.PearsonCorrelation) or (
+            isinstance(metric, keras.metrics.R2Score) and metric.num_regressors
+        ):
+            raise ValueError(
+                "`metric` must leave out what has a `sample_weight` of 0, as a "
+                "PearsonCorrelation and an R2Score with `num_regressors` do not. "
+                f"Received: {metric!r}"
+            )
         of_components = isinstance(metric, _MEANS_OVER_COMPONENTS)
         if not isinstance(metric, keras.metrics.Metric):
             of_components = _is_mean_over_components(metric)
@@ -321,15 +330,24 @@ def tried(loss: Any, y_true: Any, y_pred: Any) -> np.ndarray | None:
     call = loss.call if isinstance(loss, keras.losses.Loss) else loss
     y_true, y_pred = (ops.convert_to_tensor(y, "float32") for y in (y_true, y_pred))
     try:
-        return ops.convert_to_numpy(ops.cast(call(y_true, y_pred), "float32"))
+        values = ops.cast(call(y_true, y_pred), "float32")
     except Exception:  # of whatever kind: a loss of one's own may raise any
         return None
+    try:
+        return ops.convert_to_numpy(values)
+    except Exception as error:  # each backend has its own
+        raise ValueError(
+            "A loss is tried on numbers when it is made: make it outside of the "
+            f"function that is traced (`tf.function`, `jax.jit`). Received: {loss!r}"
+        ) from error
 
 
 def _marker(missing: float | None) -> float | None:
     """The number that marks a missing label, `None` for NaN."""
     if missing is None:
         return None
+    if isinstance(missing, np.number):
+        missing = missing.item()  # which a config can hold
     if not isinstance(missing, int | float):
         raise ValueError(f"`missing` must be a number. Received: {missing!r}")
     return None if math.isnan(missing) else missing
@@ -369,7 +387,9 @@ def _without_missing(
     # Private: Keras has no public name for the mask that a layer hands on.
     mask = getattr(y_pred, "_keras_mask", None)
     y_true, y_pred = _aligned(y_true, y_pred, dtype)
-    if of_components and y_true.shape[-1] != 1 and y_true.shape == y_pred.shape:
+    same_rank = len(y_true.shape) == len(y_pred.shape)
+    # The labels' sizes may be unknown, where the pipeline does not say them.
+    if of_components and same_rank and y_true.shape[-1] in (None, y_pred.shape[-1]):
         # Each component is a label of its own: (N, ..., C, 1).
         y_true, y_pred = ops.expand_dims(y_true, -1), ops.expand_dims(y_pred, -1)
     vectors = len(y_true.shape) == len(y_pred.shape)

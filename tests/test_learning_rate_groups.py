@@ -1,6 +1,7 @@
 """LearningRateGroups against NumPy, float64: the model's gradients and the rules."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -796,9 +797,62 @@ def test_a_multiplier_must_be_a_finite_number(multiplier):
         LearningRateGroups(keras.optimizers.SGD(RATE), {"alpha": multiplier})
 
 
-def test_an_invalid_regular_expression_is_an_error():
-    with pytest.raises(ValueError, match=r"regular expressions. Received: 'alpha\('"):
-        LearningRateGroups(keras.optimizers.SGD(RATE), {"alpha(": 100})
+@pytest.mark.parametrize(
+    ("pattern", "received"),
+    [
+        ("alpha(", r"'alpha\(' \(missing"),
+        (re.compile("alpha"), r"re.compile\('alpha'\) \(a Pattern"),
+        (1, r"1 \(a int"),
+    ],
+)
+def test_an_invalid_regular_expression_is_an_error(pattern, received):
+    with pytest.raises(ValueError, match=f"as strings. Received: {received}"):
+        LearningRateGroups(keras.optimizers.SGD(RATE), {pattern: 100})
+
+
+def test_multipliers_of_numpy_are_saved():
+    numbers = {"alpha": np.float32(10), "projections": np.int64(3)}
+    optimizer = LearningRateGroups("sgd", {"bias": np.float16(2)}, **numbers)
+
+    config = json.loads(json.dumps(optimizer.get_config()))
+
+    assert config["multipliers"] == {"bias": 2}
+    assert (config["alpha"], config["projections"]) == (10, 3)
+
+
+def test_variables_may_be_given_by_an_iterator():
+    kernel = keras.Variable([1.0, 2.0])
+    optimizer = LearningRateGroups(keras.optimizers.SGD(0.1))
+
+    for _ in range(2):
+        optimizer.apply([keras.ops.ones(2)], (x for x in [kernel]))
+
+    np.testing.assert_allclose(kernel, [0.8, 1.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Lion"])
+def test_weight_decay_may_change_after_the_build(kind):
+    """As of Keras's optimizers; a loaded one is built, and has lost its exclusions."""
+
+    def updated(wrap):
+        shapes = {"kernel": (3, 2), "bias": (2,), "scale": (2,)}
+        of_name = {
+            name: keras.Variable(np.ones(x), name=name) for name, x in shapes.items()
+        }
+        optimizer = getattr(keras.optimizers, kind)(0.1, weight_decay=0.5)
+        if wrap:
+            optimizer = LearningRateGroups(optimizer)
+        variables = list(of_name.values())
+        zeros = [keras.ops.zeros(x.shape) for x in variables]
+        optimizer.apply(zeros, variables)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        optimizer.apply(zeros, variables)
+        optimizer.weight_decay = 0.25
+        optimizer.apply(zeros, variables)
+        return [keras.ops.convert_to_numpy(x) for x in variables]
+
+    for ours, keras_own in zip(updated(True), updated(False), strict=True):
+        np.testing.assert_allclose(ours, keras_own, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,67 @@ def test_a_loss_that_goes_below_0_is_refused_at_once(by, masked):
     weigh_losses(model, loss, by)
 
 
+@pytest.mark.parametrize(
+    "loss", ["poisson", keras.losses.Poisson(), MaskedLoss("poisson")]
+)
+def test_poissons_loss_has_no_uncertainty(loss):
+    x = keras.Input((3,))
+    outputs = {t: keras.layers.Dense(2, activation="exponential")(x) for t in "bc"}
+    model = keras.Model(x, outputs)
+    with pytest.raises(ValueError, match=r"loss of 'c' is Poisson's.* Subtract"):
+        weigh_losses(model, {"b": "mse", "c": loss}, "uncertainty")
+    poisson = keras.losses.poisson
+    deviance = lambda y, p: poisson(y, p) - poisson(y, y)  # noqa: E731
+    weigh_losses(model, {"b": "mse", "c": deviance}, "uncertainty")
+
+
+def test_a_loss_without_its_model_says_so():
+    _, loss = weigh_losses(
+        stitch(
+            {
+                t: keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+                for t in "bc"
+            },
+            [],
+        ),
+        dict.fromkeys("bc", "mse"),
+        "uncertainty",
+    )
+    alone = keras.losses.deserialize(keras.losses.serialize(loss["b"]))
+    alone.weights_key = "of no model"
+    with pytest.raises(ValueError, match="The loss of 'b' takes its weight from the"):
+        alone(np.zeros((2, 1)), np.zeros((2, 1)))
+
+
+def test_losses_that_are_no_dict_are_refused():
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(2)(x) for task in "bc"})
+    with pytest.raises(ValueError, match=r"`loss` be a dict .* losses no dict but \["):
+        weigh_losses(model, [keras.losses.MeanSquaredError()] * 2, "uncertainty")
+
+
+def test_a_sample_weight_counts_as_so_many_examples():
+    """Trained alone, s^2 becomes the weighted mean of the losses, whatever the scale.
+
+    A loss of its own that is no `MaskedLoss`, whose mean is divided by the weights.
+    """
+    x = keras.Input((3,))
+    layers = {t: keras.layers.Dense(2, name=t, trainable=False)(x) for t in "bc"}
+    y = {task: random.normal(size=(8, 2)) for task in "bc"}
+    weight = {"b": np.arange(1.0, 9.0), "c": np.full(8, 10.0)}
+    model, loss = weigh_losses(
+        keras.Model(x, layers), dict.fromkeys("bc", "mse"), "uncertainty"
+    )
+    model.compile(keras.optimizers.Adam(0.1), loss)
+    model.fit(X, y, sample_weight=weight, epochs=300, batch_size=8, verbose=0)
+    answers = model.predict(X, verbose=0)
+    for k, task in enumerate("bc"):
+        losses = ((answers[task] - y[task]) ** 2).mean(axis=1)
+        expected = np.average(losses, weights=weight[task])
+        variance = np.exp(weight_of(model, "log_variance")[k])
+        assert variance == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_loss_that_is_below_0_in_training_is_named():
     x = keras.Input((3,))
     outputs = {t: keras.layers.Dense(2, activation="exponential")(x) for t in "bc"}

@@ -1,5 +1,7 @@
 """MaskedLoss and MaskedMetric: the labelled part alone, and NumPy in float64."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -508,6 +510,63 @@ def test_what_keras_masks_is_missing():
     assert history == {"loss": 1.0, "mean_absolute_error": 1.0}
 
 
+@pytest.mark.parametrize("components", [2, 3, 5])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_mask_counts_once_where_components_are_labels(components, weighed):
+    """Masked are 3 of 5 steps; components of the others are missing here and there."""
+    steps = random.normal(size=(4, 5, 2))
+    steps[:, 2:] = 0
+    y_true = random.normal(size=(4, 5, components))
+    y_true[random.random(y_true.shape) < 0.3] = np.nan
+    x = keras.Input((5, 2))
+    y = keras.layers.Dense(components)(keras.layers.Masking()(x))
+    model = keras.Model(x, y)
+    model.compile("sgd", MaskedLoss("mse"), weighted_metrics=[MaskedMetric("mse")])
+    weight = random.uniform(size=(4, 5)) if weighed else np.ones((4, 5))
+    given = {"sample_weight": weight} if weighed else {}
+
+    logs = model.evaluate(steps, y_true, verbose=0, return_dict=True, **given)
+
+    there = ~np.isnan(y_true) & (steps != 0).any(axis=-1)[..., None]
+    error = (model.predict(steps, verbose=0) - y_true) ** 2
+    full = np.broadcast_to(weight[..., None], error.shape)[there]
+    expected = (error[there] * full).sum() / full.sum()
+    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+    assert logs["mean_squared_error"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.function")
+@pytest.mark.parametrize("sizes", [(None, None, 3), (None, None, None)])
+def test_what_is_missing_does_not_hang_on_what_shapes_are_known(sizes):
+    import tensorflow as tf
+
+    y_pred = random.normal(size=(2, 3, 4, 3)).astype("float32")
+    y_true = random.normal(size=(2, 3, 4, 3)).astype("float32")
+    y_true[random.random(y_true.shape) < 0.4] = np.nan
+    expected = np.nanmean((y_pred - y_true) ** 2)
+    loss = MaskedLoss("mse")
+
+    @tf.function(
+        input_signature=(tf.TensorSpec((None, *sizes)), tf.TensorSpec((None, 3, 4, 3)))
+    )
+    def value(y_true, y_pred):
+        return loss(y_true, y_pred)
+
+    assert float(value(y_true, y_pred)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.function")
+def test_a_loss_that_is_made_in_a_graph_is_refused():
+    import tensorflow as tf
+
+    @tf.function
+    def value(y_true, y_pred):
+        return MaskedLoss("mse")(y_true, y_pred)
+
+    with pytest.raises(ValueError, match="make it outside of the function"):
+        value(tf.zeros((2, 3)), tf.zeros((2, 3)))
+
+
 # Serialization.
 
 
@@ -570,6 +629,20 @@ def test_missing_must_be_a_number(missing):
     for masked in (MaskedLoss, MaskedMetric):
         with pytest.raises(ValueError, match="`missing` must be a number"):
             masked("mse", missing=missing)
+
+
+def test_missing_may_be_a_number_of_numpys():
+    for masked in (MaskedLoss, MaskedMetric):
+        config = masked("mse", missing=np.array([-1, 3]).min()).get_config()
+        assert json.loads(json.dumps(config["missing"])) == -1
+
+
+@pytest.mark.parametrize(
+    "metric", ["PearsonCorrelation", keras.metrics.R2Score(num_regressors=2)]
+)
+def test_metrics_that_count_what_has_no_weight_are_refused(metric):
+    with pytest.raises(ValueError, match=r"must leave out what has .* Received: <"):
+        MaskedMetric(metric)
 
 
 @pytest.mark.parametrize("name", ["accuracy", "acc"])
