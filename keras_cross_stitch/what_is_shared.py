@@ -27,8 +27,9 @@ def sharing(
         model: Compiled `keras.Model` with `CrossStitch` layers. Its output is a dict of
             task to tensor, and it has a loss for each task.
         data: Tuple `(x, y)` of inputs and a dict of labels, as `model.fit` takes them,
-            or `(x, y, sample_weight)`.
-        batch_size: Integer, the batch size of the evaluations.
+            or `(x, y, sample_weight)`. Or batches of such tuples that end and can be
+            read again, such as a `tf.data.Dataset`.
+        batch_size: Integer, the batch size of the evaluations; of batches, their own.
 
     Returns:
         List of dicts, one for each unit and each pair of a task and another task, in
@@ -38,7 +39,8 @@ def sharing(
         - `part`: what part of the task's mixed map comes from the source. It is
             `sum_c |alpha[i, j, c]| std[j, c]`, divided by the sum of the same over all
             `j`. `std` is the standard deviation of a channel of the source's map over
-            the data. The parts of a task, with its own, sum to 1.
+            the data; of a map that is projected, after the projection. The parts of a
+            task, with its own, sum to 1.
         - `part_at_start`: the same with the alpha of the start, or None if an
             `alpha_initializer` drew it.
         - `without`: by what share the task's loss grows if it takes nothing from the
@@ -69,24 +71,23 @@ def sharing(
     units = [layer for layer in model.layers if isinstance(layer, CrossStitch)]
     if not units:
         raise ValueError(
-            "The model has no CrossStitch layer; `stitch()` makes a model with them. "
-            f"Received: model={model}"
+            "The model has no CrossStitch layer of its own; `stitch()` makes a model "
+            "with them. If it has such a model within, give that one. Received: "
+            f"model={model}"
         )
     if not model.compiled:
         raise ValueError(
             "`sharing` needs the losses of the tasks: compile the model first. "
             f"Received: model={model}"
         )
-    x, y, *weight = data
-    arguments = {
-        "sample_weight": weight[0] if weight else None,
-        "batch_size": batch_size,
-        "verbose": 0,
-        "return_dict": True,
-    }
+    x, arguments = data, {}
+    if isinstance(data, tuple):
+        x, y, *weight = data
+        arguments = {"y": y, "batch_size": batch_size}
+        arguments["sample_weight"] = weight[0] if weight else None
 
     def losses() -> Mapping[str, float]:
-        return model.evaluate(x, y, **arguments)
+        return model.evaluate(x, **arguments, verbose=0, return_dict=True)
 
     given = losses()
     rows = []
@@ -99,7 +100,7 @@ def sharing(
                 f"{sorted(given)}"
             )
         alpha = keras.ops.convert_to_numpy(unit.alpha)
-        scales = _scales(model, unit, x, batch_size)
+        scales = _scales(model, unit, x, arguments.get("batch_size"))
         parts, parts_at_start = _parts(alpha, scales), None
         if unit.alpha_initializer is None:
             start = keras.ops.convert_to_numpy(unit._initial_alpha(alpha.shape))
@@ -130,23 +131,33 @@ def sharing(
     return rows
 
 
-def _scales(model: keras.Model, unit: CrossStitch, x: Any, batch_size: int) -> Any:
-    """The standard deviation of each channel of what goes into a unit: (T, C)."""
+def _scales(
+    model: keras.Model, unit: CrossStitch, x: Any, batch_size: int | None
+) -> list[list[Any]]:
+    """The standard deviations of what task i is given by task j: (C,) each."""
     maps = keras.Model(model.input, unit.input).predict(
         x, batch_size=batch_size, verbose=0
     )
     if isinstance(maps, dict):
         maps = [maps[task] for task in unit.tasks]
     axis = 1 if unit.data_format == "channels_first" else -1
-    maps = [np.moveaxis(x, axis, -1).astype("float64") for x in maps]
-    return np.stack([x.reshape(-1, x.shape[-1]).std(axis=0) for x in maps])
+
+    def scale(given: Any) -> Any:
+        given = keras.ops.convert_to_numpy(given).astype("float64")
+        return np.moveaxis(given, axis, -1).reshape(-1, given.shape[axis]).std(axis=0)
+
+    tasks = range(len(maps))
+    return [[scale(unit._given(maps, i, j)) for j in tasks] for i in tasks]
 
 
-def _parts(alpha: Any, scales: Any) -> Any:
+def _parts(alpha: Any, scales: list[list[Any]]) -> Any:
     """What part of each task's map comes from which: (T, T), rows that sum to 1."""
-    if alpha.ndim == 2:
-        alpha = alpha[..., None]  # per layer: one for all channels
-    amounts = (np.abs(alpha) * scales).sum(axis=-1)
+    amounts = np.array(
+        [
+            [np.sum(np.abs(a) * scale) for a, scale in zip(*of_task, strict=True)]
+            for of_task in zip(alpha, scales, strict=True)
+        ]
+    )
     return amounts / np.maximum(amounts.sum(axis=1, keepdims=True), 1e-12)
 
 

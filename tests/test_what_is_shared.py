@@ -55,6 +55,54 @@ def test_parts_weigh_alpha_by_the_spread_of_the_maps(per):
         assert row["part_at_start"] == pytest.approx(other / (own + other), rel=1e-4)
 
 
+@pytest.mark.parametrize("channels", [(3, 5), (4, 2, 7)])
+def test_parts_of_projected_maps_are_of_what_is_projected(channels):
+    tasks = "abc"[: len(channels)]
+    towers = {task: tower(c) for task, c in zip(tasks, channels, strict=True)}
+    x = random.normal(size=(20, 8)).astype("float32")
+    y = {task: random.normal(size=(20, 1)) for task in tasks}
+    model = stitch(towers, at=["h1"], project=True, same_task=0.7)
+    model.compile("sgd", dict.fromkeys(tasks, "mse"))
+    unit = model.get_layer("cross_stitch_h1")
+    alpha = random.normal(size=unit.alpha.shape)
+    unit.alpha.assign(alpha)
+
+    rows = {(row["task"], row["source"]): row for row in sharing(model, (x, y))}
+
+    def spread(task, source):
+        kernel, bias = model.get_layer(f"{source}_h1").get_weights()
+        given = np.maximum(x @ kernel + bias, 0)
+        if task != source:  # what projects vectors is a Dense layer
+            kernel, bias = unit.projections[f"{task}_from_{source}"].get_weights()
+            given = given @ kernel + bias
+        return given.std(axis=0).sum()
+
+    for i, task in enumerate(tasks):
+        taken = [abs(alpha[i, j]) * spread(task, of) for j, of in enumerate(tasks)]
+        for j, source in enumerate(tasks):
+            if i != j:
+                part = rows[task, source]["part"]
+                assert part == pytest.approx(taken[j] / sum(taken), rel=1e-4)
+
+
+def test_batches_are_measured_as_their_arrays_are():
+    model, (x, y) = small()
+    weight = {task: random.uniform(size=20) for task in y}
+    whole = sharing(model, (x, y, weight))
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, k):
+            part = slice(10 * k, 10 * k + 10)
+            return x[part], *({t: v[part] for t, v in z.items()} for z in (y, weight))
+
+    for one, other in zip(sharing(model, Batches()), whole, strict=True):
+        for name, value in other.items():
+            assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
 def test_without_is_the_growth_of_the_loss_and_alpha_is_as_before():
     model, (x, y) = small()
     alpha = model.get_layer("cross_stitch_h1").alpha
