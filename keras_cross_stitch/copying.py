@@ -38,7 +38,22 @@ def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and copy.dtype_policy.name != policy.name:
         copy.dtype_policy = policy
+    _build_as(layer, copy)
     return copy
+
+
+def _build_as(layer: Any, copy: Any) -> None:
+    """Builds a copy for the shapes of the original's first call, as loading does.
+
+    The weights of a layer of one's own may hang on them, such as a longest sequence.
+    """
+    kind = type(layer)
+    if kind.__module__.startswith("keras.") or not isinstance(layer, keras.Layer):
+        return
+    if kind.build is keras.Layer.build or not layer.built or copy.built:
+        return
+    if config := layer.get_build_config():
+        copy.build_from_config(config)
 
 
 def _from_config(layer: Any, config: dict) -> Any:
@@ -111,8 +126,8 @@ def _with_held(
 
     def replaced(value: Any, own: Any) -> Any:
         if isinstance(value, list) and isinstance(own, list | tuple):
-            if len(value) != len(own):
-                return value
+            if len(value) != len(own):  # a Sequential's config has its input
+                own = [_of_config(x, own) for x in value]
             return [replaced(x, y) for x, y in zip(value, own, strict=True)]
         if not isinstance(value, dict):
             return value
@@ -127,6 +142,12 @@ def _with_held(
         key: replaced(value, getattr(layer, key, getattr(layer, f"_{key}", None)))
         for key, value in config.items()
     }
+
+
+def _of_config(value: Any, layers: Iterable[Any]) -> Any:
+    """The layer of which a config is, by its name."""
+    name = value.get("config", {}).get("name") if isinstance(value, dict) else None
+    return next((x for x in layers if name and getattr(x, "name", "") == name), None)
 
 
 def _by_name(own: Any, held: dict[str, Any]) -> dict:
@@ -156,8 +177,8 @@ def alike(layer: Any, other: Any, apart_from: frozenset[str] = frozenset()) -> b
     """
     if type(layer) is not type(other):
         return False
-    kinds = [_kind(x, apart_from | {"name"}) for x in (layer, other)]
-    return kinds[0] == kinds[1] and all(
+    kinds = [_kind(x, apart_from) for x in (layer, other)]
+    return _equal(*kinds) and all(
         _same_function(a, b)
         for a, b in zip(_functions(layer), _functions(other), strict=True)
     )
@@ -165,11 +186,19 @@ def alike(layer: Any, other: Any, apart_from: frozenset[str] = frozenset()) -> b
 
 def _kind(layer: Any, apart_from: frozenset[str]) -> tuple:
     """What a layer is, whatever it and the layers in it are called."""
-    names = [x.name for x in _within(layer)]
+    names = [x.name for x in _within(layer)] or [layer.name]
+    random = [x.name for x in _random(layer)]
 
-    def nameless(x: Any, key: str = "") -> Any:
+    def nameless(x: Any, key: str = "config") -> Any:
         if isinstance(x, dict):
-            return {k: nameless(v, k) for k, v in x.items() if k not in apart_from}
+            left_out: set[str] = set()
+            if key == "config" or "class_name" in x:  # of a layer, or an initializer
+                left_out |= apart_from
+                if x.get("name") in names:
+                    left_out.add("name")
+                    # A layer that draws nothing of Keras's may use its seed at will.
+                    left_out -= set() if x["name"] in random else {"seed"}
+            return {k: nameless(v, k) for k, v in x.items() if k not in left_out}
         if isinstance(x, list | tuple):
             if _is_reference(x, key) and x[0] in names:
                 return [names.index(x[0]), *x[1:]]
@@ -208,9 +237,28 @@ def _same_function(a: types.FunctionType, b: types.FunctionType) -> bool:
     cells = [[c.cell_contents for c in f.__closure__ or ()] for f in (a, b)]
     return (
         a.__code__ == b.__code__
-        and a.__defaults__ == b.__defaults__
-        and all(x is y or x == y for x, y in zip(*cells, strict=True))
+        and _equal(a.__defaults__, b.__defaults__)
+        and _equal(a.__kwdefaults__, b.__kwdefaults__)
+        and _equal(*cells)
     )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are, arrays and tensors among them; False where in doubt."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    try:
+        if hasattr(a, "shape"):
+            return np.array_equal(*map(keras.ops.convert_to_numpy, (a, b)))
+        return bool(a == b)
+    except Exception:  # what compares itself may raise anything
+        return False
 
 
 # Of frozen layers with equal weights, these arguments say how they came about, or what

@@ -1,10 +1,11 @@
 """The cross-stitch unit as a Keras layer; knows nothing of towers or training."""
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -170,7 +171,9 @@ class CrossStitch(keras.layers.Layer):
         return alpha * ops.ones(shape, dtype=dtype)
 
     def call(self, inputs: Any) -> Any:
-        maps = self._checked(_by_task(inputs))
+        given = _by_task(inputs)
+        _check_floats(self.name, given)
+        maps = self._checked(given)
         tasks = range(len(maps))
         # A copy, not the variable: a custom gradient may capture no variable.
         weights = self._weights(ops.copy(self.alpha), len(maps), len(maps[0].shape))
@@ -265,6 +268,8 @@ class CrossStitch(keras.layers.Layer):
 
 
 def checked_same_task(same_task: Any) -> float:
+    if isinstance(same_task, np.number):
+        same_task = same_task.item()  # which a config can hold
     if isinstance(same_task, bool) or not isinstance(same_task, int | float):
         raise ValueError(
             f"`same_task` must be a number. Received: same_task={same_task!r}"
@@ -317,6 +322,18 @@ def _d_weight(upstream: Any, x: Any, weight: Any) -> Any:
     return ops.cast(ops.reshape(ops.sum(product, axes), weight.shape), weight.dtype)
 
 
+def _check_floats(name: str, maps: Mapping[Any, Any]) -> None:
+    dtypes = {
+        task: keras.backend.standardize_dtype(x.dtype) for task, x in maps.items()
+    }
+    # A weight of 0.9 is 0 among integers.
+    if not all("float" in dtype for dtype in dtypes.values()):
+        raise ValueError(
+            f"CrossStitch '{name}' mixes maps of floats: tap a layer behind it, or "
+            f"cast. Received dtypes by task: {dtypes}"
+        )
+
+
 def _by_task(inputs: Any) -> dict[Any, Any]:
     """The inputs (or their shapes) as a dict in the order of alpha's axes."""
     if isinstance(inputs, dict):
@@ -333,7 +350,7 @@ def _like(inputs: Any, mixed: list[Any]) -> Any:
     """The mixed maps, one a task, in the structure of the inputs."""
     if isinstance(inputs, dict):
         return dict(zip(_by_task(inputs), mixed, strict=True))
-    return type(inputs)(mixed)
+    return keras.tree.pack_sequence_as(inputs, mixed)
 
 
 def _check_sizes_are_known_alike(name: str, shapes: dict[Any, Any]) -> None:

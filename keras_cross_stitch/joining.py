@@ -11,7 +11,7 @@ import keras
 
 from keras_cross_stitch.copying import carry_over, copy_layer, pairs
 from keras_cross_stitch.opening import Call, Tower, Value
-from keras_cross_stitch.shared_calls import named
+from keras_cross_stitch.shared_calls import named, weights_named
 
 
 class Joined:
@@ -42,7 +42,8 @@ class Joined:
         # {"shared" or a task: {layer: its copy}}, those within layers included.
         self._copies: dict[str, dict[Any, Any]] = {"shared": {}}
         self._copies |= {task: {} for task in towers}
-        self._called: list[tuple[str, Any]] = []  # [("shared" or a task, layer)]
+        # {("shared" or a task, layer): the first call of it}
+        self._called: dict[tuple[str, Any], Call] = {}
 
     def run(self, task: str, values: Iterable[Value]) -> list:
         """Builds what the tower's `values` need, and returns the new tensors."""
@@ -72,8 +73,9 @@ class Joined:
             with named(call):
                 self._outputs[first] = keras.tree.flatten(copy(*args, **kwargs))
             # Parts of it may be called by themselves, or be parts of other layers.
-            for part, copied in pairs(first.layer, copy):
-                self._copies[owner].setdefault(part, copied)
+            with weights_named(call):
+                for part, copied in pairs(first.layer, copy):
+                    self._copies[owner].setdefault(part, copied)
         return self._outputs[first]
 
     def _copy(self, call: Call, layer: Any, owner: str) -> Any:
@@ -81,7 +83,7 @@ class Joined:
         if (owner, layer) not in self._called:
             name = f"{owner}_{call.path.replace('/', '_')}"
             self.claim(name, f"layer '{call.path}' of the tower of '{call.task}'")
-            self._called.append((owner, layer))
+            self._called[owner, layer] = call
             copies = self._copies[owner]
             if layer in copies:
                 copies[layer].name = name  # a part of another layer until now
@@ -106,8 +108,9 @@ class Joined:
             new = self.run(task, keras.tree.flatten(tower.output))
             outputs[task] = keras.tree.pack_sequence_as(tower.output, new)
         model = keras.Model(self._input(), outputs, name=name)
-        for owner, layer in self._called:
-            carry_over(layer, self._copies[owner][layer])
+        for (owner, layer), call in self._called.items():
+            with weights_named(call):
+                carry_over(layer, self._copies[owner][layer])
         self._check_what_is_tied()
         return model
 
@@ -181,6 +184,10 @@ def new_inputs(towers: Mapping[str, Tower], shared_input: bool) -> dict[str, lis
 def _input_names(tower: Tower) -> list[str]:
     """The inputs' names, fixed where Keras made them up: it would count them on."""
     made_up = r"(keras_tensor|input_layer|input)(_\d+)?"
+    structure = tower.input_structure
+    if isinstance(structure, dict) and len(structure) == len(tower.inputs):
+        # By its keys the model is called; the names may be others.
+        return [str(key) for key in sorted(structure)]
     several = len(tower.inputs) > 1
     return [
         (f"input_{k}" if several else "input")

@@ -69,6 +69,7 @@ class Tower:
         )
         self.calls: list[Call] = []
         self.outputs: dict[str, list[list[Value]]] = {}
+        self._casts: dict[str, Any] = {}
         scope = dict(zip(map(id, graph.inputs), self.inputs.values(), strict=True))
         self._open(graph, "", {}, scope)
         self.output = _named_output(task, graph, scope)
@@ -183,7 +184,7 @@ class Tower:
                 kwargs = {key: x for key, x in kwargs.items() if key != "mask"}
             return self._add_nested(nested, path, context, args, dict(kwargs))
         if context and "training" in inspect.signature(layer.call).parameters:
-            kwargs = {**context, **kwargs}
+            kwargs = {**kwargs, **context}  # as in Keras, the call around it wins
         outputs = tuple(map(Value, node.outputs))
         self.calls.append(Call(self.task, path, layer, args, kwargs, outputs))
         return outputs
@@ -193,7 +194,10 @@ class Tower:
     ) -> list[Value]:
         given = args[0] if args else kwargs.pop("inputs", None)
         if isinstance(given, dict):
-            given = [given.get(x.name) for x in nested.inputs]
+            names = [x.name for x in nested.inputs]
+            if isinstance(nested.input, dict):  # whose keys need not be the names
+                names = sorted(nested.input)
+            given = [given.get(name) for name in names]
         given = keras.tree.flatten(given)
         if set(kwargs) - {"training"} or len(given) != len(nested.inputs):
             raise ValueError(
@@ -201,9 +205,28 @@ class Tower:
                 "in a way that cannot be taken apart: give it its inputs, and no "
                 f"argument but `training`. Received: {given}, {kwargs}"
             )
-        scope = dict(zip(map(id, nested.inputs), given, strict=True))
-        self._open(nested, f"{path}/", {**context, **kwargs}, scope)
+        cast = (
+            self._cast(x, f"{path}/cast_{own.name}", own.dtype)
+            for x, own in zip(given, nested.inputs, strict=True)
+        )
+        scope = dict(zip(map(id, nested.inputs), cast, strict=True))
+        told = {key: x for key, x in kwargs.items() if x is not None}
+        self._open(nested, f"{path}/", {**told, **context}, scope)
         return [_resolved(x, scope) for x in nested.outputs]
+
+    def _cast(self, x: Any, path: str, dtype: str) -> Any:
+        """What a model is given, as its input casts it: images of bytes to floats."""
+        if not isinstance(x, Value) or x.spec.dtype == dtype:
+            return x
+        given = keras.Input(
+            batch_shape=x.shape, dtype=x.spec.dtype, sparse=x.spec.sparse
+        )
+        model = keras.Model(given, keras.ops.cast(given, dtype))
+        operation = self._casts.setdefault(path, model.operations[-1])
+        value = Value(model.outputs[0])
+        self.calls.append(Call(self.task, path, operation, (x,), {}, (value,)))
+        self.outputs.setdefault(path, []).append([value])
+        return value
 
 
 def opened_towers(towers: Any) -> dict[str, Tower]:
@@ -230,19 +253,24 @@ def check_task_names(tasks: Iterable[str]) -> None:
                 "'serving_default' is the signature of all tasks together; give the "
                 "task another name"
             )
+        if task == "signatures":
+            raise ValueError(
+                "'signatures' is what a SavedModel calls those that it has; give the "
+                "task another name"
+            )
 
 
 def as_graph(model: Any) -> keras.Model | None:
     """The model as a functional one; None for a layer, and for a `call` of its own."""
-    if isinstance(model, keras.Sequential) and getattr(model, "inputs", None):
-        return keras.Model(model.inputs, model.outputs[0])
-    if not isinstance(model, keras.Model) or not hasattr(model, "operations"):
-        return None
     own_call = any(
         "call" in vars(kind) and not kind.__module__.startswith("keras.")
         for kind in type(model).__mro__
     )
-    return None if own_call else model
+    if not isinstance(model, keras.Model) or own_call:
+        return None
+    if isinstance(model, keras.Sequential) and getattr(model, "inputs", None):
+        return keras.Model(model.inputs, model.outputs[0])
+    return model if hasattr(model, "operations") else None
 
 
 def _resolved(x: Any, scope: dict[int, Any]) -> Any:
@@ -317,11 +345,21 @@ def _cannot_be_opened(task: str, model: Any, towers: Mapping[str, Any]) -> str:
 
 def _known_inputs(model: keras.Model, towers: Mapping[str, Any]) -> Any:
     """The inputs that the model was built for, or else those of another tower."""
+    if getattr(model, "inputs", None):  # a graph, with a `call` of its own
+        sequential = isinstance(model, keras.Sequential)
+        return _unwrapped(model.inputs if sequential else model.input)
     config = (model.get_build_config() or {}) if model.built else {}
     shapes = config.get("input_shape", config.get("shapes_dict"))
     graphs = filter(None, map(as_graph, towers.values()))
-    other = next((graph.input for graph in graphs), None)
+    other = next((_unwrapped(graph.input) for graph in graphs), None)
     return other if shapes is None else shapes
+
+
+def _unwrapped(inputs: Any) -> Any:
+    """A Sequential model has a list of its one input."""
+    if isinstance(inputs, list) and len(inputs) == 1:
+        return inputs[0]
+    return inputs
 
 
 def _inputs_like(known: Any, name: str = "inputs") -> Any:

@@ -218,6 +218,8 @@ class Detections(layers.Layer):
         area = (regions[..., 2] - regions[..., 0]) * (regions[..., 3] - regions[..., 1])
         there = (area > 0) & (regions[..., 2] > regions[..., 0])
         scores = ops.where(there[..., None], probabilities[..., 1:], _DROPPED)
+        # One NaN would take all boxes of the image with it.
+        scores = ops.where(ops.isnan(scores), _DROPPED, scores)
         # e to the fifth of 20 is enlarging 55 times: it does not overflow.
         deltas = ops.reshape(ops.clip(deltas, -20, 20), (batch, count, classes, 4))
         boxes = keras.utils.bounding_boxes.decode_deltas_to_boxes(

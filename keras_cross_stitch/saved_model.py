@@ -411,6 +411,8 @@ def _from_jpeg(run: Callable, model: keras.Model) -> Callable:
         image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
         if None not in size:
             image = tf.image.resize(image, size, antialias=True)
+            if "int" in model.inputs[0].dtype:
+                image = tf.round(image)  # a cast would cut off, half a grey too dark
         return tf.cast(image, model.inputs[0].dtype)
 
     def run_from_jpeg(image_bytes: Any) -> Any:

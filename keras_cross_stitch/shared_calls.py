@@ -111,6 +111,21 @@ def named(call: Call) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def weights_named(call: Call) -> Iterator[None]:
+    """Turns what Keras says of weights that do not fit into what names the layer."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"In the tower of '{call.task}', layer '{call.path}' "
+            f"({type(call.layer).__name__}) has other layers or weights than its copy, "
+            "which is made from its `get_config` and built by the calls of the tower: "
+            "make all that it needs in `__init__` and `build`. Keras says: "
+            f"{str(error).strip()}"
+        ) from error
+
+
 def warn_of_unlike_draws(
     towers: Mapping[str, Tower], same: dict[Call, Call], taps: Collection[Value]
 ) -> None:

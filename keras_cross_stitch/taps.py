@@ -15,6 +15,11 @@ def read_taps(
 ) -> list[tuple[str, dict[str, Value]]]:
     """[(name, {task: what is tapped})]: the first tower's layer names a tap."""
     if isinstance(at, Mapping):
+        if set(at) == set(towers) and all(isinstance(x, str) for x in at.values()):
+            raise ValueError(
+                "`at` as a dict names the units: {name: tap}, and names of units must "
+                f"not be those of all tasks. For one tap of all tasks: at=[{at!r}]"
+            )
         return [
             (str(name), _tap(names_by_task(tap, towers), towers))
             for name, tap in at.items()

@@ -25,7 +25,7 @@ _Normalization = Literal["batch", "local_response"] | None
 
 def alexnet(
     outputs: int,
-    input_shape: tuple[int | None, int | None, int] = (227, 227, 3),
+    input_shape: tuple[int, int, int] = (227, 227, 3),
     *,
     width: float = 1.0,
     normalization: _Normalization = "batch",
@@ -38,7 +38,7 @@ def alexnet(
     Args:
         outputs: Integer, the number of classes (units of the layer `score`).
         input_shape: Tuple `(H, W, C)`. The original's is `(227, 227, 3)`; H and W
-            must be at least 67.
+            must be known, and at least 67.
         width: Float, multiplies the number of filters of every layer but the
             last. 1.0 is the paper's 96-256-384-384-256-4096-4096.
         normalization: `"batch"` (after every layer), `"local_response"` (after
@@ -56,7 +56,7 @@ def alexnet(
 
     Raises:
         ValueError: For `outputs` below 1, a `width` that is not above 0, an unknown
-            `normalization`, or a side of the image below 67.
+            `normalization`, or a side of the image that is unknown or below 67.
 
     Example:
 
@@ -70,10 +70,10 @@ def alexnet(
       two groups, which were there to fit two GPUs
     """
     _check(outputs, width, normalization)
-    if any(side is not None and side < 67 for side in input_shape[:2]):
+    if any(side is None or side < 67 for side in input_shape[:2]):
         raise ValueError(
-            "AlexNet's images must have sides of at least 67 pixels. Received: "
-            f"input_shape={input_shape}"
+            "AlexNet's images must have known sides of at least 67 pixels; "
+            f"`fcn_alexnet` takes any. Received: input_shape={input_shape}"
         )
     image = keras.Input(input_shape, name="image")
     x = _trunk(image, "valid", width, normalization, kernel_regularizer)
@@ -133,8 +133,8 @@ def fcn_alexnet(
         `(N, H * upsampling / 32, W * upsampling / 32, outputs)`, logits, float32.
 
     Raises:
-        ValueError: For `outputs` below 1, a `width` that is not above 0, an unknown
-            `normalization`.
+        ValueError: For `outputs` or `upsampling` below 1, a `width` that is not above
+            0, an unknown `normalization`.
 
     Example:
 
@@ -147,6 +147,11 @@ def fcn_alexnet(
     - [Long et al., 2015](https://arxiv.org/abs/1411.4038)
     """
     _check(outputs, width, normalization)
+    if not isinstance(upsampling, int) or upsampling < 1:
+        raise ValueError(
+            "`upsampling` must be a whole number, 1 or more. Received: "
+            f"upsampling={upsampling!r}"
+        )
     image = keras.Input(input_shape, name="image")
     x = _trunk(image, "same", width, normalization, kernel_regularizer)
     # The kernel of fc6 is even, so half a cell, 16 pixels, off centre: to the left

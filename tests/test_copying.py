@@ -1,5 +1,6 @@
 """Towers copied whole: state, frozen parts, functions, inputs, nested models."""
 
+import warnings
 from fractions import Fraction
 
 import keras
@@ -326,6 +327,18 @@ class _SaysTooMuch(layers.Layer):
         return {**super().get_config(), "factor": 1.0, "derived": 2 * self.factor}
 
 
+class _Array(layers.Layer):
+    def __init__(self, factors, **kwargs):
+        super().__init__(**kwargs)
+        self.factors = factors
+
+    def call(self, x):
+        return x * ops.convert_to_tensor(self.factors, x.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "factors": self.factors}
+
+
 def _scale(factor):
     return lambda x: factor * x
 
@@ -339,6 +352,11 @@ FUNCTIONS = {
     "an initializer of one's own": lambda: layers.Dense(
         4, kernel_initializer=lambda shape, dtype=None: ops.ones(shape, dtype)
     ),
+    "a wrapped model with an activation": lambda: layers.TimeDistributed(
+        keras.Sequential([keras.Input((5,)), layers.Dense(3, activation=_twice)])
+    ),
+    "an array in a closure": lambda: layers.Lambda(_scale(np.arange(5.0, 10.0))),
+    "a layer with an array in its config": lambda: _Array(np.arange(5.0, 10.0)),
     "a wrapped layer with an activation": lambda: layers.TimeDistributed(
         layers.Dense(3, activation=_twice)
     ),
@@ -360,6 +378,47 @@ def test_functions_and_layers_of_one_s_own_are_carried_over(build):
     model = _joined(towers)
 
     _assert_as_apart(model, towers, RNG.normal(size=(3, 2, 5)).astype("float32"))
+
+
+class _Positions(layers.Layer):
+    """As long as the first sequence that it sees."""
+
+    def build(self, shape):
+        self.table = self.add_weight(shape[1:], "uniform", name="table")
+
+    def call(self, x):
+        return x + self.table[: x.shape[1]]
+
+
+def test_a_layer_that_was_built_for_longer_inputs_is_copied_so():
+    def build(outputs):
+        positions = _Positions(name="positions")
+        positions(np.zeros((1, 10, 5), "float32"))
+        inputs = keras.Input((4, 5), name="features")
+        x = layers.Flatten()(layers.Dense(3, name="tap")(positions(inputs)))
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(2), "b": build(3)}
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    assert model.get_layer("a_positions").table.shape == (10, 5)
+    _assert_as_apart(model, towers, RNG.normal(size=(3, 4, 5)).astype("float32"))
+
+
+class _Grows(layers.Layer):
+    def call(self, x):
+        return x
+
+
+def test_weights_that_do_not_fit_the_copy_name_the_layer():
+    def build():
+        grows = _Grows(name="grows")
+        grows.extra = layers.Dense(4)
+        grows.extra.build((None, 5))
+        return _tower([grows])
+
+    with pytest.raises(ValueError, match=r"'a', layer 'grows' \(_Grows\) has other"):
+        stitch({"a": build(), "b": build()}, ["tap"])
 
 
 class _Uncopiable(layers.Layer):
@@ -634,6 +693,90 @@ def test_a_nested_model_that_is_called_as_in_training_stays_so():
     model = stitch(towers, [])
 
     _assert_as_apart(model, towers, FEATURES)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_call_of_a_nested_model_wins_over_those_within(training):
+    def build(outputs):
+        x = features = keras.Input((5,))
+        x = layers.Dropout(0.5)(x, training=not training)
+        x = layers.BatchNormalization(momentum=0.5)(x, training=not training)
+        inner = keras.Model(features, x, name="inner")
+        inputs = keras.Input((5,), name="features")
+        x = layers.Dense(outputs, name="score")(inner(inputs, training=training))
+        return keras.Model(inputs, x)
+
+    towers = {"a": build(2), "b": build(3)}
+    model = stitch(towers, [])
+
+    if training:
+        assert np.std(model(FEATURES)["a"] - model(FEATURES)["a"]) > 0
+    else:
+        _assert_as_apart(model, towers, FEATURES)
+
+
+@pytest.mark.parametrize("join", ["stitch", "split"])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_nested_model_gets_what_its_input_casts(join, calls, sequential):
+    """Bytes minus 128 wrap round; as floats they do not."""
+
+    def build(outputs):
+        pixels = keras.Input((6, 6, 3), name="pixels")
+        first = layers.Rescaling(1 / 64, offset=-2.0, name="rescaled")
+        convolution = layers.Conv2D(4, 3, name="tap")
+        if sequential:
+            backbone = keras.Sequential([pixels, first, convolution], name="backbone")
+        else:
+            x = convolution(first(pixels - 128.0))
+            backbone = keras.Model(pixels, x, name="backbone")
+        image = keras.Input((6, 6, 3), dtype="uint8", name="image")
+        x = sum(backbone(image) * float(k + 1) for k in range(calls))
+        x = layers.GlobalAveragePooling2D(name="pool")(x)
+        return keras.Model(image, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(2), "b": build(3)}
+    if join == "split":
+        towers["b"].get_layer("backbone").set_weights(
+            towers["a"].get_layer("backbone").get_weights()
+        )
+        model = split(towers, "score")
+    else:
+        model = stitch(towers, ["pool"], same_task=1.0)
+
+    _assert_as_apart(model, towers, RNG.integers(0, 256, (3, 6, 6, 3), "uint8"))
+
+
+def test_a_nested_model_of_floats_gets_halves_as_floats():
+    def build(outputs):
+        features = keras.Input((4,))
+        inner = keras.Model(features, features + 1000.0, name="inner")
+        inputs = keras.Input((5,), name="features")
+        x = layers.Dense(4, dtype="float16", name="half")(inputs)
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(inner(x)))
+
+    towers = {"a": build(2), "b": build(3)}
+    _assert_as_apart(stitch(towers, []), towers, FEATURES)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_inputs_may_have_other_keys_than_names(nested):
+    def build(outputs):
+        pair = {key: keras.Input((5,), name=f"of_{key}") for key in ("q", "p")}
+        x = layers.Dense(4, name="tap")(pair["p"] - 2.0 * pair["q"])
+        model = keras.Model(pair, layers.Dense(outputs, name="score")(x))
+        if not nested:
+            return model
+        own = {key: keras.Input((5,), name=key) for key in ("p", "q")}
+        return keras.Model(own, model(own) * 2.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras's, of such a model
+        towers = {"a": build(2), "b": build(3)}
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    data = {key: RNG.normal(size=(3, 5)).astype("float32") for key in "pq"}
+    _assert_as_apart(model, towers, data)
 
 
 NESTED_ERRORS = {

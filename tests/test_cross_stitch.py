@@ -1,6 +1,8 @@
 """The unit against Eq. 1 and its derivatives, written out in NumPy float64."""
 
+import collections
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -599,6 +601,10 @@ def _shapes(*shapes):
         (_shapes((2, 8, 8, 5), (2, 8, 8, 1)), r"one shape.*1: \(2, 8, 8, 1\)"),
         (_shapes((2, 8, 8, 5), (1, 8, 8, 5)), r"one shape.*1: \(1, 8, 8, 5\)"),
         (_shapes((2, 3), (2, 3), (2, 1)), r"one shape.*2: \(2, 1\)"),
+        (
+            {"a": np.zeros((2, 3), "int32"), "b": np.zeros((2, 3), "f")},
+            r"maps of floats.*\{'a': 'int32', 'b': 'float32'\}",
+        ),
         (_shapes((1,), (1,)), r"rank 2, \(N, C\), to 5.*\(1,\)"),
         (_shapes((1,) * 6, (1,) * 6), r"rank 2, \(N, C\), to 5.*1, 1, 1, 1, 1, 1"),
     ],
@@ -623,6 +629,18 @@ def test_a_later_call_with_other_shapes_is_an_error(later, words):
 
     with pytest.raises(ValueError, match=words):
         unit(later)
+
+
+def test_same_task_of_numpy_is_saved():
+    unit = CrossStitch(same_task=np.linspace(0, 1, 5, dtype="f")[3])
+    assert json.loads(json.dumps(unit.get_config()["same_task"])) == 0.75
+
+
+def test_a_named_tuple_stays_one():
+    Pair = collections.namedtuple("Pair", ["depth", "kind"])
+    mixed = CrossStitch(same_task=0.5)(Pair(np.zeros((2, 3), "f"), np.ones((2, 3))))
+    assert isinstance(mixed, Pair)
+    np.testing.assert_allclose(mixed.depth, 0.5)
 
 
 def test_four_tasks_do_not_fit_the_alpha_of_two():

@@ -992,6 +992,16 @@ def test_a_task_name_that_cannot_be_a_signature_is_an_error(name):
 def test_a_task_named_serving_default_is_an_error():
     with pytest.raises(ValueError, match="'serving_default' is the signature of all"):
         check_task_names(["a", "serving_default"])
+    with pytest.raises(ValueError, match="'signatures' is what a SavedModel calls"):
+        check_task_names(["a", "signatures"])
+
+
+def test_a_dict_of_the_tasks_is_one_tap_in_a_list():
+    towers = {"a": _dense_tower(2), "b": _dense_tower(2)}
+    message = r"names the units.* at=\[\{'a': 'one', 'b': 'one'\}\]"
+    with pytest.raises(ValueError, match=message):
+        stitch(towers, {"a": "one", "b": "one"})
+    stitch(towers, {"a": {"a": "one", "b": "one"}})
 
 
 @pytest.mark.parametrize("name", ["a", "Segmentation", "normals_2", "a_"])

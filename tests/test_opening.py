@@ -1,5 +1,7 @@
 """Models that cannot be opened: the two lines that make towers of them."""
 
+import textwrap
+
 import keras
 import numpy as np
 import pytest
@@ -80,6 +82,57 @@ def test_the_error_gives_the_lines_that_make_a_tower(build, data, built):
         keras.tree.flatten(joined), keras.tree.flatten(expected), strict=True
     ):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+
+
+class Twice(keras.Sequential):
+    def call(self, x, training=None, mask=None):
+        return 2 * super().call(x, training=training, mask=mask)
+
+
+class Thrice(keras.Model):
+    """Functional, with a call of its own."""
+
+    def call(self, x, training=None, mask=None):
+        return 3 * super().call(x, training=training, mask=mask)
+
+
+def own_calls(outputs):
+    inputs = keras.Input((5,), name="features")
+    yield Twice([inputs, layers.Dense(outputs, name="tap")])
+    yield Thrice(inputs, layers.Dense(outputs, name="tap")(inputs))
+
+
+def test_a_subclass_with_a_call_of_its_own_is_not_opened():
+    for a, b in zip(own_calls(2), own_calls(3), strict=True):
+        towers = {"a": a, "b": b}
+        with pytest.raises(ValueError, match=r"cannot be taken.*two lines make a") as e:
+            stitch(towers, ["tap"])
+        lines = textwrap.dedent(str(e.value).split(":\n\n")[1])
+        exec(lines, {"keras": keras, "towers": towers})
+        exec(lines.replace('"a"', '"b"'), {"keras": keras, "towers": towers})
+        model = stitch(towers, [])
+        for task, one in (("a", a), ("b", b)):
+            np.testing.assert_array_equal(model(FEATURES)[task], one(FEATURES))
+
+
+def test_where_it_is_nested_it_is_copied_whole():
+    for a, b in zip(own_calls(2), own_calls(3), strict=True):
+        towers = {}
+        for task, inner in (("a", a), ("b", b)):
+            inputs = keras.Input((5,), name="features")
+            towers[task] = keras.Model(inputs, inner(inputs))
+        model = stitch(towers, [])
+        for task, one in towers.items():
+            np.testing.assert_array_equal(model(FEATURES)[task], one(FEATURES))
+
+
+def test_an_unbuilt_model_beside_a_sequential_one_gets_its_lines():
+    towers = {
+        "a": keras.Sequential([layers.Dense(3), layers.Dense(2)]),
+        "b": keras.Sequential([keras.Input((5,)), layers.Dense(3), layers.Dense(2)]),
+    }
+    with pytest.raises(ValueError, match="these two lines make a tower of it"):
+        stitch(towers, [])
 
 
 class Branching(keras.Model):

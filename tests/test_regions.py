@@ -175,6 +175,14 @@ def test_without_a_threshold_what_is_dropped_stays_dropped(rng):
     np.testing.assert_array_equal(found["classes"][0, :4], [0, 0, -1, -1])
 
 
+def test_a_score_that_is_no_number_drops_its_region_alone(rng):
+    boxes = np.array([[[10, 10, 20, 20], [30, 10, 40, 20], [10, 30, 20, 40]]])
+    found = detections(boxes, np.array([[0.9, np.nan, 0.8]]))
+
+    assert found["num_detections"] == [2]
+    np.testing.assert_allclose(found["boxes"][0, :2], boxes[0, [0, 2]])
+
+
 def test_what_is_kept_is_what_keras_cv_keeps(rng):
     keras_cv = pytest.importorskip("keras_cv")
     rois = random_boxes(rng, 2, 40)

@@ -281,6 +281,22 @@ def test_jpeg_and_png_of_any_size_are_resized_to_the_model(model, signatures):
     close(served["kind"], model.predict(resized.numpy(), verbose=0)["kind"])
 
 
+def test_resized_images_are_rounded_for_a_model_of_bytes(tmp_path):
+    image = keras.Input((8, 8, 3), dtype="uint8", name="image")
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1.0)(image))
+    model = keras.Model(image, {"a": keras.layers.Dense(2)(x)})
+    loaded = tf.saved_model.load(
+        str(export_saved_model(model, tmp_path, from_jpeg=True))
+    )
+    large = pixels(1, 37, 53, 3).astype("uint8")
+
+    served = loaded.signatures["from_jpeg"](image_bytes=[tf.io.encode_png(large[0])])
+
+    resized = tf.image.resize(large, (8, 8), antialias=True).numpy()
+    expected = model.predict(np.rint(resized).astype("uint8"), verbose=0)["a"]
+    close(served["a"], expected)
+
+
 def test_grayscale_images_are_taken_as_rgb(model, signatures):
     gray = pixels(8, 8, 1).astype("uint8")
     served = signatures["age_from_jpeg"](image_bytes=[tf.io.encode_png(gray)])["age"]

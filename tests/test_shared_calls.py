@@ -148,6 +148,70 @@ def test_an_argument_that_is_called_as_the_layer_is_is_no_name():
         split(towers, "conv")
 
 
+def by_name(x, name, seed=0):
+    return getattr(keras.ops, name)(x)
+
+
+def scaled_by(factor):
+    def scaled(x, *, factor=factor):
+        return factor * x
+
+    return scaled
+
+
+class Fourier(layers.Layer):
+    """Random, but by a seed that is no generator's."""
+
+    def __init__(self, seed, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = seed
+
+    def call(self, x):
+        return x * keras.random.normal(x.shape[1:], seed=self.seed)
+
+    def get_config(self):
+        return {**super().get_config(), "seed": self.seed}
+
+
+UNLIKE = {
+    "an argument of a lambda": lambda n: layers.Lambda(
+        by_name, arguments={"name": ["relu", "tanh"][n]}, name="one"
+    ),
+    "a seed among its arguments": lambda n: layers.Lambda(
+        lambda x, seed: (1.0 + seed) * x, arguments={"seed": n}, name="one"
+    ),
+    "a default by keyword": lambda n: layers.Lambda(scaled_by(n + 1.0), name="one"),
+    "an array": lambda n: layers.Lambda(scaled_by(np.arange(3.0) + n), name="one"),
+    "a seed of its own": lambda n: Fourier(n, name="one"),
+    "a dtype": lambda n: layers.Rescaling(1.0, dtype=["float32", "float16"][n]),
+}
+
+
+@pytest.mark.parametrize("build", UNLIKE.values(), ids=UNLIKE)
+def test_layers_that_differ_in_little_are_each_built(build):
+    frozen = layers.Conv2D(3, 1, trainable=False, name="frozen")
+    frozen.build((None, None, None, 3))
+
+    def of(*kinds):
+        return {
+            task: tower([build(n), layers.Conv2D.from_config(frozen.get_config())])
+            for task, n in zip("ab", kinds, strict=True)
+        }
+
+    towers = of(0, 1)
+    for one in towers.values():
+        one.get_layer("frozen").set_weights(frozen.get_weights())
+
+    model = stitch(towers, [], same_task=1.0)
+
+    together = model(IMAGES)
+    for task, one in towers.items():
+        np.testing.assert_array_equal(together[task], one(IMAGES))
+    with pytest.raises(ValueError, match="must have the same layers"):
+        split(towers, "conv")
+    split(of(1, 1), "conv")
+
+
 def test_layers_of_other_names_are_alike():
     def build(name):
         wrapped = layers.TimeDistributed(layers.Dense(3, name=f"{name}_inner"))

@@ -357,3 +357,11 @@ def test_an_image_that_alexnet_leaves_nothing_of_is_an_error():
     assert alexnet(3, (67, 67, 3), width=0.02).output.shape == (None, 3)
     with pytest.raises(ValueError, match=r"at least 67 pixels.*\(67, 66, 3\)"):
         alexnet(3, (67, 66, 3), width=0.02)
+    with pytest.raises(ValueError, match=r"known sides.*`fcn_alexnet`.*\(None, None"):
+        alexnet(3, (None, None, 3), width=0.02)
+
+
+@pytest.mark.parametrize("upsampling", [0, 2.5, None])
+def test_upsampling_is_a_whole_number(upsampling):
+    with pytest.raises(ValueError, match=r"whole number.*upsampling="):
+        fcn_alexnet(3, (64, 64, 3), width=0.02, upsampling=upsampling)
