@@ -15,8 +15,10 @@ PANELS = [("segmentation", "miou"), ("normals", "mean_angle")]
 def known() -> dict[float, list[results.Row]]:
     """The rows by the share of the train images that has labels."""
     paths = {1.0: FOLDER / "results" / RECIPE / "demo.csv"}
-    for path in FOLDER.glob(f"results/{RECIPE}-labels*/demo.csv"):
-        paths[int(path.parent.name.partition("-labels")[2]) / 100] = path
+    for percent in range(1, 100):
+        path = FOLDER / "results" / f"{RECIPE}-labels{percent}" / "demo.csv"
+        if path.exists():
+            paths[percent / 100] = path
     return {
         share: [row for row, _ in results.read_rows(path)]
         for share, path in sorted(paths.items())

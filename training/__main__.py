@@ -64,8 +64,8 @@ Weights = Annotated[
     Path | None,
     typer.Option(
         parser=path,
-        help="AlexNet's weights to start from, .npy, or .npz with torchvision's names "
-        "(voc2008_alexnet).",
+        help="AlexNet's weights to start from, an .npz with torchvision's names or "
+        "Caffe's (voc2008_alexnet).",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, order and flips.")]
@@ -196,7 +196,7 @@ def fit(
         against = baseline(name)
         if against and against not in methods:
             console.print(f"No Δm of {name}: add its baseline, --method {against}")
-    if (target / "serving").exists():
+    if target is not None:
         console.print(f"Alphas and SavedModel: {target}")
     console.print(f"Report, with pictures: {page}")
 
@@ -270,12 +270,14 @@ def study(
             open_experiment(one.recipe, data, runs)  # of its own splits
             of_one = (run.method for run in planned if run.experiment is one)
             fitting.check(one, list(dict.fromkeys(of_one)))
+        target = results or runs / "results"
+        studies.check(planned, target)
         writes = distribution.is_chief(strategy)
 
         def write() -> list[Path]:
-            # Other processes may write of the same runs.
-            with lock(runs / ".results.lock", wait=True):
-                return studies.write(planned, results or runs / "results")
+            # Other processes may write there, of these runs or of others.
+            with lock(target / ".results.lock", wait=True):
+                return studies.write(planned, target)
 
         with _progress() as progress:
             for run in mine:
@@ -287,6 +289,7 @@ def study(
                         run.seed,
                         strategy=strategy,
                         progress=progress,
+                        wait=True,  # another shard may train it, to start from it
                     )
                 except FloatingPointError as error:
                     if table != "search":
@@ -532,8 +535,10 @@ def _recipe(
     if dtype is not None:
         recipe = recipes.change(recipe, "training", dtype=dtype)
     if trains:
-        from training import towers
+        from training import alexnet_weights, towers
 
+        if isinstance(recipe.tower, recipes.FastRcnnAlexNet) and recipe.tower.weights:
+            alexnet_weights.read(recipe.tower.weights)
         towers.identity(recipe.tower)
     for method in spelled:
         methods.plan(method, recipe)

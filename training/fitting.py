@@ -34,9 +34,7 @@ from training.tasks import Scores, Task
 
 def check(experiment: Experiment, spelled: Iterable[str]) -> None:
     """Raises a ValueError for what would only fail once other runs are done."""
-    batches.pipeline(experiment.recipe).check(
-        experiment.builder, experiment.recipe.data
-    )
+    batches.pipeline(experiment.recipe).check(experiment.builder, experiment.recipe)
     fresh = None
     for name in spelled:
         plan = methods.plan(name, experiment.recipe)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Towers = dict[str, "keras.Model"]
 
+# What an ensemble's second network adds to the seed: nobody asks for as many seeds.
+SECOND_NETWORK = 1000
+
 # Options of which the recipe's own value, `None`, does not tell the others.
 _CHOICES = {
     "loss_weighting": get_args(recipes.LossWeighting),
@@ -111,7 +114,7 @@ METHODS = {
         None,
         None,
         "single_task",
-        seeds=(0, 1000),  # nobody asks for a thousand seeds
+        seeds=(0, SECOND_NETWORK),
         baseline="single_task",
     ),
     "cross_stitch": Method(

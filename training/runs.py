@@ -111,6 +111,11 @@ def open_experiment(recipe: Recipe, data: Path | None, runs: Path) -> Experiment
         data: Path of the folder with the original files, or `None`.
         runs: Path of all runs.
     """
+    if unknown := set(kinds(recipe.data).values()) - TASKS.keys():
+        raise ValueError(
+            f"There is no task '{min(unknown)}', which the recipe '{recipe.name}' "
+            f"names. There are: {', '.join(TASKS)}"
+        )
     directory = runs / "datasets"
     builder = prepared.prepare(recipe, data, directory)
     features = list(builder.info.features)

@@ -4,6 +4,7 @@ import tensorflow_datasets as tfds
 
 from training import recipes
 from training.batches import dense
+from training.methods import METHODS
 
 
 @pytest.fixture
@@ -210,10 +211,27 @@ def test_labels_on_no_image_at_all_are_refused(tiny):
 
 
 def test_a_target_that_is_not_every_so_many_th_pixel_is_refused(finished):
-    data = recipes.change(finished.recipe, "data", target_size=(75, 100)).data
+    recipe = recipes.change(finished.recipe, "data", target_size=(75, 100))
     message = r"'scenes' are stored at 96x128, .* target_size=75x100"
     with pytest.raises(ValueError, match=message):
-        dense.check(finished.builder, data)
+        dense.check(finished.builder, recipe)
+
+
+def test_a_batch_that_no_step_could_have_is_refused(finished):
+    def check(batch_size, **data):
+        recipe = recipes.change(finished.recipe, "training", batch_size=batch_size)
+        dense.check(finished.builder, recipes.change(recipe, "data", **data))
+
+    check(16)
+    with pytest.raises(ValueError, match=r"of 17 images, .* 'train' has 16\. .* of 16"):
+        check(17)
+    with pytest.raises(ValueError, match=r"of 16 images, .* 'train\[:50%\]' has 8\."):
+        check(16, train_split="train[:50%]")
+    check(1)
+    half = {"label_fraction": ("normals", 0.5)}
+    check(2, **half)
+    with pytest.raises(ValueError, match=r"Half of .* of normals\. .*batch_size=1\. "):
+        check(1, **half)
 
 
 def test_labels_are_counted_on_the_images_that_have_them(tiny, finished):
@@ -239,3 +257,7 @@ def test_a_small_label_fraction_is_part_of_a_larger_one(tiny):
         assert chosen(small, 0).sum() == round(small * 795)
         assert not (chosen(small, 0) & ~chosen(large, 0)).any()
     assert (chosen(0.1, 0) != chosen(0.1, 1)).any()
+    first, second = METHODS["ensemble"].seeds
+    for seed in range(3):  # two networks together have no more labels than one
+        of_both = (chosen(0.1, seed + x) for x in (first, second))
+        np.testing.assert_array_equal(*of_both)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, get_origin, get_type_hints
 
 import keras
@@ -15,8 +16,12 @@ from typer.testing import CliRunner
 
 from training import benchmark, fitting, methods, preemption, recipes
 from training.__main__ import app, path, prepare_app
+from training.files import Row, write_csv
 from training.gradients import PCGrad
+from training.locks import lock
 from training.preemption import Preempted, preemptible
+from training.provenance import Made
+from training.study import studies
 
 
 def training(*arguments):
@@ -78,6 +83,8 @@ def test_the_demo_exports_one_signature_per_task(demo):
     pictures = {"from_jpeg", *(f"{task}_from_jpeg" for task in both)}
     assert set(served.signatures) == {"serving_default"} | both | pictures
     meanings = folder / "comparison/seed0/serving/1/assets.extra/answers.json"
+    made_of = json.loads(meanings.with_name("made_of.json").read_text())
+    assert made_of["method"] == "cross_stitch_from_start"
     assert meanings.read_text() == (run / "answers.json").read_text()
     for task in ("segmentation", "normals"):
         answer = served.signatures[task](image=image)[task]
@@ -128,6 +135,81 @@ def test_a_study_that_is_stopped_has_written_the_rows_of_what_was_finished(
     assert len(trained) == 1
     table = (tmp_path / "scenes-toy-labels10/demo.csv").read_text()
     assert f"\n{trained[0]},0," in table
+
+
+@shares_the_demo
+def test_a_shard_waits_for_a_run_that_another_one_trains(demo, tmp_path, monkeypatch):
+    _, folder = demo
+    (tmp_path / "datasets").symlink_to(folder.parent / "datasets")
+    first, *others = studies.DEMO
+    for method in others:
+        shutil.copytree(folder / method, tmp_path / folder.name / method)
+    run = tmp_path / folder.name / first / "seed0"
+    taken, asked = threading.Event(), threading.Event()
+
+    def train():
+        with lock(run / ".lock", wait=False):
+            taken.set()
+            asked.wait(60)
+            time.sleep(1)
+            shutil.copytree(folder / first / "seed0", run, dirs_exist_ok=True)
+
+    def ask(path, *, wait):
+        asked.set()
+        return lock(path, wait=wait)
+
+    monkeypatch.setattr(fitting, "lock", ask)
+    with ThreadPoolExecutor() as executor:
+        other = executor.submit(train)
+        taken.wait(60)
+        study = ("study", "scenes-labels10", "demo", "--toy", "--runs", tmp_path)
+        result = training(*study, "--shard", "1/2")
+        asked.set()
+        other.result()
+
+    assert result.exit_code == 0, result.output
+    table = (tmp_path / "results/scenes-toy-labels10/demo.csv").read_text()
+    assert f"\n{first},0," in table
+
+
+@shares_the_demo
+def test_one_study_at_a_time_writes_to_a_folder_of_results(demo, tmp_path, monkeypatch):
+    """Those of other runs, too: each would keep the rows that it had read."""
+    _, folder = demo
+    found = []
+
+    def write(planned, results):
+        (path,) = results.glob(".*lock")
+        with (
+            pytest.raises(ValueError, match="is being written"),
+            lock(path, wait=False),
+        ):
+            pass
+        found.append(results)
+        return []
+
+    monkeypatch.setattr(studies, "write", write)
+    study = ("study", "scenes-labels10", "demo", "--toy", "--runs", folder.parent)
+    result = training(*study, "--results", tmp_path)
+
+    assert result.exit_code == 0, result.output
+    assert found == [tmp_path]
+
+
+@shares_the_demo
+def test_rows_of_another_recipe_are_found_before_training(demo, tmp_path, monkeypatch):
+    _, folder = demo
+    row = (*Row("single_task", 7, "segmentation", "miou", 1.0), *Made("another"))
+    path = tmp_path / folder.name / "tower-init.csv"
+    write_csv(path, (*Row._fields, *Made._fields), [row])
+    trained = []
+    monkeypatch.setattr(fitting, "fit", lambda *run, **_: trained.append(run))
+    study = ("study", "scenes-labels10", "tower-init", "--toy")
+    result = training(*study, "--runs", folder.parent, "--results", tmp_path)
+
+    assert result.exit_code == 2
+    assert "Of another are: single_task, seed 7. Make" in result.stderr
+    assert trained == []
 
 
 @shares_the_demo
@@ -339,7 +421,7 @@ def test_methods_are_timed_as_multiples_of_the_single_task_networks(finished):
         (["study", "scenes", "table5", "--toy"], "no study 'table5'"),
         (["fit", "scenes", "--backbone", "x.keras"], "has no backbone"),
         (["fit", "scenes", "--weights", "x.npy"], "takes no weights"),
-        (["fit", "voc2008_alexnet", "--weights", "x.npy"], "x.npy"),
+        (["fit", "voc2008_alexnet", "--weights", "x.npz"], "x.npz. There is no such"),
         (["fit", "voc2008_alexnet"], "give it with --data DIR"),
         (["fit", "voc2008_alexnet", "--data", "/nowhere"], "Missing: /nowhere"),
         (["prepare", "voc2008", "new", "--devkit=a", "--apascal=b"], "Missing: a/JPEG"),
@@ -363,6 +445,15 @@ def test_bad_input_ends_in_one_line(arguments, message, tmp_path, monkeypatch):
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.glob("runs/*/*/seed0"))
+
+
+def test_weights_are_read_before_data_are_prepared(tmp_path):
+    np.save(tmp_path / "alexnet.npy", {"conv1": "a pickle"})
+    data = ("--data", tmp_path / "nowhere", "--weights", tmp_path / "alexnet.npy")
+    result = training("fit", "voc2008_alexnet", *data)
+
+    assert result.exit_code == 2
+    assert "Expected AlexNet's weights, an .npz of arrays, in " in result.stderr
 
 
 def test_every_path_begins_at_home_where_it_says_so(monkeypatch, tmp_path):

@@ -541,6 +541,11 @@ def test_what_would_fail_late_is_found_before_training(finished):
         fitting.check(with_(finished, "units", at=("pool9",)), ["cross_stitch"])
     with pytest.raises(ValueError, match="no layer 'conv9'"):
         fitting.check(finished, ["split@conv9"])
+    with pytest.raises(ValueError, match=r"of 64 images, .* has 16\."):
+        fitting.check(with_(finished, "training", batch_size=64), ["single_task"])
+    unknown = with_(finished, "data", tasks=("segmentation", "parts:letters"))
+    with pytest.raises(ValueError, match=r"no task 'letters', .*'tiny'.*: segmentatio"):
+        open_experiment(unknown.recipe, None, finished.runs)
 
 
 def test_an_ensemble_answers_with_the_average_of_two_nets(

@@ -149,6 +149,58 @@ def test_a_map_that_is_another_one_is_named(broken, tmp_path, change, message):
         open_experiment(recipe(), broken, tmp_path)
 
 
+def nested(folder):
+    """Moves each split's images into two sub-folders, whose files have equal names."""
+    for split in (x for kind in folder.iterdir() for x in kind.glob("t*/")):
+        for k, path in enumerate(sorted(split.iterdir())):
+            target = split / "ab"[k % 2] / f"{k // 2:02d}{path.suffix}"
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+
+
+def test_files_of_one_name_in_two_sub_folders_are_two_images(things, broken, tmp_path):
+    nested(broken)
+    chosen = recipe()
+    plain = open_experiment(chosen, things, tmp_path / "plain")
+    other = open_experiment(chosen, broken, tmp_path / "nested")
+
+    def pairs(experiment):
+        images, targets = experiment.train_examples
+        parts = zip(images.numpy(), targets["shapes"].numpy(), strict=True)
+        return sorted(image.tobytes() + maps.tobytes() for image, maps in parts)
+
+    assert len(pairs(plain)) == 16
+    assert pairs(other) == pairs(plain)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("images/train/03.jpg", "images/train/03.jpeg"),
+        ("shapes/test/03.png", "shapes/test/03.tif"),
+    ],
+)
+def test_two_files_of_one_name_are_named(broken, tmp_path, first, second):
+    for path in (first, second):
+        shutil.copy(broken / "shapes/train/03.png", broken / path)
+
+    with pytest.raises(ValueError, match=r"one file named '\w+' in ") as refused:
+        open_experiment(recipe(), broken, tmp_path)
+    assert all(str(broken / path) in str(refused.value) for path in (first, second))
+
+
+def test_what_is_wrong_in_a_sub_folder_is_named_as_well(broken, tmp_path):
+    nested(broken)
+    path = broken / "shapes/train/b/02.png"
+    path.rename(path.with_name("99.png"))
+    with pytest.raises(ValueError, match=r"b/02\.jpg has none in .*shapes/train\. "):
+        open_experiment(recipe(), broken, tmp_path)
+    path.with_name("99.png").rename(path)
+    cv2.imwrite(str(path), np.full((96, 128), 7, np.uint8))
+    with pytest.raises(ValueError, match=r": 7\. .* to .*things/shapes/classes\.txt"):
+        open_experiment(recipe(), broken, tmp_path)
+
+
 def test_a_list_of_classes_is_of_different_names(broken, tmp_path):
     (broken / "shapes" / "classes.txt").write_text("ground\nground\n")
 
@@ -181,4 +233,4 @@ def test_sizes_that_do_not_fit_say_which_would(things, tmp_path):
     experiment = open_experiment(chosen, things, tmp_path)
 
     with pytest.raises(ValueError, match=r"stored at 96x128.* 48x64\. Received.*36x64"):
-        batches.pipeline(chosen).check(experiment.builder, chosen.data)
+        batches.pipeline(chosen).check(experiment.builder, chosen)

@@ -1,4 +1,6 @@
 import dataclasses
+import sys
+import types
 
 import pytest
 
@@ -70,6 +72,47 @@ def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
             find(image, target)
     with pytest.raises(ValueError, match=r"halves its target_size.* 75x100"):
         find((150, 200), (75, 100), toy=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (
+            "data",
+            {"label_fraction": ("depth", 1.0)},
+            r"of the recipe 'scenes' .* tasks, segmentation, normals\. Rec.*: 'depth'",
+        ),
+        ("single_task", {"epochs": 0}, r"single_task in .* 'scenes'.* epochs=0"),
+        ("finetuning", {"epochs": 0}, r"finetuning in .* 'scenes'.* epochs=0"),
+    ],
+)
+def test_a_recipe_that_would_fail_late_is_refused_where_it_is_read(
+    scenes, monkeypatch, part, values, message
+):
+    changed = recipes.change(scenes, part, **values)
+    monkeypatch.setattr("training.recipes.scenes.RECIPE", changed)
+
+    for name in ("scenes", "scenes-labels10"):
+        with pytest.raises(ValueError, match=message):
+            recipes.find(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("rooms", "scenes"),  # a copy, its name forgotten
+        ("my-rooms", "my-rooms"),  # data would be those of `my`
+    ],
+)
+def test_a_recipe_that_would_be_filed_under_another_is_refused(
+    scenes, monkeypatch, file, name
+):
+    module = types.SimpleNamespace(RECIPE=dataclasses.replace(scenes, name=name))
+    monkeypatch.setitem(sys.modules, f"training.recipes.{file}", module)
+    monkeypatch.setattr(recipes, "names", lambda: ["scenes", file])
+
+    with pytest.raises(ValueError, match=rf"recipes/{file}\.py must .* name='{name}'"):
+        recipes.find(f"{file}-labels10")
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,11 @@ def test_images_without_an_object_are_loaded(rooms, monkeypatch):
     assert (known["labels"][2].numpy() == -1).all()
     assert not known["boxes"][2].numpy().any()
     assert (known["labels"].numpy() >= 0).any(axis=1).sum() == 15
+
+
+def test_fewer_images_than_a_batch_are_refused(rooms):
+    many = recipes.change(rooms.recipe, "training", batch_size=17)
+    regions.check(rooms.builder, recipes.change(many, "training", batch_size=16))
+
+    with pytest.raises(ValueError, match=r"of 17 images, and its split 'train' has 16"):
+        regions.check(rooms.builder, many)

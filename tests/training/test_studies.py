@@ -192,7 +192,8 @@ def test_the_time_of_a_run_is_estimated_from_those_before(scenes):
 
     assert studies.duration(by_method["cross_stitch"]) is None
     finish(by_method["single_task"])
-    for name in ("scenes_detection", "scenes-toy", "scenes-toy-labels10"):
+    others = ("scenes_detection", "scenes-toy", "scenes-toy-labels10")
+    for name in (*others, "scenes-labels10-search", "scenes-labels10-depth+normals"):
         other = scenes.runs / name / "single_task/seed0"
         other.mkdir(parents=True)
         (other / "history.csv").write_text("epoch,loss,seconds\n0,2,99\n1,1,99\n")
@@ -201,6 +202,13 @@ def test_the_time_of_a_run_is_estimated_from_those_before(scenes):
     assert studies.duration(by_method["cross_stitch"]) == 6 * 8
     assert studies.duration(by_method["hard_sharing"]) == 20 * 8
     assert studies.duration(by_method["ensemble"]) == 0
+    (few,) = (
+        run
+        for run in studies.plan(scenes, "label-fraction", [0])
+        if (run.experiment.recipe.name, run.method)
+        == ("scenes-labels5", "cross_stitch")
+    )
+    assert studies.duration(few) == 6 * 8
 
 
 def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
@@ -282,6 +290,31 @@ def test_a_run_of_another_recipe_is_not_written(scenes, tmp_path):
         ValueError, match=r"another recipe: data\.smallest_crop changed"
     ):
         studies.write(planned, tmp_path)
+
+
+def test_what_would_not_be_written_is_found_before_a_run_is_trained(scenes, tmp_path):
+    planned = studies.plan(scenes, "splits", [0])
+    for run in planned[:2]:
+        finish(run)
+    studies.check(planned, tmp_path / "none")
+    (path,) = studies.write(planned, tmp_path)
+    before = path.read_text()
+    changed = recipes.change(scenes.recipe, "finetuning", epochs=7)
+    changed = dataclasses.replace(scenes, recipe=changed, runs=tmp_path / "other")
+    other = studies.plan(changed, "splits", [0])
+
+    studies.check(planned, tmp_path)
+    message = r"Of another are: single_task_as_long, seed 0; split@conv2, seed 0\. Make"
+    with pytest.raises(ValueError, match=message):
+        studies.check(other, tmp_path)
+    for run in other[:2]:
+        finish(run)
+    studies.check(other, tmp_path)  # these replace them
+    begun = planned[2]
+    runs.claim(begun.folder, {**begun.experiment.depends_on(begun.method, 0), "x": 1})
+    with pytest.raises(ValueError, match=rf"{begun.method}/seed0 was begun with ano"):
+        studies.check(planned, tmp_path)
+    assert path.read_text() == before
 
 
 def test_a_row_says_what_made_it(scenes, tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from training.recipes import Data
+from training.methods import SECOND_NETWORK
+from training.recipes import Data, Recipe
 
 
 def features(tasks: Mapping[str, Any]) -> set[str]:
@@ -15,8 +16,9 @@ def features(tasks: Mapping[str, Any]) -> set[str]:
     return {"image", *(task.feature for task in tasks.values())}
 
 
-def check(builder: tfds.core.DatasetBuilder, data: Data) -> None:
+def check(builder: tfds.core.DatasetBuilder, recipe: Any) -> None:
     """Raises a ValueError for a recipe's data that the prepared ones cannot give."""
+    data: Data = recipe.data
     height, width = builder.info.features["image"].shape[:2]
     rows, columns = data.target_size
     if height % rows or width % columns:
@@ -25,7 +27,26 @@ def check(builder: tfds.core.DatasetBuilder, data: Data) -> None:
             "the recipe's must be every so many-th pixel, as of "
             f"{height // 2}x{width // 2}. Received: target_size={rows}x{columns}"
         )
-    labelled_images(data, builder.info.splits[data.train_split].num_examples, seed=0)
+    count = check_batch(builder, recipe)
+    labelled = labelled_images(data, count, seed=0)
+    if recipe.training.batch_size < 2 and not labelled.all():
+        raise ValueError(
+            f"Half of each batch of the recipe '{recipe.name}' are images with labels "
+            f"of {data.label_fraction[0]}. Received: batch_size=1. Give it 2 or more"
+        )
+
+
+def check_batch(builder: tfds.core.DatasetBuilder, recipe: Recipe) -> int:
+    """The number of train images, of which there must be enough for a batch."""
+    split, size = recipe.data.train_split, recipe.training.batch_size
+    count = builder.info.splits[split].num_examples
+    if count < size:
+        raise ValueError(
+            f"The recipe '{recipe.name}' trains on batches of {size} images, and its "
+            f"split '{split}' has {count}. Give it a batch_size of {count} or less, or "
+            "more images"
+        )
+    return count
 
 
 def load(
@@ -125,10 +146,11 @@ def labels(
 def labelled_images(data: Data, count: int, seed: int) -> np.ndarray:
     """Which train images have the labels of the `label_fraction` task, (N,) bool.
 
-    Those of a small fraction are among those of any larger one.
+    Those of a small fraction are among those of any larger one, and an ensemble's two
+    networks have the same.
     """
     task, share = data.label_fraction
-    rank = np.random.default_rng([seed, 1]).permutation(count)
+    rank = np.random.default_rng([seed % SECOND_NETWORK, 1]).permutation(count)
     labelled = rank < round(share * count)
     if not labelled.any():
         raise ValueError(

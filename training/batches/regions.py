@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from training.batches.dense import passes
+from training.batches.dense import check_batch, passes
 from training.datasets import proposals
 from training.recipes import RegionData
 
@@ -25,8 +25,9 @@ def features(tasks: Mapping[str, Any]) -> set[str]:
     return {"image", "objects"}
 
 
-def check(builder: tfds.core.DatasetBuilder, data: RegionData) -> None:
-    """Nothing to check: images are brought to any size, and all have their boxes."""
+def check(builder: tfds.core.DatasetBuilder, recipe: Any) -> None:
+    """Raises a ValueError for too few images; they may be of any size."""
+    check_batch(builder, recipe)
 
 
 def load(

@@ -66,7 +66,8 @@ def check_folder(path: str | os.PathLike) -> dict[str, list[str]]:
             labels = _files(folder / feature / split)
             if alone := sorted(images[split].keys() ^ labels.keys()):
                 one = {**labels, **images[split]}[alone[0]]
-                other = folder / (feature if one.parts[-3] == "images" else "images")
+                has_image = alone[0] in images[split]
+                other = folder / (feature if has_image else "images")
                 raise ValueError(
                     f"Expected a label map in {folder / feature} for each image. "
                     f"{len(alone)} have no partner, the first: {one} has none in "
@@ -127,8 +128,16 @@ def _features(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """{name without its ending: file}."""
-    found = {path.stem: path for path in files_in(folder)} if folder.is_dir() else {}
+    """{path in the folder, without its ending: file}."""
+    found: dict[str, Path] = {}
+    for path in files_in(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(
+                f"Expected one file named '{name}' in {folder}, whatever its ending. "
+                f"Received: {found[name]} and {path}. Rename one, or remove it"
+            )
+        found[name] = path
     if not found:
         raise ValueError(
             f"Expected image files in {folder}. There are none. A data set of one's "
@@ -190,9 +199,10 @@ def _read(path: Path, feature: tfds.features.Image, folder: Path) -> np.ndarray:
     if isinstance(feature, tfds.features.LabeledImage):
         highest = stored[stored != VOID].max(initial=0)
         if highest >= len(feature.names):
+            classes = folder / path.relative_to(folder).parts[0] / "classes.txt"
             raise ValueError(
                 f"Expected the classes 0 to {len(feature.names) - 1} in {path}, or "
-                f"{VOID} for none. Received: {highest}. Add its name to "
-                f"{path.parents[1] / 'classes.txt'}, or write the file anew"
+                f"{VOID} for none. Received: {highest}. Add its name to {classes}, or "
+                "write the file anew"
             )
     return stored.reshape(feature.shape)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ class FastRcnnAlexNet:
     dropout: float
     weight_decay: float
     common_start: bool  # all towers from one initialisation
-    weights: Path | None  # of conv1 to fc7: .npy, or torchvision's
+    weights: Path | None  # of conv1 to fc7: .npz, torchvision's names or Caffe's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +167,19 @@ def find(name: str, toy: bool = False) -> Recipe:
     if base not in names():
         raise ValueError(f"There is no recipe '{base}'. There are: {names()}")
     recipe = importlib.import_module(f"training.recipes.{base}").RECIPE
+    _check_name(recipe, base)
+    _check_label_fraction(recipe)
+    _check_epochs(recipe)
     _check_sizes(recipe)
     if toy:
         recipe = _toy(recipe)
         _check_sizes(recipe)
     return recipe if name == base else with_labels(recipe, percent)
+
+
+def whatever_labels(name: str) -> str:
+    """The name that a recipe has with all labels: `scenes-a+b`, say."""
+    return re.sub(r"-labels\d+", "", name)
 
 
 def with_labels(recipe: Recipe, percent: int | str) -> Recipe:
@@ -245,6 +254,37 @@ def change(recipe: Recipe, part: str, **values: Any) -> Recipe:
     """The recipe with other values in one of its parts."""
     changed = dataclasses.replace(getattr(recipe, part), **values)
     return dataclasses.replace(recipe, **{part: changed})
+
+
+def _check_name(recipe: Recipe, file: str) -> None:
+    """Runs are filed by the recipe's name, prepared data by that before a hyphen."""
+    if recipe.name != file or "-" in file:
+        raise ValueError(
+            f"The recipe of training/recipes/{file}.py must have that file's name, and "
+            "no hyphen in it, or its runs and data are filed under another recipe's. "
+            f"Received: name={recipe.name!r}"
+        )
+
+
+def _check_label_fraction(recipe: Recipe) -> None:
+    if not isinstance(recipe.data, Data):
+        return
+    task, _ = recipe.data.label_fraction
+    if task not in kinds(recipe.data):
+        raise ValueError(
+            f"The label fraction of the recipe '{recipe.name}' must be of one of its "
+            f"tasks, {', '.join(kinds(recipe.data))}. Received: {task!r}"
+        )
+
+
+def _check_epochs(recipe: Recipe) -> None:
+    for schedule in ("single_task", "finetuning"):
+        epochs = getattr(recipe, schedule).epochs
+        if epochs < 1:
+            raise ValueError(
+                f"Expected an epoch or more of {schedule} in the recipe "
+                f"'{recipe.name}'. Received: epochs={epochs}"
+            )
 
 
 def _check_sizes(recipe: Recipe) -> None:

@@ -2,8 +2,9 @@
 
 Data as in `voc2008`. The paper's towers have ImageNet's weights:
 
-    python -m training fit voc2008_alexnet --data DIR --weights bvlc_alexnet.npy
+    python -m training fit voc2008_alexnet --data DIR --weights alexnet.npz
 
+The `.npz` has torchvision's names or Caffe's layers (training/alexnet_weights.py).
 Without them, from scratch, it is here for the record.
 """
 

@@ -1,5 +1,6 @@
 """What the runs of one seed come to: a table, a gallery, alphas and a SavedModel."""
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from keras_cross_stitch import NDDR, CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
-from training.files import unfinished
+from training.files import read_json, unfinished, write_json
 from training.runs import Experiment
 from training.study import delta_m, figures, recorded
 from training.study.results import (
@@ -36,7 +37,7 @@ LEGEND = (
 )
 
 
-def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path:
+def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path | None:
     """Writes pictures of finished runs, and the last one's model as a SavedModel.
 
     In `<runs>/<recipe>/`: `gallery/<task>_seed<seed>.png`; and, if the last method has
@@ -48,7 +49,7 @@ def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path:
         seed: Integer.
 
     Returns:
-        The path of the folder `comparison/seed<seed>`.
+        The path of the folder `comparison/seed<seed>`, `None` without units.
     """
     folders = [experiment.folder(method, seed) / "model.keras" for method in methods]
     models = [keras.models.load_model(path, compile=False) for path in folders]
@@ -71,10 +72,13 @@ def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path:
             )
             _save(figure, gallery / f"{name}_seed{seed}.png", dpi=150)
     units = [x for x in models[-1].layers if isinstance(x, CrossStitch | NDDR)]
+    if not units:
+        return None
     if any(isinstance(unit, CrossStitch) for unit in units):
         _save(plot_alpha(models[-1]), target / "alpha.png", dpi=110)
-    if units:
-        _export(models[-1], folders[-1], target / "serving")
+    else:
+        (target / "alpha.png").unlink(missing_ok=True)  # another method's
+    _export(models[-1], folders[-1], target / "serving")
     return target
 
 
@@ -212,7 +216,7 @@ def _columns(
 
 def _export(model: keras.Model, trained: Path, directory: Path) -> None:
     exported, outdated = directory / "1", directory / ".outdated"
-    if exported.exists() and exported.stat().st_mtime < trained.stat().st_mtime:
+    if exported.exists() and not _is_of(exported, trained):
         shutil.rmtree(outdated, ignore_errors=True)
         # At once: a version of which half is removed would be served.
         exported.rename(outdated)
@@ -223,13 +227,25 @@ def _export(model: keras.Model, trained: Path, directory: Path) -> None:
             directory,
             version=1,
             from_jpeg=images,
-            finish=lambda version, inputs: _say_meanings(version, trained.parent),
+            finish=lambda version, inputs: _describe(version, trained),
         )
     shutil.rmtree(outdated, ignore_errors=True)
 
 
-def _say_meanings(version: Path, run: Path) -> None:
-    """Beside the graph, what its answers mean, as the preview's page draws them."""
+def _describe(version: Path, trained: Path) -> None:
+    """Beside the graph, what it was made of, and how the preview's page draws it."""
     extra = version / "assets.extra"
     extra.mkdir()
-    shutil.copyfile(run / "answers.json", extra / "answers.json")
+    shutil.copyfile(trained.with_name("answers.json"), extra / "answers.json")
+    write_json(extra / "made_of.json", _made_of(trained))
+
+
+def _is_of(version: Path, trained: Path) -> bool:
+    """Whether the SavedModel was made of that file; all methods share its folder."""
+    said = version / "assets.extra" / "made_of.json"
+    return said.exists() and read_json(said) == _made_of(trained)
+
+
+def _made_of(trained: Path) -> dict[str, str]:
+    digest = hashlib.sha256(trained.read_bytes()).hexdigest()
+    return {"method": trained.parents[1].name, "model.keras": f"sha256 {digest}"}

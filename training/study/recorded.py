@@ -120,8 +120,8 @@ class Run:
     def _seconds(self) -> float:
         lines = self.csv("history")
         own = sum(float(line.get("seconds") or 0) for line in lines)
-        known = METHODS[self.method.partition("@")[0]]
-        if not known.start:
+        known = METHODS.get(self.method.partition("@")[0])
+        if known is None or not known.start:  # `None` for a method of before
             return own
         folder = self.folder.parents[1] / known.start
         starts = [Run(folder / f"seed{self.seed + x}") for x in known.seeds]
@@ -161,7 +161,7 @@ def epochs_before(methods: Mapping[str, Sequence[Run]]) -> dict[str, int]:
     return {
         method: len(lines)
         for method in methods
-        if "single_task_longer" in (method, baseline(method))
+        if "single_task_longer" in (name := method.partition("@")[0], baseline(name))
     }
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from training.files import Row, read_csv, read_text, write_text
 from training.methods import METHODS
+from training.recipes import whatever_labels
 from training.study import delta_m, figures, paper, recorded
 from training.study.recorded import Run
 from training.study.results import Cell, Key, baseline, label, metric, statistics
@@ -145,9 +146,10 @@ def _method(
     times: Mapping[tuple[str, str], str],
     page: Path,
 ) -> dict[str, Any]:
+    known = METHODS.get(method.partition("@")[0])
     return {
         "name": method,
-        "says": METHODS[method.partition("@")[0]].says,
+        "says": known.says if known else "",  # of a method of before
         "baseline": baseline(method),
         "runs": [(run.seed, _link(run.folder, page)) for run in runs],
         "recipe": _link(runs[0].folder / "recipe.json", page),
@@ -266,8 +268,8 @@ def _label_fractions(recipes: Mapping[Path, Methods]) -> list[Picture]:
     lacking = {}
     for folder, methods in recipes.items():
         known = recorded.label_fraction([runs[0] for runs in methods.values()])
-        if known:
-            name = folder.name.partition("-labels")[0]
+        if known and not folder.name.endswith("-search"):  # on a part of train
+            name = whatever_labels(folder.name)
             groups.setdefault(name, {})[known[1]] = _rows(methods)
             lacking[name] = known[0]
     pictures = []

@@ -183,9 +183,19 @@ def label(method: str) -> str:
 
 
 def baseline(method: str) -> str | None:
-    """The method that a method is compared with, `None` for a baseline."""
-    known = METHODS.get(method.partition("@")[0])
-    return known.baseline if known else None
+    """The method that a method is compared with, `None` for a baseline.
+
+    Its towers are trained as long, by whatever `epochs`.
+
+    >>> baseline("split@conv4"), baseline("cross_stitch@epochs=8,same_task=0.5")
+    ('single_task_as_long', 'single_task_longer@epochs=8')
+    """
+    name, _, options = method.partition("@")
+    known = METHODS.get(name)
+    if known is None or known.baseline is None:
+        return None
+    epochs = [x for x in options.split(",") if x.startswith("epochs=")]
+    return known.baseline + (f"@{','.join(epochs)}" if epochs else "")
 
 
 def by_seed(rows: Iterable[Row]) -> Values:
@@ -244,7 +254,7 @@ def holm(p_values: Mapping[_Hypothesis, float]) -> set[_Hypothesis]:
     """Which of several hypotheses are rejected, at 5 % for all together (Holm, 1979).
 
     Args:
-        p_values: Dict of hypothesis to its p-value.
+        p_values: Dict of hypothesis to its p-value. One of NaN is not rejected.
 
     Returns:
         Set of hypotheses.
@@ -257,7 +267,8 @@ def holm(p_values: Mapping[_Hypothesis, float]) -> set[_Hypothesis]:
     set()
     """
     rejected = set()
-    for k, (hypothesis, p) in enumerate(sorted(p_values.items(), key=lambda x: x[1])):
+    finite = {x: p for x, p in p_values.items() if np.isfinite(p)}
+    for k, (hypothesis, p) in enumerate(sorted(finite.items(), key=lambda x: x[1])):
         if p > LEVEL / (len(p_values) - k):
             break
         rejected.add(hypothesis)

@@ -260,14 +260,23 @@ def duration(run: Planned) -> float | None:
     schedule = methods.plan(run.method, run.experiment.recipe).schedule
     if schedule is None:
         return 0.0
-    recipe = run.experiment.recipe.name.partition("-labels")[0]
+    alike = recipes.whatever_labels(run.experiment.recipe.name)
     seconds = [
         float(row["seconds"])
-        for folder in (recipe, f"{recipe}-labels*")
-        for path in run.experiment.runs.glob(f"{folder}/*/seed*/history.csv")
+        for path in run.experiment.runs.glob("*/*/seed*/history.csv")
+        if recipes.whatever_labels(path.parents[2].name) == alike
         for row in read_csv(path)
     ]
     return schedule.epochs * float(np.median(seconds)) if seconds else None
+
+
+def check(planned: Iterable[Planned], results: Path) -> None:
+    """Raises a ValueError for what `write` would refuse once the first run is done."""
+    for path, of_path in _by_file(planned, results).items():
+        for run in of_path:
+            if (run.folder / "recipe.json").exists():
+                run.experiment.claim(run.method, run.seed)
+        _made_of(path, of_path)
 
 
 def write(planned: Iterable[Planned], results: Path) -> list[Path]:
@@ -281,18 +290,24 @@ def write(planned: Iterable[Planned], results: Path) -> list[Path]:
         ValueError: If a run is of another recipe than the study's, or if a file holds
             rows of another recipe or dtype: what is to be made anew.
     """
-    files: dict[Path, list[Planned]] = {}
-    for run in planned:
-        path = results / run.experiment.recipe.name / f"{run.study}.csv"
-        if run.finished:
-            run.experiment.claim(run.method, run.seed)
-            files.setdefault(path, []).append(run)
-    lines = {path: _merged(path, finished) for path, finished in files.items()}
+    finished = [run for run in planned if run.finished]
+    for run in finished:
+        run.experiment.claim(run.method, run.seed)
+    files = _by_file(finished, results)
+    lines = {path: _merged(path, of_path) for path, of_path in files.items()}
     for path, of_runs in lines.items():
         header = (*Row._fields, *Made._fields)
         write_csv(path, header, itertools.chain.from_iterable(of_runs.values()))
         _write_sizes(path.with_name("sizes.csv"), files[path])
     return list(files)
+
+
+def _by_file(planned: Iterable[Planned], results: Path) -> dict[Path, list[Planned]]:
+    files: dict[Path, list[Planned]] = {}
+    for run in planned:
+        path = results / run.experiment.recipe.name / f"{run.study}.csv"
+        files.setdefault(path, []).append(run)
+    return files
 
 
 def _write_sizes(path: Path, finished: Sequence[Planned]) -> None:
@@ -318,8 +333,7 @@ def _merged(
 ) -> dict[tuple[str, int], list[tuple]]:
     """{(method, seed): lines} of the file and of the runs, with each run's Delta_m."""
     known = read_rows(path) if path.exists() else []
-    made = {(row.method, row.seed): by for row, by in known}
-    made |= {(run.method, run.seed): _made(run) for run in finished}
+    made = _made_of(path, finished)
     new = {(run.method, run.seed): _rows(run) for run in finished}
     kept = [
         row
@@ -327,15 +341,6 @@ def _merged(
         if (row.method, row.seed) not in new and row.task != ALL_TASKS
     ]
     rows = [*kept, *itertools.chain.from_iterable(new.values())]
-    experiment = finished[0].experiment
-    now = experiment.digest, experiment.recipe.training.dtype
-    others = [f"{x}, seed {seed}" for (x, seed), by in made.items() if by[:2] != now]
-    if others:
-        raise ValueError(
-            f"Expected the rows of {path} to be of the recipe {now[0]} in {now[1]}, as "
-            f"those of this study. Of another are: {'; '.join(others)}. Make these "
-            "anew, all of their seeds, or give another folder with --results"
-        )
     lines: dict[tuple[str, int], list[tuple]] = {
         of_run: [] for of_run in made
     }  # in the order of the file
@@ -343,6 +348,27 @@ def _merged(
         of_run = row.method, row.seed
         lines[of_run].append((*row, *made[of_run]))
     return lines
+
+
+def _made_of(path: Path, planned: Sequence[Planned]) -> dict[tuple[str, int], Made]:
+    """{(method, seed): what made it} of the file's runs and of those that are finished.
+
+    All are of one recipe and dtype.
+    """
+    known = read_rows(path) if path.exists() else []
+    made = {(row.method, row.seed): by for row, by in known}
+    made |= {(run.method, run.seed): _made(run) for run in planned if run.finished}
+    experiment = planned[0].experiment
+    now = experiment.digest, experiment.recipe.training.dtype
+    others = [f"{x}, seed {seed}" for (x, seed), by in made.items() if by[:2] != now]
+    if others:
+        raise ValueError(
+            f"Expected the rows of {path} to be of the recipe {now[0]} in {now[1]}, as "
+            f"those of this study. Of another are: {'; '.join(others)}. Make these "
+            "anew, all of their seeds, with another folder as --results; once they are "
+            "finished, this one takes them"
+        )
+    return made
 
 
 def _made(run: Planned) -> Made:

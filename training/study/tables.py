@@ -203,19 +203,19 @@ def _cells(table: Table) -> list[Cell]:
 
 def notes(tables: Sequence[Table]) -> list[str]:
     """How to read the tables, as sentences: what the numbers are, and of how many."""
-    baselines = {
-        method.partition("@")[0]: of
+    compared = dict.fromkeys(
+        (method.partition("@")[0], of)
         for table in tables
         for method, of in table.baselines.items()
-    }
+    )
     cells = [cell for table in tables for cell in _cells(table)]
     sentences = []
     if any(cell.seeds > 1 for cell in cells):
         sentences.append("Mean and standard deviation over the seeds.")
     else:
         sentences.append(_ONE_SEED)
-    if baselines:
-        pairs = (f"{label(x)} against {label(y)}" for x, y in baselines.items())
+    if compared:
+        pairs = (f"{label(x)} against {label(y)}" for x, y in compared)
         count = len({id(cell) for cell in cells if cell.difference})
         sentences.append(
             "Below it the mean difference to the baseline over the same seeds, with "

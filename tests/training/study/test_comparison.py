@@ -17,13 +17,11 @@ TASKS = ("segmentation", "normals")
 def test_a_comparison_is_pictures_and_a_model_that_is_exported_once(
     finished, cross_stitch, monkeypatch
 ):
-    monkeypatch.setattr(
-        comparison,
-        "export_saved_model",
-        lambda model, directory, version, **more: (directory / str(version)).mkdir(
-            parents=True
-        ),
-    )
+    def export(model, directory, version, finish, **more):
+        (directory / str(version)).mkdir(parents=True)
+        finish(directory / str(version), {})
+
+    monkeypatch.setattr(comparison, "export_saved_model", export)
 
     def compare():
         return comparison.compare(finished, ["single_task", "cross_stitch"], 0)
@@ -38,9 +36,41 @@ def test_a_comparison_is_pictures_and_a_model_that_is_exported_once(
     before = exported.stat().st_mtime_ns
     compare()
     assert exported.stat().st_mtime_ns == before
-    os.utime(exported, (0, 0))  # as if the model had been trained after it
+    # Without units there is nothing to say of the SavedModel.
+    assert comparison.compare(finished, ["single_task"], 0) is None
+    assert exported.stat().st_mtime_ns == before
+    (exported / "assets.extra/made_of.json").unlink()  # as it was exported before
     compare()
     assert exported.stat().st_mtime_ns > before
+
+
+def test_a_savedmodel_of_another_method_is_not_taken_for_this_one(
+    tmp_path, monkeypatch
+):
+    """Though it is newer: all methods of a seed have one folder."""
+    exports = []
+
+    def export(model, directory, version, from_jpeg, finish):
+        exports.append(model.name)
+        (directory / "1").mkdir()
+        finish(directory / "1", {})
+
+    monkeypatch.setattr(comparison, "export_saved_model", export)
+    image = keras.Input((4, 4, 3))
+    trained = {}
+    for method in ("cross_stitch", "nddr"):
+        trained[method] = tmp_path / method / "seed0" / "model.keras"
+        trained[method].parent.mkdir(parents=True)
+        (trained[method].parent / "answers.json").write_text("{}")
+        trained[method].write_text(method)
+        os.utime(trained[method], (0, 0))
+    for method in ("cross_stitch", "cross_stitch", "nddr", "nddr", "cross_stitch"):
+        model = keras.Model(image, image, name=method)
+        comparison._export(model, trained[method], tmp_path)
+    trained["cross_stitch"].write_text("trained anew")
+    comparison._export(model, trained["cross_stitch"], tmp_path)
+
+    assert exports == ["cross_stitch", "nddr", "cross_stitch", "cross_stitch"]
 
 
 def test_an_export_that_is_stopped_leaves_no_part_of_a_model(tmp_path, monkeypatch):
@@ -60,7 +90,7 @@ def test_an_export_that_is_stopped_leaves_no_part_of_a_model(tmp_path, monkeypat
     image = keras.Input((4, 4, 3))
     old, new = (keras.Model(image, image, name=name) for name in ("old", "new"))
     comparison._export(old, trained, tmp_path)
-    os.utime(tmp_path / "1", (0, 0))
+    trained.write_text("trained anew")
     stops.append(True)
     with pytest.raises(KeyboardInterrupt):
         comparison._export(new, trained, tmp_path)

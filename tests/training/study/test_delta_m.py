@@ -65,6 +65,7 @@ def test_each_method_is_against_its_own_baseline_and_seed():
         ("cross_stitch@same_task=0.5", "single_task_longer"),
         ("split@conv4", "single_task_as_long"),
         ("ensemble", "single_task"),
+        ("hard_sharing@epochs=8", "single_task_as_long@epochs=8"),
     ):
         for seed in range(3):
             theirs, ours = rng.uniform(10, 60, (2, 2))

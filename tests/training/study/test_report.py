@@ -1,12 +1,15 @@
 """The report, as a browser shows it. KCS_SCREENSHOTS=DIR keeps pictures of it."""
 
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
+from training.study import recorded
 from training.study.report import write_report
 
 
@@ -125,6 +128,56 @@ def test_it_shows_a_picture_of_each_kind(html):
         "Gain of a split at each layer over its baseline",
         *2 * ("Training loss by epoch, a line per run", from_start),
     ]
+
+
+def test_a_picture_of_label_fractions_is_of_one_experiment(runs, tmp_path):
+    """A search, held-out images and other tasks are not the recipe with less."""
+
+    def copied(name, share):
+        shutil.copytree(runs / "scenes-labels10", tmp_path / name)
+        for path in (tmp_path / name).glob("*/*/recipe.json"):
+            said = json.loads(path.read_text())
+            said["data"]["label_fraction"] = ["segmentation", share]
+            path.write_text(json.dumps(said))
+
+    for name, share in (
+        ("scenes-labels10", 0.1),
+        ("scenes-labels5-search", 0.05),
+        ("scenes-search", 1.0),
+        ("scenes-labels25-validated", 0.25),
+        ("scenes-labels50-a+b", 0.5),
+    ):
+        copied(name, share)
+
+    def captions():
+        html = write_report(tmp_path, tmp_path / "report.html").read_text()
+        return re.findall(r"<figcaption>(.*?: labels of .*?)</figcaption>", html)
+
+    assert captions() == []
+    copied("scenes-a+b", 1.0)
+    copied("scenes-labels50", 0.5)
+    assert captions() == [
+        f"{x}: labels of segmentation" for x in ("scenes-a+b", "scenes")
+    ]
+
+
+def test_a_method_that_no_longer_exists_is_shown(runs, tmp_path):
+    folder = tmp_path / "nyuv2"
+    shutil.copytree(runs / "nyuv2/cross_stitch/seed0", folder / "soft_sharing/seed0")
+    html = write_report(tmp_path, tmp_path / "report.html").read_text()
+
+    assert ">soft sharing</th>" in html
+    run = recorded.Run(folder / "soft_sharing/seed0")
+    assert run.costs["seconds"] == 3 * 60  # what it started from is not known
+
+
+def test_trained_on_for_other_epochs_begins_where_the_single_task_networks_ended(runs):
+    methods = recorded.by_method(runs / "nyuv2")
+    longer = ("single_task_longer@epochs=8", "cross_stitch@epochs=8")
+    known = methods | dict.fromkeys(longer, methods["cross_stitch"])
+
+    after = ("cross_stitch", "single_task_longer", *longer)
+    assert recorded.epochs_before(known) == dict.fromkeys(after, 6)
 
 
 def test_names_are_text_and_not_markup(html):

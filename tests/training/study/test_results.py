@@ -13,7 +13,7 @@ from training.study.results import (
     read_rows,
     statistics,
 )
-from training.study.tables import brief
+from training.study.tables import brief, markdown
 
 HEADER = (*Row._fields, *Made._fields)
 
@@ -125,6 +125,37 @@ def test_a_method_that_does_not_differ_from_another_is_not_marked():
 
     assert not any(cell.best for cell in known.values())
     assert known["cross_stitch"].certain
+
+
+def test_more_epochs_are_compared_with_as_many():
+    """Though the baseline of fewer is there, too, and has lower values."""
+    longer = {
+        "single_task_longer@epochs=8": [23, 24, 25.1],
+        "cross_stitch@epochs=8,same_task=0.5": [22, 23, 24],
+    }
+    values = {"single_task_longer": [20, 21, 22], "cross_stitch": [21, 22, 23.1]}
+    tables = statistics(rows_of(values | longer))
+    known = {method: cell for method, (cell,) in tables[0].cells.items()}
+
+    assert known["cross_stitch"].difference.mean == pytest.approx(1, abs=0.04)
+    of_longer = known["cross_stitch@epochs=8,same_task=0.5"]
+    assert of_longer.difference.mean == pytest.approx(-1, abs=0.04)
+    assert not of_longer.best
+    note = (
+        "(cross-stitch against single-task, trained on; cross-stitch against "
+        "single-task, trained on, epochs 8)"
+    )
+    assert note in markdown(tables)
+
+
+def test_a_value_that_is_none_makes_nothing_certain():
+    p_values = {"a": 0.001, "b": np.nan, "c": 0.02, "d": 0.024}
+    for order in itertools.permutations(p_values):
+        assert holm({x: p_values[x] for x in order}) == {"a"}
+    known = cells(
+        {"single_task_longer": [20, 21, 22.5], "cross_stitch": [21, 22, np.nan]}
+    )
+    assert not known["cross_stitch"].certain
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
