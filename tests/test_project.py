@@ -287,6 +287,21 @@ def test_changes_and_citation_are_of_this_version():
 # them alone. They run in order, in one namespace.
 
 
+def models_trained_apart():
+    def tower(size, outputs):
+        image = x = keras.Input((size, size, 3), name="image")
+        for k, filters in enumerate((4, 8)):
+            x = keras.layers.Conv2D(filters, 3, 2, padding="same", name=f"c{k}")(x)
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(image, keras.layers.Dense(outputs)(x))
+
+    tower(64, 5).save("kind.keras")
+    tower(48, 1).save("age.keras")
+    names = ["common_taps", "stitch", "LearningRateGroups"]
+    of_library = {name: getattr(keras_cross_stitch, name) for name in names}
+    return {"keras": keras, **of_library}
+
+
 def towers_with_layers_of_other_names():
     def tower(tap):
         image = keras.Input((8, 8, 3), name="image")
@@ -294,16 +309,9 @@ def towers_with_layers_of_other_names():
         return keras.Model(image, keras.layers.Conv2D(1, 1, name="out")(x))
 
     return {
-        "keras": keras,
-        "stitch": keras_cross_stitch.stitch,
         "unet": tower("down2"),
         "mobilenet": tower("block_3_project_BN"),
     }
-
-
-def towers_to_project():
-    names = ["common_taps", "LearningRateGroups"]
-    return {name: getattr(keras_cross_stitch, name) for name in names}
 
 
 def a_subclassed_model():
@@ -405,8 +413,9 @@ def nothing_more():
 
 
 NEEDS = {
+    'load_model("kind.keras")': models_trained_apart,
     "at=[{": towers_with_layers_of_other_names,
-    "common_taps(": towers_to_project,
+    "projections=10": nothing_more,
     'towers["kind"].call': a_subclassed_model,
     "backbone.layers[:54]": backbone,
     "sample_from_datasets": labels_of_some_tasks,
@@ -440,7 +449,12 @@ def run_blocks_of_using(numbers, namespace):
 @pytest.mark.usefixtures("fit_must_help")
 def test_the_python_blocks_of_using_run_and_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_blocks_of_using(slice(5), {})
+    namespace = {}
+    run_blocks_of_using(slice(1), namespace)
+    alone, image = namespace["towers"], np.full((2, 64, 64, 3), 200.0)
+    for task, answer in namespace["model"](image).items():
+        np.testing.assert_allclose(answer, alone[task](image), rtol=1e-4)
+    run_blocks_of_using(slice(1, 6), namespace)
 
 
 @pytest.mark.slow
@@ -452,7 +466,7 @@ def test_the_shorter_python_blocks_of_using_run(tmp_path, monkeypatch, capsys):
     )
     names = ["MaskedLoss", "MaskedMetric", "stitch"]
     namespace = {name: getattr(keras_cross_stitch, name) for name in names}
-    run_blocks_of_using(slice(5, None), {"keras": keras, "tf": tf, **namespace})
+    run_blocks_of_using(slice(6, None), {"keras": keras, "tf": tf, **namespace})
     printed = capsys.readouterr().out
     assert "['shared_turned']" in printed
     assert "(4, 6, 6, 1) ['depth', 'edges']" in printed
