@@ -83,6 +83,11 @@ def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
             r"of the recipe 'scenes' .* tasks, segmentation, normals\. Rec.*: 'depth'",
         ),
         ("single_task", {"epochs": 0}, r"single_task in .* 'scenes'.* epochs=0"),
+        (
+            "training",
+            {"loss_weights": (1.0, 2.0, 3.0)},
+            r"loss_weights of .* a number for each of segmentation, normals\. Rec.*3\.0",
+        ),
         ("finetuning", {"epochs": 0}, r"finetuning in .* 'scenes'.* epochs=0"),
     ],
 )

@@ -38,6 +38,14 @@ def test_tasks_that_a_recipe_cannot_have_are_refused(name, tasks, message):
         recipes.with_tasks(recipes.find(name), tasks.split(","))
 
 
+def test_other_tasks_need_as_many_weights():
+    scenes = recipes.find("scenes")
+    weighed = recipes.change(scenes, "training", learning_rate_multipliers=(1.0, 2.0))
+    message = r"learning_rate_multipliers .* each of depth, segmentation, normals"
+    with pytest.raises(ValueError, match=message):
+        recipes.with_tasks(weighed, ["depth", "segmentation", "normals"])
+
+
 def test_a_task_without_labels_is_refused(finished, monkeypatch):
     features = {x: None for x in ("image", "segmentation", "normals")}
     builder = finished.builder

@@ -170,6 +170,7 @@ def find(name: str, toy: bool = False) -> Recipe:
     _check_name(recipe, base)
     _check_label_fraction(recipe)
     _check_epochs(recipe)
+    _check_a_number_a_task(recipe)
     _check_sizes(recipe)
     if toy:
         recipe = _toy(recipe)
@@ -238,6 +239,7 @@ def with_tasks(recipe: Recipe, tasks: list[str]) -> Recipe:
         )
     if tasks == list(recipe.data.tasks):
         return recipe
+    _check_a_number_a_task(changed)
     if isinstance(recipe.data, Data):
         lacking, share = recipe.data.label_fraction
         if lacking not in kind_of and share < 1:
@@ -275,6 +277,17 @@ def _check_label_fraction(recipe: Recipe) -> None:
             f"The label fraction of the recipe '{recipe.name}' must be of one of its "
             f"tasks, {', '.join(kinds(recipe.data))}. Received: {task!r}"
         )
+
+
+def _check_a_number_a_task(recipe: Recipe) -> None:
+    tasks = kinds(recipe.data)
+    for name in ("loss_weights", "learning_rate_multipliers"):
+        values = getattr(recipe.training, name)
+        if values is not None and len(values) != len(tasks):
+            raise ValueError(
+                f"The {name} of the recipe '{recipe.name}' must be a number for each "
+                f"of {', '.join(tasks)}. Received: {values}"
+            )
 
 
 def _check_epochs(recipe: Recipe) -> None:
