@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +25,15 @@ if __name__ == "__main__":
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from export import NAME
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from export.client import Client
+    from export.client import Client, ServingError
     from export.client.drawing import Drawing
     from export.inspect.bench import Report as Times
     from export.inspect.verify import Report as Differences
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from export.make.dropping import Link
     from export.meanings import Meanings
 
-console = Console()
+# Names of files and classes are shown as they are, [brackets] and :colons: too.
+console = Console(markup=False, emoji=False)
 
 
 def path(text: str | Path) -> Path:
@@ -148,7 +150,8 @@ def verify(
 
         version = version_path(directory)
         report = verify(version, engine)
-    others = [x for x in complete_versions(version.parent) if str(x) != version.name]
+    found = complete_versions(version.parent)
+    others = [number for number, x in found.items() if x.name != version.name]
     _print_version(version, others, report)
     for line in report.wrong:
         _print_error(line)
@@ -176,7 +179,11 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Calls of each kind.")] = 30,
 ) -> None:
-    """Measure what an answer costs, in turns: each signature at batch 1, 8 and 32."""
+    """Measure what an answer costs, in turns, at batch 1, 8 and 32.
+
+    Asks each signature that takes arrays. What is too large for the server is left out,
+    and told.
+    """
     with _errors_in_a_line():
         _import_tensorflow()
         from export.inspect.bench import bench
@@ -271,11 +278,12 @@ def predict(
     Writes OUTPUT/IMAGE.TASK.png where the answer is a map or boxes, and prints it where
     it is numbers. Images of one name are told apart by their folders and endings, as
     OUTPUT/FOLDER/IMAGE.jpg.TASK.png. The model must take an image and regions, which
-    are searched for, or have been exported with --from-jpeg.
+    are searched for, or have been exported with --from-jpeg. Ends with exit code 1
+    where one of the images was not answered.
     """
     with _errors_in_a_line():
         _import_tensorflow()
-        from export.client import Client, drawing
+        from export.client import Client, ServingError, drawing
 
         names = _names(_files(images))
         output.mkdir(parents=True, exist_ok=True)
@@ -283,11 +291,25 @@ def predict(
             answers = _answers(client, model) if model else {}
             tasks = dict.fromkeys(drawing.drawn_with(t, answers) for t in task)
             signatures = client.signatures() if len(tasks) > 1 else {}
+            failed = False
             for image, drawn_to in names.items():
-                ask = _asking(client, image, tasks, signatures)
-                for each in tasks:
-                    drawn = drawing.answer(ask, each, answers)
-                    _show(image, each, drawn, output / f"{drawn_to}.{each}.png")
+                try:
+                    ask = _asking(client, image, tasks, signatures)
+                    for each in tasks:
+                        drawn = drawing.answer(ask, each, answers)
+                        _show(image, each, drawn, output / f"{drawn_to}.{each}.png")
+                except (ServingError, OSError, ValueError) as error:
+                    _print_error(f"{image}: {error}")
+                    failed = True
+                    if isinstance(error, ServingError) and not _of_one_image(error):
+                        break
+    if failed:
+        sys.exit(1)
+
+
+def _of_one_image(error: "ServingError") -> bool:
+    """Whether the server may well answer to the next image."""
+    return error.code.name in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
 
 
 def _asking(
@@ -335,11 +357,12 @@ def _answers(client: "Client", directory: Path) -> "Meanings":
     from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
     from export import meanings
+    from keras_cross_stitch.versions import versions
 
+    found = versions(directory)
     for state in client.status().model_version_status:
-        path = directory / str(state.version)
-        if state.state == ModelVersionStatus.AVAILABLE and path.is_dir():
-            return meanings.of_version(path)
+        if state.state == ModelVersionStatus.AVAILABLE and state.version in found:
+            return meanings.of_version(found[state.version])
     raise ValueError(f"{directory} does not hold the version that {client.address} has")
 
 
@@ -353,7 +376,7 @@ def _show(image: Path, task: str, drawn: "Drawing", path: Path) -> None:
         unfinished = path.with_name(f".{path.name}.part")
         try:
             with Image.open(image) as picture:
-                drawing.over(picture.convert("RGB"), drawn).save(unfinished, "PNG")
+                drawing.over(picture, drawn).save(unfinished, "PNG")
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -379,7 +402,11 @@ def _import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _errors_in_a_line() -> Iterator[None]:
-    """Ends the program with one line: code 2 for what was asked, 1 for what failed."""
+    """Ends the program with one line: code 2 for what was asked, 1 for what failed.
+
+    SIGTERM ends it as an exception does, so that nothing half done is left behind.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     except (ValueError, OSError) as error:
@@ -394,15 +421,20 @@ def _errors_in_a_line() -> Iterator[None]:
             raise
         _print_error(error.message)  # such as of a disk that is full
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print_error(error: object) -> None:
-    text = escape(" ".join(str(error).split()))
-    Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
+    _print_line("Error", "red", " ".join(str(error).split()))
 
 
 def _print_warning(text: str) -> None:
-    line = f"[yellow]Warning:[/yellow] {text}"
+    _print_line("Warning", "yellow", text)
+
+
+def _print_line(word: str, colour: str, text: str) -> None:
+    line = Text.assemble((f"{word}:", colour), " ", text)
     Console(stderr=True).print(line, soft_wrap=True)
 
 
@@ -482,6 +514,8 @@ def _print_times(report: "Times") -> None:
         if batch in report.stitched:
             line += f"; stitched {report.stitched[batch]:.3f} of unstitched"
         console.print(line)
+    for line in report.left_out:
+        _print_warning(f"left out, for it is too large: {line}")
     for name, signature in report.signatures.items():
         mb = _mb(signature.variable_bytes)
         console.print(f"{name}: {signature.ops.total()} ops, {mb} MB of weights")

@@ -164,7 +164,14 @@ def _check_model(model: keras.Model) -> None:
             )
     names = [name for of_task in _together(outputs).values() for name in of_task]
     _check_unique("outputs in the signature 'serving_default'", names)
-    _check_unique("inputs in the signatures", [_served_name(x) for x in model.inputs])
+    inputs = [_served_name(x) for x in model.inputs]
+    _check_unique("inputs in the signatures", inputs)
+    if "self" in inputs:  # signatures are called with inputs by their names
+        raise ValueError(
+            "An input may have any name but `self`, which Python has for itself: give "
+            "the `keras.Input` another, build the model anew and copy the weights. "
+            f"Received: {inputs}"
+        )
     _check_stateless(model)
 
 

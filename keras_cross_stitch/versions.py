@@ -14,7 +14,7 @@ def versions(directory: str | os.PathLike) -> dict[int, pathlib.Path]:
         paths = [path for path in pathlib.Path(directory).iterdir() if path.is_dir()]
     except OSError:
         return {}
-    return dict(sorted((int(path.name), path) for path in paths if _is_number(path)))
+    return dict(sorted((int(path.name), path) for path in paths if is_number(path)))
 
 
 def is_complete(version: str | os.PathLike) -> bool:
@@ -24,7 +24,7 @@ def is_complete(version: str | os.PathLike) -> bool:
 
 def next_number(directory: str | os.PathLike) -> int:
     """One above the highest number that anything in the directory has for a name."""
-    names = filter(_is_number, pathlib.Path(directory).iterdir())
+    names = filter(is_number, pathlib.Path(directory).iterdir())
     return max((int(path.name) for path in names), default=0) + 1
 
 
@@ -62,7 +62,7 @@ def publish(
                 raise
 
 
-def _is_number(path: pathlib.Path) -> bool:
+def is_number(path: pathlib.Path) -> bool:
     # Other scripts' digits are decimal too, but no numbers to TensorFlow Serving.
     # Nor are those of more than 64 bits.
     return path.name.isascii() and path.name.isdecimal() and int(path.name) < 2**63

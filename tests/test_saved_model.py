@@ -281,6 +281,14 @@ def test_jpeg_and_png_of_any_size_are_resized_to_the_model(model, signatures):
     close(served["kind"], model.predict(resized.numpy(), verbose=0)["kind"])
 
 
+def test_an_input_that_python_cannot_be_given_by_name_is_an_error(tmp_path):
+    x = keras.Input((4,), name="self")
+    model = keras.Model(x, {"a": keras.layers.Dense(2)(x)})
+    with pytest.raises(ValueError, match=r"any name but `self`.* Received: \['self'\]"):
+        export_saved_model(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_resized_images_are_rounded_for_a_model_of_bytes(tmp_path):
     image = keras.Input((8, 8, 3), dtype="uint8", name="image")
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1.0)(image))

@@ -154,9 +154,11 @@ class Client:
             outputs = infos[signature].outputs
             answer = self._in_parts(signature, arrays, outputs, deadline)
         except ServingError as error:
+            self._known = None  # there may be a new version
+            if error.code == grpc.StatusCode.RESOURCE_EXHAUSTED and sent:
+                raise self._too_large(error, sent) from error
             if error.code not in _OF_THE_REQUEST:
                 raise
-            self._known = None  # there may be a new version
             raise self._explained(error, signature, sent, deadline) from error
         return pictures.in_their_pixels(answer) if pictures else answer
 
@@ -206,6 +208,17 @@ class Client:
                         f"'{name}' has no batch axis, so that the answers to parts of "
                         f"{self.batch} examples cannot be joined: give `batch`",
                     )
+            first, last = (
+                {name: array.shape[1:] for name, array in answer.items()}
+                for answer in (answers[0], answers[-1])
+            )
+            if first != last:
+                raise ServingError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"The answers to parts of {self.batch} examples cannot be joined: "
+                    f"{first} and {last}. Ask about examples of one size; if the model "
+                    "has a new version, ask again",
+                )
         return {
             name: np.concatenate([answer[name] for answer in answers])
             for name in answers[0]
@@ -230,11 +243,20 @@ class Client:
                 error.code, f"{error.message}. There are: {', '.join(known)}"
             )
         takes = info_in_words(signatures[signature].inputs)
-        described = (f"{k}: {in_words(_dtype(a), a.shape)}" for k, a in sent.items())
         return ServingError(
             error.code,
             f"{error.message}. Signature '{signature}' takes {takes}. "
-            f"Sent: {', '.join(described)}",
+            f"Sent: {_in_words(sent)}",
+        )
+
+    def _too_large(
+        self, error: ServingError, sent: Mapping[str, np.ndarray]
+    ) -> ServingError:
+        part = {k: a[: self.batch] if a.ndim else a for k, a in sent.items()}
+        return ServingError(
+            error.code,
+            f"{error.message}. If that is too large, ask in smaller parts, by "
+            f"`Client(..., batch=n)`. Sent at a time: {_in_words(part)}",
         )
 
     def _call(self, question: Callable[[Transport], Any], deadline: float) -> Any:
@@ -338,6 +360,10 @@ def _taken(given: Any, infos: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if len(infos) != 1:
         raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, "Give {input name: array}")
     return _named(given, next(iter(infos)))
+
+
+def _in_words(arrays: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{k}: {in_words(_dtype(a), a.shape)}" for k, a in arrays.items())
 
 
 def _dtype(array: np.ndarray) -> str:

@@ -196,7 +196,8 @@ def _rows(
 
 
 def over(picture: Image.Image, drawing: Drawing, opacity: float = 0.6) -> Image.Image:
-    """The map or boxes over the picture, an RGB PIL image, with the legend below."""
+    """The map or boxes over the picture, a PIL image, with the legend below."""
+    picture = _rgb(picture)
     if drawing.map is not None:
         answer = Image.fromarray(drawing.map)
         answer = answer.resize(picture.size, Image.Resampling.NEAREST)
@@ -213,6 +214,12 @@ def over(picture: Image.Image, drawing: Drawing, opacity: float = 0.6) -> Image.
         pen.rectangle((4, top + 4, 16, top + 16), fill=colour)
         pen.text((24, top + 2), text, fill="black", font=font)
     return page
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # of 16 bits, which PIL would cut off at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))
+    return picture.convert("RGB")
 
 
 def _with_boxes(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:

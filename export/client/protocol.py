@@ -1,6 +1,6 @@
 """What client and preview server share: errors, codes, words."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -9,10 +9,11 @@ from .messages import dtype_name
 
 IMAGES = "_from_jpeg"  # ends the names of signatures that take encoded images
 
-# TF Serving's REST codes. A body over the limit is the one exhausted resource here.
+# TF Serving's REST codes. What is too large is the one exhausted resource here.
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
     grpc.StatusCode.UNIMPLEMENTED: 501,
@@ -51,3 +52,15 @@ def info_in_words(infos: Mapping[str, Any]) -> str:
 def shape_of(proto: Any) -> list[int]:
     """The sizes in a TensorShapeProto, -1 for unknown ones."""
     return [dim.size for dim in proto.dim]
+
+
+def fits(shape: Sequence[int], expected: Any) -> bool:
+    """Whether a shape is of a TensorShapeProto, whose unknown sizes are at least 1."""
+    sizes = shape_of(expected)
+    return expected.unknown_rank or (
+        len(shape) == len(sizes)
+        and all(
+            size == wanted or (wanted < 0 and size > 0)
+            for size, wanted in zip(shape, sizes, strict=True)
+        )
+    )

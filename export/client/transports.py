@@ -19,7 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from . import messages
-from .protocol import HTTP_STATUS, ServingError
+from .protocol import HTTP_STATUS, ServingError, fits, in_words
 
 Arrays = dict[str, np.ndarray]
 _CODE = {
@@ -29,7 +29,6 @@ _CODE = {
         if code != grpc.StatusCode.FAILED_PRECONDITION  # 400 is the argument's
     },
     401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     502: grpc.StatusCode.UNAVAILABLE,  # of a gateway, behind which nobody answers
 }
@@ -124,17 +123,13 @@ class Rest:
         body = json.dumps({"signature_name": signature, "inputs": inputs})
         with _odd_answers_told():
             answer = self._ask("POST", ":predict", deadline, body)["outputs"]
-            if len(outputs) == 1:
+            # An only output comes without its name; bytes come as an object, too.
+            named = isinstance(answer, dict) and answer.keys() != {"b64"}
+            if len(outputs) == 1 and not named:
                 answer = {next(iter(outputs)): answer}
-            if answer.keys() != outputs.keys():
-                raise ServingError(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    f"The model has a new version with other outputs: {sorted(answer)}",
-                )
-            return {
-                name: _from_json(values, messages.numpy_dtype(outputs[name].dtype))
-                for name, values in answer.items()
-            }
+            elif not named or answer.keys() != outputs.keys():
+                raise _others_answered(sorted(answer) if named else "one, unnamed")
+            return {name: _output(answer[name], outputs[name]) for name in answer}
 
     def signatures(self, deadline: float) -> dict[str, Any]:
         with _odd_answers_told():
@@ -243,6 +238,14 @@ def _left(
     return max(left, 0.001)
 
 
+def _others_answered(received: object) -> ServingError:
+    """Of an answer that is not what the signature, as it was known, gives."""
+    return ServingError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"The model has a new version with other outputs: {received}. Ask again",
+    )
+
+
 @contextlib.contextmanager
 def _odd_answers_told() -> Iterator[None]:
     """An answer that is not TF Serving's is told as such."""
@@ -276,13 +279,24 @@ def _as_json(array: np.ndarray) -> Any:
     )
 
 
-def _from_json(values: Any, dtype: np.dtype) -> np.ndarray:
-    if dtype.kind != "O":
-        array = np.array(values)
-        kinds = "biuf" if dtype.kind not in "biu" else "biu"
-        if array.size and array.dtype.kind not in kinds:
-            raise ValueError(f"values of {array.dtype} for {dtype}")
+# Of a dtype, the kinds that its JSON is read as: TF Serving writes the float 1 as 1.0.
+_KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "f", "V": "f", "O": "O"}  # V: bfloat16
+
+
+def _output(values: Any, info: Any) -> np.ndarray:
+    dtype = messages.numpy_dtype(info.dtype)
+    array = _strings(values) if dtype.kind == "O" else np.array(values)
+    if not array.size:  # it says neither its kind nor all of its axes
         return array.astype(dtype)
+    if array.dtype.kind not in "biuf" and dtype.kind != "O":
+        raise ValueError(f"values of {array.dtype} for {dtype}")
+    same_kind = array.dtype.kind in _KINDS[dtype.kind]
+    if not same_kind or not fits(array.shape, info.tensor_shape):
+        raise _others_answered(in_words(array.dtype.name, array.shape))
+    return array.astype(dtype)
+
+
+def _strings(values: Any) -> np.ndarray:
     leaves: list[bytes] = []
 
     def shape(value: Any) -> tuple[int, ...]:

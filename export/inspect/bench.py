@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import grpc
 import keras
 import numpy as np
 import tensorflow as tf
 
 from export import NAME
-from export.client import Client
+from export.client import Client, ServingError
 from export.make.inputs import load_model
 from export.version import recorded
 from export.version.recorded import Arrays
@@ -53,6 +54,7 @@ class Report:
     together: dict[int, float]  # all tasks in one request, against one after another
     stitched: dict[int, float]  # with the units, against without; needs the model
     signatures: dict[str, Signature]
+    left_out: list[str]  # in words, what was too large for the server
 
 
 def bench(
@@ -65,6 +67,8 @@ def bench(
     batches: tuple[int, ...] = BATCHES,
 ) -> Report:
     """Times the signatures that take arrays, all in turns.
+
+    What is too large for the server is left out, and told.
 
     Args:
         version: Path of a version that `python -m export savedmodel` wrote.
@@ -95,13 +99,17 @@ def bench(
         if model:
             plain = unstitched(load_model(model))
             without = _in_process(export_saved_model(plain, folder))
-        rows = []
+        rows, left_out = [], []
         for batch in batches:
             calls = {}
             for signature, inputs in given.items():
                 repeated = batch_of(inputs, batch)
                 for way, ask in ways.items():
-                    calls[signature, way] = functools.partial(ask, signature, repeated)
+                    call = functools.partial(ask, signature, repeated)
+                    if why := _too_large(call):
+                        left_out.append(f"batch {batch}, {signature}, {way}: {why}")
+                    else:
+                        calls[signature, way] = call
                 if model and signature == _ALL:
                     calls[_UNSTITCHED, "in process"] = functools.partial(
                         without, signature, repeated
@@ -112,7 +120,18 @@ def bench(
                 for (signature, way), taken in seconds.items()
             ]
     together, stitched = _ratios(rows)
-    return Report(rows, together, stitched, costs)
+    return Report(rows, together, stitched, costs, left_out)
+
+
+def _too_large(call: Callable[[], Any]) -> str:
+    """Why a server refuses what is too large for it; empty where it answers."""
+    try:
+        call()
+    except ServingError as error:
+        if error.code != grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise
+        return error.message
+    return ""
 
 
 def unstitched(model: keras.Model) -> keras.Model:

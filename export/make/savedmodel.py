@@ -1,6 +1,5 @@
 """From a .keras file to a version for TF Serving, with all that travels with it."""
 
-import functools
 import json
 import pathlib
 import shutil
@@ -80,26 +79,29 @@ def export(
         given = keras.tree.pack_sequence_as(model.input, examples)
         links = dropping.negligible_links(model, drop_below, given)
     changed = links or dtype != "float32"
+    report: dict[str, Change] = {}
     with tempfile.TemporaryDirectory() as folder:
         before = export_saved_model(model, folder, sample=sample) if changed else None
         if dtype != "float32":
             model = precision.lower(model, dtype)
         if links:
             model = dropping.leave_out(model, links)
+
+        # Before it gets its number: where this fails, nothing is served.
+        def finish(version: pathlib.Path, compared_on: dict[str, Any]) -> None:
+            given = _by_name(examples, compared_on)
+            _add(version, given, warmup, dtype, answers)
+            if before:
+                report.update(changes(before, version, given, meant))
+
         version = export_saved_model(
             model,
             directory,
             from_jpeg=from_jpeg,
             sample=sample,
             progress=progress,
-            finish=functools.partial(_finish, examples, warmup, dtype, answers),
+            finish=finish,
         )
-        report: dict[str, Change] = {}
-        if before:
-            predictions = recorded.read(version / recorded.RECORDED)
-            asked = {signature: given for signature, given, _ in predictions}
-            measured_on = _by_name(examples, asked["serving_default"])
-            report = changes(before, version, measured_on, meant)
     return version, links, report
 
 
@@ -113,14 +115,14 @@ def _check_warmup(warmup: int, tasks: int, from_jpeg: bool) -> None:
         )
 
 
-def _finish(
-    examples: list[np.ndarray] | None,
+def _add(
+    version: pathlib.Path,
+    given: recorded.Arrays,
     warmup: int,
     dtype: str,
     answers: pathlib.Path,
-    version: pathlib.Path,
-    compared_on: dict[str, Any],
 ) -> None:
+    """Adds what travels with a version."""
     extra = version / "assets.extra"
     extra.mkdir()
     if answers.is_file():
@@ -131,13 +133,16 @@ def _finish(
         "versions": {name: metadata.version(name) for name in ("keras", "tensorflow")},
     }
     (extra / "export.json").write_text(json.dumps(about, indent=2))
-    recorded.record(version, _by_name(examples, compared_on), warmup)
+    recorded.record(version, given, warmup)
 
 
 def _by_name(
     examples: list[np.ndarray] | None, compared_on: Mapping[str, Any]
 ) -> recorded.Arrays:
-    """The examples given, if any, by the names that the signatures have for them."""
+    """The examples given, if any, by the names that the signatures have for them.
+
+    Both are in the order of the model's inputs.
+    """
     if examples is None:
-        return dict(compared_on)
+        return {name: np.asarray(array) for name, array in compared_on.items()}
     return dict(zip(compared_on, examples, strict=True))

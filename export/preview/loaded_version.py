@@ -4,13 +4,12 @@ import dataclasses
 import math
 import pathlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import grpc
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.tensor_pb2 import TensorProto
-from tensorflow.core.framework.tensor_shape_pb2 import TensorShapeProto
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
@@ -19,6 +18,7 @@ from export.client.protocol import (
     CODES,
     ServingError,
     dtype_name,
+    fits,
     in_words,
     info_in_words,
     shape_of,
@@ -26,6 +26,8 @@ from export.client.protocol import (
 from export.meanings import Meanings
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
+PART = 32  # examples run at once, as max_execution_batch_size in batching.config
+Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Limits:
     body_bytes: int = 32 * 2**20  # sent, and as tensors
     examples: int = 256  # as max_batch_size in tf_serving/batching.config
     pixels: int = 64 * 2**20  # of all images of a request, once decoded
+    answer_bytes: int = 128 * 2**20  # as tensors; as JSON they take many times that
     requests: int = 32  # at a time, those that wait included
 
 
@@ -82,9 +85,7 @@ class LoadedVersion:
             )
         return self.signature_defs[name]
 
-    def arrays(
-        self, signature: str, protos: Mapping[str, TensorProto]
-    ) -> dict[str, np.ndarray]:
+    def arrays(self, signature: str, protos: Mapping[str, TensorProto]) -> Arrays:
         """The request's tensors as {name: array}, checked before they take memory."""
         described = {
             name: (dtype_name(proto.dtype), shape_of(proto.tensor_shape))
@@ -111,12 +112,12 @@ class LoadedVersion:
     ) -> None:
         """Compares {name: (dtype, shape)} with what the signature takes."""
         inputs = self.signature(signature).inputs
-        fits = described.keys() == inputs.keys() and all(
+        as_taken = described.keys() == inputs.keys() and all(
             dtype == dtype_name(inputs[name].dtype)
-            and _fits(shape, inputs[name].tensor_shape)
+            and fits(shape, inputs[name].tensor_shape)
             for name, (dtype, shape) in described.items()
         )
-        if not fits:
+        if not as_taken:
             received = (f"{n}: {in_words(*what)}" for n, what in described.items())
             raise ServingError(
                 INVALID,
@@ -136,11 +137,12 @@ class LoadedVersion:
         signature: str,
         arrays: Mapping[str, np.ndarray],
         only: Sequence[str] = (),
-    ) -> dict[str, np.ndarray]:
+    ) -> Arrays:
         """Runs a signature on {name: array}; gives {name: array}, or those of only."""
         described = {n: (_dtype_name(a), a.shape) for n, a in arrays.items()}
         self._check(signature, described)
-        unknown = set(only) - set(self.signature(signature).outputs)
+        infos = self.signature(signature)
+        unknown = set(only) - set(infos.outputs)
         if unknown:
             raise ServingError(
                 INVALID, f"Signature '{signature}' has no output {sorted(unknown)}"
@@ -150,12 +152,60 @@ class LoadedVersion:
         if arrays.keys() == {"image_bytes"}:
             for images in arrays.values():
                 check_images(images, self._limits.pixels)
-        tensors = {name: tf.constant(array) for name, array in arrays.items()}
-        try:
-            outputs = self._model.signatures[signature](**tensors)
+        size = max((len(array) for array in arrays.values() if array.ndim), default=0)
+        answer = _least_bytes([infos.outputs[x] for x in only or infos.outputs], size)
+        if answer > self._limits.answer_bytes:
+            raise ServingError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"An answer may have {self._limits.answer_bytes} bytes as tensors. "
+                f"The one to {size} examples has {answer}",
+            )
+        function = self._model.signatures[signature]
+
+        def run(part: Mapping[str, np.ndarray]) -> Arrays:
+            tensors = {name: tf.constant(array) for name, array in part.items()}
+            outputs = function(**tensors)
             return {name: _as_array(outputs[name]) for name in only or outputs}
+
+        first_axes = [shape_of(x.tensor_shape)[:1] for x in infos.inputs.values()]
+        try:
+            # What is of one size, or may have no axis, is no batch.
+            if all(sizes == [-1] for sizes in first_axes):
+                return _in_parts(run, arrays)
+            return run(arrays)
         except tf.errors.OpError as error:
+            _check_whole(arrays.get("image_bytes", ()))
             raise ServingError(CODES[error.error_code], error.message) from error
+
+
+def _in_parts(
+    run: Callable[[Mapping[str, np.ndarray]], Arrays], arrays: Mapping[str, np.ndarray]
+) -> Arrays:
+    """Runs a large batch as TF Serving does, part by part, which needs less memory."""
+    counts = {len(array) for array in arrays.values()}
+    if len(counts) != 1 or max(counts) <= PART:
+        return run(arrays)
+    (count,) = counts
+    answers = []
+    for start in range(0, count, PART):
+        part = {name: array[start : start + PART] for name, array in arrays.items()}
+        answers.append(run(part))
+        size = min(PART, count - start)
+        # Outputs that are not one for each example can only be had of all together.
+        for name, array in answers[-1].items():
+            if array.shape != (size, *answers[0][name].shape[1:]):
+                return run(arrays)
+    return {name: np.concatenate([x[name] for x in answers]) for name in answers[0]}
+
+
+def _least_bytes(outputs: Iterable[meta_graph_pb2.TensorInfo], size: int) -> int:
+    """Of an answer to so many examples, as far as its shapes are known."""
+    count = 0
+    for info in outputs:
+        first, *others = shape_of(info.tensor_shape) or [1]
+        sizes = [size if first < 0 else first, *(max(1, x) for x in others)]
+        count += math.prod(sizes) * tf.as_dtype(info.dtype).size
+    return count
 
 
 def _as_array(tensor: tf.Tensor) -> np.ndarray:
@@ -167,15 +217,17 @@ def _dtype_name(array: np.ndarray) -> str:
     return "string" if array.dtype == object else array.dtype.name
 
 
-def _fits(shape: Sequence[int], expected: TensorShapeProto) -> bool:
-    sizes = shape_of(expected)
-    return expected.unknown_rank or (
-        len(shape) == len(sizes)
-        and all(
-            size == wanted or (wanted < 0 and size > 0)
-            for size, wanted in zip(shape, sizes, strict=True)
-        )
-    )
+def _check_whole(images: Sequence[bytes] | np.ndarray) -> None:
+    """Decodes them one by one, to find which it is that could not be decoded."""
+    for number, encoded in enumerate(images):
+        try:
+            tf.io.decode_image(encoded, 3, expand_animations=False)
+        except tf.errors.InvalidArgumentError as error:
+            raise ServingError(
+                INVALID,
+                f"Image {number} of {len(images)} must be a JPEG or PNG file, and a "
+                "whole one: it cannot be decoded",
+            ) from error
 
 
 def check_images(images: Sequence[bytes] | np.ndarray, limit: int) -> None:
@@ -190,13 +242,17 @@ def check_images(images: Sequence[bytes] | np.ndarray, limit: int) -> None:
             ) from error
         if pixels > limit:
             raise ServingError(
-                INVALID, f"The images of one request may have {limit} pixels in all"
+                INVALID,
+                f"The images of one request may have {limit} pixels in all: send "
+                "smaller ones, or fewer at a time, by `Client(..., batch=n)`",
             )
 
 
 def _size(encoded: bytes) -> tuple[int, ...]:
     """Height and width in pixels, wherever TensorFlow would find them."""
-    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):  # then the chunk IHDR
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        if encoded[12:16] != b"IHDR":
+            raise ValueError("another chunk comes before that with the size")
         width, height = struct.unpack_from(">II", encoded, 16)
         return height, width
     if encoded.startswith(b"\xff\xd8\xff"):

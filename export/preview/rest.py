@@ -35,6 +35,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PAGE = pathlib.Path(__file__).with_name("page.html")
 # A page of another site, whose name is made to mean this machine, is not answered.
 HOSTS = ["127.0.0.1", "localhost"]
+_ORIGIN = re.compile(rf"https?://({'|'.join(map(re.escape, HOSTS))})(:[0-9]+)?")
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _PATH = re.compile(
     r"/v1/models(/(?P<name>[^/:]+))?"
@@ -81,14 +82,31 @@ def _answering(
 
     async def answer(request: Request) -> Response:
         try:
+            _check_origin(request)
             return await endpoint(request)
         except ServingError as error:
-            return _json({"error": error.message}, HTTP_STATUS.get(error.code, 500))
+            return _error(error.message, HTTP_STATUS.get(error.code, 500))
         except Exception as error:
             logging.getLogger(__name__).exception("A request was not answered")
-            return _json({"error": f"{type(error).__name__}: {error}"}, 500)
+            return _error(f"{type(error).__name__}: {error}", 500)
 
     return answer
+
+
+def _check_origin(request: Request) -> None:
+    """A page of another site may send what it cannot read the answer to."""
+    origin = request.headers.get("origin")
+    if origin is not None and not _ORIGIN.fullmatch(origin):
+        raise ServingError(
+            grpc.StatusCode.PERMISSION_DENIED,
+            f"This preview answers programs, and pages of {' and '.join(HOSTS)}. "
+            f"Received: Origin {origin}",
+        )
+
+
+def _error(message: str, status: int) -> Response:
+    # A request may name what is no text, such as "\ud800".
+    return _json({"error": message.encode(errors="backslashreplace").decode()}, status)
 
 
 def _json(content: Any, status: int = 200) -> Response:
@@ -129,11 +147,12 @@ def _target(request: Request) -> tuple[str, model_pb2.ModelSpec]:
         raise ServingError(INVALID, "Missing model name in request.")
     spec = model_pb2.ModelSpec(name=unquote(match["name"]))
     if match["version"]:
-        if int(match["version"]) >= 2**63:
+        digits = match["version"].lstrip("0") or "0"
+        if len(digits) > 19 or int(digits) >= 2**63:  # Python reads 4300 at most
             raise ServingError(
                 INVALID, f"Failed to convert version: {match['version']} to numeric."
             )
-        spec.version.value = int(match["version"])
+        spec.version.value = int(digits)
     if match["label"]:
         spec.version_label = unquote(match["label"])
     return (match["method"] or "").lower(), spec

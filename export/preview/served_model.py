@@ -17,7 +17,7 @@ from tensorflow_serving.apis import (
 
 from export.client.protocol import ServingError
 from export.preview.loaded_version import Limits, LoadedVersion
-from keras_cross_stitch.versions import versions
+from keras_cross_stitch.versions import is_number, versions
 
 State = get_model_status_pb2.ModelVersionStatus
 
@@ -101,7 +101,7 @@ class ServedModel:
 
     def _tell_of_links(self) -> None:
         for path in self._directory.iterdir():
-            if path.name.isdecimal() and path.is_symlink() and not path.exists():
+            if is_number(path) and path.is_symlink() and not path.exists():
                 what = f"is a link to what is not there: {path.readlink()}"
                 self._set_state(int(path.name), State.END, what)
 

@@ -44,12 +44,12 @@ def version_path(directory: pathlib.Path) -> pathlib.Path:
             "Expected a folder of versions (1, 2, ...) that `python -m export "
             f"savedmodel` wrote, or one version. Received: '{directory}'"
         )
-    return directory / str(found[-1])
+    return found[max(found)]
 
 
-def complete_versions(directory: pathlib.Path) -> list[int]:
-    """The versions in a served model's folder that hold a model, in ascending order."""
-    return [number for number, path in versions(directory).items() if is_complete(path)]
+def complete_versions(directory: pathlib.Path) -> dict[int, pathlib.Path]:
+    """{number: path} of the versions in a folder that hold a model, ascending."""
+    return {n: path for n, path in versions(directory).items() if is_complete(path)}
 
 
 def signatures(version: pathlib.Path) -> dict[str, Signature]:

@@ -311,9 +311,11 @@ def running(model, ports=(0, 0)):
         thread = threading.Thread(target=server.run, args=[[listening]])
         thread.start()
         wait_for(lambda: server.started)
-        yield grpc_port, listening.getsockname()[1]
-        server.should_exit = True
-        thread.join()
+        try:
+            yield grpc_port, listening.getsockname()[1]
+        finally:  # else a test that fails never ends
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="session")

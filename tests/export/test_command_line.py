@@ -1,5 +1,7 @@
+import dataclasses
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Annotated, get_origin, get_type_hints
 
@@ -88,6 +90,35 @@ def test_savedmodel_warns_where_bfloat16_is_not_computed(version, monkeypatch, f
     assert ("Warning: this machine" in result.stderr) == ("bf16" not in flags)
 
 
+def test_names_are_shown_as_they_are(cheaper, monkeypatch):
+    written, (link, *_), changes = cheaper
+    odd = [f"[{name}] :cat: [/{name}]" for name in ("red", "b", "nothing")]
+    links = [dataclasses.replace(link, unit=odd[0], task=odd[1], source=odd[2])]
+    change = dataclasses.replace(changes["kind"], metrics={odd[1]: odd[2]})
+    result = (written / odd[0], links, {odd[0]: change})
+    monkeypatch.setattr("export.make.savedmodel.export", lambda *_, **__: result)
+    told = run("savedmodel", "m.keras", "out")
+    assert told.exit_code == 0, told.output
+    assert " │ ".join(odd) in told.stdout
+    assert f"{odd[1]}: {odd[2]}" in told.stdout
+    assert f"Wrote {written / odd[0]}" in told.stdout
+    told = run("verify", odd[2])
+    assert f"Received: '{odd[2]}'" in told.stderr
+
+
+def test_sigterm_leaves_nothing_half_done(model_file, tmp_path, monkeypatch):
+    def echo(line):
+        assert list((tmp_path / "out").iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("export.__main__.typer.echo", echo)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run("savedmodel", model_file, tmp_path / "out")
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_savedmodel_on_a_full_disk_ends_in_one_line(monkeypatch):
     def export(*_, **__):
         message = "/out/1/saved_model.pb;\nNo space left on device"
@@ -120,6 +151,14 @@ def test_verify_lists_signatures_and_versions(version):
     assert "there are also versions 0" in result.stdout
     assert "│ kind_from_jpeg    │ image_bytes: string (N) " in result.stdout
     assert "The same answers, by tensorflow" in result.stdout
+
+
+def test_verify_finds_a_version_with_zeros_before_its_number(version, tmp_path):
+    shutil.copytree(version, tmp_path / "0007")
+    result = run("verify", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert f"{tmp_path / '0007'}: " in result.stdout
+    assert "there are also versions" not in result.stdout
 
 
 def test_verify_ends_with_1_where_an_answer_differs(version, monkeypatch):

@@ -80,6 +80,55 @@ def test_predict_prints_numbers_where_nothing_says_what_they_mean(
     assert list(tmp_path.iterdir()) == [picture[0]]
 
 
+def test_a_bad_picture_is_named_and_the_others_are_answered(
+    served, picture, grpc_address, tmp_path
+):
+    path, pixels = picture
+    folder = tmp_path / "of pictures"
+    folder.mkdir()
+    for name in ("1.png", "3.png"):
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "2.jpg").write_bytes(path.read_bytes()[:200])
+    (folder / "4.jpg").write_text("no picture")
+    at = ("--address", grpc_address, "--task", "normals", "--output", tmp_path / "out")
+    result = run("predict", folder, *at, "--model", served.directory)
+    assert result.exit_code == 1
+    drawn = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert drawn == ["1.normals.png", "3.normals.png"]
+    told = result.stderr.splitlines()
+    assert len(told) == 2
+    for line, name in zip(told, ("2.jpg", "4.jpg"), strict=True):
+        start = f"Error: {folder / name}: INVALID_ARGUMENT: Image 0 of 1 must be a JPEG"
+        assert line.startswith(start)
+
+
+def test_what_no_picture_can_be_answered_for_is_told_once(
+    picture, grpc_address, tmp_path
+):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(picture[0].read_bytes())
+    result = run("predict", tmp_path, "--address", grpc_address, "--task", "depth")
+    in_one_line(result, f"{tmp_path / 'a.png'}: NOT_FOUND: ", code=1)
+
+
+def test_names_of_pictures_and_of_a_version_are_taken_as_they_are(
+    served, picture, grpc_address, tmp_path
+):
+    (tmp_path / "versions").mkdir()
+    latest = served.directory / str(served.latest)
+    (tmp_path / "versions" / f"000{served.latest}").symlink_to(latest)
+    # Together they name a tag that nothing opened.
+    odd = tmp_path / "[" / "nothing] [b] :cat:.png"
+    odd.parent.mkdir()
+    picture[0].rename(odd)
+    at = ("--address", grpc_address, "--task", "normals", "--output", odd.parent)
+    result = run("predict", odd, *at, "--model", tmp_path / "versions")
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {odd.with_suffix('.normals.png')}" in result.output
+    result = run("predict", odd, *at)  # a table
+    assert f"{odd.name}, normals" in result.output
+
+
 def in_one_line(result, message, code=2):
     assert result.exit_code == code
     assert result.stderr.startswith("Error: ")

@@ -86,7 +86,7 @@ def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
         (
             "training",
             {"loss_weights": (1.0, 2.0, 3.0)},
-            r"loss_weights of .* a number for each of segmentation, normals\. Rec.*3\.0",
+            r"loss_weights of .* a number for each of segmentation, normals\. .*3\.0",
         ),
         ("finetuning", {"epochs": 0}, r"finetuning in .* 'scenes'.* epochs=0"),
     ],

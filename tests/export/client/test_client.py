@@ -212,7 +212,7 @@ def test_the_code_in_docs_runs(behind, door, tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "room.jpg").write_bytes(behind.png(behind.pictures()[0]))
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
-    code, _ = re.findall(r"```python\n(.*?)```", text, re.S)
+    _, code, _ = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(code.replace("127.0.0.1:8500", door[0]), {})
     assert capsys.readouterr().out == "(1, 24, 32, 3)\n"
 

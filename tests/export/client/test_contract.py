@@ -279,17 +279,122 @@ def test_an_answer_that_is_none_of_tf_servings_is_told_as_such(body):
     assert raised.value.code == grpc.StatusCode.UNKNOWN
 
 
-def test_odd_outputs_are_told_as_such():
-    info = CLASSES["TensorInfo"](dtype=1)
-    for outputs in ([[1], [2, 3]], "text", {"a": 1}, [None]):
-        body = json.dumps({"outputs": outputs}).encode()
-        with (
-            Server(response(200, body)) as server,
-            Client(server.address, timeout=5) as client,
-        ):
-            with pytest.raises(ServingError) as raised:
-                client._transport.predict("x", {}, {"y": info}, time.monotonic() + 5)
-            assert raised.value.code == grpc.StatusCode.UNKNOWN
+def info(dtype, *sizes):
+    made = CLASSES["TensorInfo"](dtype=dtype)
+    for size in sizes:
+        made.tensor_shape.dim.add(size=size)
+    return made
+
+
+FLOAT, INT, STRING, BOOL = 1, 3, 7, 10
+
+
+def answered(outputs, known):
+    """What a client reads that knows these outputs of the signature."""
+    with (
+        Server(response(200, json.dumps({"outputs": outputs}).encode())) as server,
+        Client(server.address, timeout=5) as client,
+    ):
+        return client._transport.predict("x", {}, known, time.monotonic() + 5)
+
+
+@pytest.mark.parametrize("outputs", [[[1], [2, 3]], "text", [None]])
+def test_odd_outputs_are_told_as_such(outputs):
+    with pytest.raises(ServingError) as raised:
+        answered(outputs, {"y": info(FLOAT, -1)})
+    assert raised.value.code == grpc.StatusCode.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("outputs", "known", "told"),
+    [
+        ({"a": [1.0], "b": [2.0]}, {"y": info(FLOAT, -1)}, r"\['a', 'b'\]"),
+        ({"a": [1.0]}, {"a": info(FLOAT, -1), "b": info(INT, -1)}, r"\['a'\]"),
+        ([1.0], {"a": info(FLOAT, -1), "b": info(INT, -1)}, "one, unnamed"),
+        ([3, 4], {"y": info(FLOAT, -1)}, r"int64 \(2,\)"),
+        ([0.5], {"y": info(INT, -1)}, r"float64 \(1,\)"),
+        ([1, 0], {"y": info(BOOL, -1)}, r"int64 \(2,\)"),
+        ([1.5, 2.5], {"y": info(FLOAT, -1, 4)}, r"float64 \(2,\)"),
+        ([[1.5, 2.5]], {"y": info(FLOAT, -1, 4)}, r"float64 \(1, 2\)"),
+        ([["a"]], {"y": info(STRING, -1)}, r"object \(1, 1\)"),
+    ],
+)
+def test_the_outputs_of_a_new_version_are_told_as_such(outputs, known, told):
+    message = f"has a new version with other outputs: {told}. Ask again"
+    with pytest.raises(ServingError, match=message) as raised:
+        answered(outputs, known)
+    assert raised.value.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_outputs_of_the_known_form_are_read():
+    assert answered({"b64": "Yg=="}, {"y": info(STRING)})["y"][()] == b"b"
+    assert answered([], {"y": info(FLOAT, -1, 4)})["y"].dtype == "float32"
+    both = {"a": info(FLOAT, -1), "b": info(INT, -1, 2)}
+    answer = answered({"a": [1.0], "b": [[2, 3]]}, both)
+    assert (answer["a"].tolist(), answer["b"].tolist()) == ([1.0], [[2, 3]])
+
+
+def saved(path, outputs):
+    """A version whose only signature gives these, {name: function}."""
+
+    def call(x):
+        return {name: function(x) for name, function in outputs.items()}
+
+    spec = tf.TensorSpec([None, 2], name="x")
+    module = tf.Module()
+    module.call = tf.function(call, input_signature=[spec])
+    tf.saved_model.save(module, str(path), {"answer": module.call})
+
+
+@pytest.mark.parametrize("way", ["grpc", "rest"])
+def test_a_client_lives_through_versions_with_other_outputs(tmp_path, preview, way):
+    """Each new version costs a client over REST one request, and it hears why."""
+    versions = [
+        {"a": tf.identity},
+        {"a": tf.identity, "b": lambda x: 2 * x},
+        {"sum": lambda x: tf.reduce_sum(x, axis=1)},
+        {"classes": lambda x: tf.argmax(x, axis=1)},
+        {"names": lambda x: tf.as_string(tf.argmax(x, axis=1))},
+        {"a": tf.identity, "b": lambda x: 3 * x},
+    ]
+    x = np.array([[1, 2.5]], "float32")
+    saved(tmp_path / "1", versions[0])
+    model = ServedModel("cross_stitch", tmp_path)
+    with preview(model) as ports:
+        address = f"127.0.0.1:{ports[0]}"
+        if way == "rest":
+            address = f"http://127.0.0.1:{ports[1]}"
+        with Client(address) as client:
+            client.predict("answer", x)
+            for number, outputs in enumerate(versions[1:], start=2):
+                saved(tmp_path / str(number), outputs)
+                model.refresh()
+                if way == "rest":
+                    with pytest.raises(ServingError):
+                        client.predict("answer", x)
+                answer = client.predict("answer", x)
+                assert answer.keys() == outputs.keys()
+                for name, function in outputs.items():
+                    expected = np.asarray(function(x))
+                    np.testing.assert_array_equal(answer[name], expected)
+
+
+def test_parts_that_two_versions_answered_are_not_joined():
+    answers = [{"a": np.zeros((2, 3))}, {"b": np.zeros((2, 3))}]
+
+    class Transport:
+        def predict(self, *asked):
+            return answers.pop(0)
+
+        def signatures(self, deadline):
+            signature = CLASSES["SignatureDef"]()
+            signature.inputs["x"].CopyFrom(info(FLOAT, -1))
+            return {"x": signature}
+
+    client = Client("127.0.0.1:1", batch=2)
+    client._transport = Transport()
+    with pytest.raises(ServingError, match=r"cannot be joined: .*'a'.* and .*'b'"):
+        client.predict("x", np.zeros(4, "float32"))
 
 
 @pytest.mark.parametrize("kind", ["grpc", "rest"])

@@ -1,5 +1,7 @@
 """How an answer is drawn, by what answers.json says of it."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -164,3 +166,14 @@ def test_boxes_lie_on_the_picture_which_is_large_enough_for_their_labels():
     assert [page.getpixel(place) for place in on_border] == 4 * [colour]
     assert page.getpixel((300, 250)) == page.getpixel((90, 250)) == (255, 255, 255)
     assert page.getpixel((101, 147)) == colour  # the label's ground, above the box
+
+
+def test_a_picture_of_16_bits_is_as_bright_under_a_map():
+    pixels = np.array([[0, 257, 128 * 257, 255 * 257]], "uint16")
+    meaning = {"kind": "classes", "colours": [[0, 0, 0]]}
+    drawing = draw({"rooms": probabilities([[0]], count=1)}, meaning)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    with Image.open(file) as picture:
+        page = over(picture, drawing, opacity=0.0)
+    assert [page.getpixel((i, 0))[0] for i in range(4)] == [0, 1, 128, 255]

@@ -4,6 +4,7 @@ import pytest
 
 from export.client import ServingError
 from export.inspect import bench
+from export.preview.loaded_version import Limits
 from export.preview.served_model import ServedModel
 from export.version import timing
 from export.version.signatures import signatures
@@ -88,3 +89,21 @@ def test_a_server_is_asked_beside_the_process(version, way):
     ways = {(row.signature, row.way) for row in report.rows}
     signatures = TASKS | {"serving_default"}
     assert ways == {(x, each) for x in signatures for each in ("in process", way)}
+
+
+def test_what_is_too_large_for_the_server_is_left_out_and_told(version):
+    limits = Limits(body_bytes=20_000)
+    with running(ServedModel("rooms", version.parent, {}, limits)) as (_, port):
+        address = f"http://127.0.0.1:{port}"
+        report = bench.bench(
+            version, address=address, name="rooms", rounds=2, batches=(2, 40)
+        )
+    asked = {(row.signature, row.way, row.batch) for row in report.rows}
+    signatures = TASKS | {"serving_default"}
+    ways = {("in process", 2), ("in process", 40), ("REST", 2)}
+    assert asked == {(each, *way) for each in signatures for way in ways}
+    told = [line.partition(": ") for line in report.left_out]
+    assert {what for what, _, _ in told} == {
+        f"batch 40, {each}, REST" for each in signatures
+    }
+    assert all("A body may have 20000 bytes" in why for _, _, why in told)

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -105,3 +107,45 @@ def test_bad_options_are_errors_before_any_work(model_file, tmp_path, options, m
     with pytest.raises(ValueError, match=message):
         export(model_file, tmp_path / "served", **options)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_of_regions_is_compared_input_by_input(
+    region_model_file, shapes_folder, tmp_path
+):
+    _, _, changes = export(
+        region_model_file, tmp_path, images=shapes_folder, dtype="bfloat16"
+    )
+    assert changes.keys() == {"serving_default", "detection", "attributes"}
+
+
+def test_a_report_that_fails_publishes_nothing(
+    region_model_file, shapes_folder, tmp_path, monkeypatch
+):
+    """It is given each input by its name, whatever the order of a saved map is."""
+    asked = []
+
+    def changes(before, after, inputs, answers):
+        names = [path.name for path in (tmp_path / "served").iterdir()]
+        assert not any(name.isdecimal() for name in names)
+        asked.append({name: array.shape[2:] for name, array in inputs.items()})
+        raise RuntimeError("what was measured is odd")
+
+    monkeypatch.setattr("export.make.savedmodel.changes", changes)
+    options = {"images": shapes_folder, "dtype": "bfloat16"}
+    with pytest.raises(RuntimeError, match="odd"):
+        export(region_model_file, tmp_path / "served", **options)
+    assert asked == [{"image": (64, 3), "rois": (4,)}]
+    assert not (tmp_path / "served").exists()
+
+
+def test_the_docs_add_a_softmax_to_a_task_that_ends_in_logits():
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(model = .*?)```", page, re.S)
+    x = keras.Input((4,), name="x")
+    outputs = {"kind": keras.layers.Dense(3)(x), "age": keras.layers.Dense(1)(x)}
+    names = {"keras": keras, "model": keras.Model(x, outputs)}
+    logits = names["model"](np.ones((1, 4)))
+    exec(code, names)
+    answer = names["model"](np.ones((1, 4)))
+    np.testing.assert_allclose(answer["kind"], keras.ops.softmax(logits["kind"]))
+    np.testing.assert_allclose(answer["age"], logits["age"])

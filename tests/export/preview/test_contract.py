@@ -232,6 +232,7 @@ def test_a_body_is_read_as_tf_serving_does(http, content, headers):
         (b'{"inputs": [1]} 2', "JSON parse error"),
         (b'{"inputs": {"x": [1]}}', "The inputs are ['name', 'x']. Received: ['x']"),
         (b'{"inputs": [1]}', "The inputs must be named: ['name', 'x']"),
+        (body("\\ud800", "[1]"), "Signature '\\ud800' not found in version 3"),
         (b'{"instances": [{"x": 1, "name": "a", "z": 1}]}', "Received: ['name', 'x',"),
         (b'{"instances": {"x": 1}}', "'instances' must be a list"),
         (body("without_batch", "[1, 2]", "instances"), "Rows need outputs with one ba"),
@@ -271,6 +272,15 @@ def test_columns_may_have_no_batch_axis(http):
         ("GET", "/v1/models/a%2fb", 404, "Model 'a/b' not found"),
         ("GET", "/v1/models/echo/versions/4", 404, "Could not find version 4"),
         ("GET", f"/v1/models/echo/versions/{2**63}", 400, "Failed to convert version"),
+        # More digits than Python reads.
+        pytest.param(
+            *("GET", f"/v1/models/echo/versions/{'7' * 5000}", 400, "Failed to conver"),
+            id="5000 digits",
+        ),
+        pytest.param(
+            *("GET", f"/v1/models/echo/versions/{'0' * 5000}3", 200, None),
+            id="5000 zeros",
+        ),
         (
             "GET",
             "/v1/models/echo/labels/nobodys/metadata",

@@ -25,6 +25,7 @@ from tensorflow_serving.apis import (
 )
 
 from export.client import Client, ServingError
+from export.preview.loaded_version import Limits, _in_parts
 from export.preview.served_model import ServedModel
 from export.preview.server import Work
 from tests.export.conftest import running
@@ -56,16 +57,19 @@ def the_next_good_request_is_answered(grpc_address, rest_address, served):
         np.testing.assert_allclose(answer, expected, atol=1e-5)
 
 
-def png_of(width, height):
+def chunk(kind, data):
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+
+def png_of(width, height, first=b""):
     """A PNG's few bytes that promise so many pixels."""
-
-    def chunk(kind, data):
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+    chunks = [
+        *(first, chunk(b"IHDR", header)),
+        *(chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b"")),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 @pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)
@@ -84,6 +88,7 @@ def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(door, i
         client.predict("normals", images)
     assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT
     assert "may have 1000000 pixels in all" in raised.value.message
+    assert "fewer at a time, by `Client(..., batch=n)`" in raised.value.message
 
 
 @pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)
@@ -104,9 +109,86 @@ def test_more_examples_than_batching_takes_are_refused_as_by_tf_serving(door, se
 @pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)
 def test_a_format_that_is_not_promised_is_refused(door):
     gif = b"GIF89a" + struct.pack("<HHBBB", 30_000, 30_000, 0, 0, 0) + b";"
-    with Client(door[0]) as client, pytest.raises(ServingError) as raised:
-        client.predict("normals", [gif])
-    assert "Image 0 of 1 must be a JPEG or PNG file" in raised.value.message
+    # Read as a size, this chunk's content is 1 x 1.
+    odd = png_of(30_000, 30_000, chunk(b"aaAa", struct.pack(">II", 1, 1)))
+    for file in (gif, odd):
+        with Client(door[0]) as client, pytest.raises(ServingError) as raised:
+            client.predict("normals", [file])
+        assert "Image 0 of 1 must be a JPEG or PNG file" in raised.value.message
+
+
+@pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)
+def test_a_picture_that_ends_too_soon_is_told_by_its_number(door, served):
+    files = [served.png(image) for image in served.pictures(41, size=(9, 9))]
+    files[37] = files[37][:150]
+    with Client(door[0], batch=50) as client, pytest.raises(ServingError) as raised:
+        client.predict("normals", files)
+    assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    message = "Image 37 of 41 must be a JPEG or PNG file, and a whole one"
+    assert message in raised.value.message
+
+
+@pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)
+def test_what_is_too_large_at_a_time_is_told_how_to_be_asked(door, served):
+    images = served.pictures(300)
+    with Client(door[0], batch=200) as client, pytest.raises(ServingError) as raised:
+        client.predict("normals", images)
+    assert raised.value.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "in smaller parts, by `Client(..., batch=n)`" in raised.value.message
+    assert "Sent at a time: image: uint8 (200, 24, 32, 3)" in raised.value.message
+    with Client(door[0]) as client:
+        assert len(client.predict("normals", images)["normals"]) == 300
+
+
+@pytest.mark.parametrize("way", ["grpc", "rest"])
+def test_an_answer_that_would_be_too_large_is_refused(served, way, monkeypatch):
+    one = 24 * 32 * 4 * 3  # bytes of the normals of one picture
+    limits = Limits(answer_bytes=5 * one)
+    model = ServedModel("cross_stitch", served.directory, {}, limits)
+    version = model.find(SPEC)
+    images = served.pictures(5).astype("float32")
+    assert len(version.predict("normals", {"image": images})["normals"]) == 5
+    only = version.predict("serving_default", {"image": images}, ["normals"])
+    assert only.keys() == {"normals"}
+    # It is not run to be refused.
+    monkeypatch.setattr("export.preview.loaded_version._in_parts", None)
+    with running(model) as (grpc_port, rest_port):
+        port = rest_port if way == "rest" else grpc_port
+        address = f"{'http://' if way == 'rest' else ''}127.0.0.1:{port}"
+        with (
+            Client(address, timeout=60) as client,
+            pytest.raises(ServingError) as raised,
+        ):
+            client.predict("serving_default", served.pictures(2))
+    assert raised.value.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    both = 2 * 24 * 32 * 4 * (5 + 3)
+    expected = f"may have {5 * one} bytes as tensors. The one to 2 examples has {both}"
+    assert expected in raised.value.message
+
+
+def test_a_large_batch_is_run_in_parts_where_each_example_is_answered():
+    rng = np.random.default_rng(0)
+    given = {"x": rng.normal(size=(70, 3)), "y": rng.normal(size=70)}
+    asked = []
+
+    def run(outputs):
+        def each(part):
+            asked.append({name: len(array) for name, array in part.items()})
+            return {name: function(part) for name, function in outputs.items()}
+
+        return each
+
+    product = {"p": lambda part: part["x"] * part["y"][:, None]}
+    answer = _in_parts(run(product), given)
+    np.testing.assert_array_equal(answer["p"], given["x"] * given["y"][:, None])
+    assert asked == [{"x": n, "y": n} for n in (32, 32, 6)]
+    for odd in (
+        {"mean": lambda part: np.array(part["y"].mean())},
+        {"twice": lambda part: np.concatenate([part["y"], part["y"]])},
+        {"square": lambda part: np.outer(part["y"], part["y"])},
+    ):
+        ((name, function),) = odd.items()
+        np.testing.assert_array_equal(_in_parts(run(odd), given)[name], function(given))
 
 
 def test_a_body_over_the_limit_is_refused(grpc_address, rest_address):
@@ -248,6 +330,25 @@ def test_a_page_of_another_site_is_not_answered(rest_address):
             f"{rest_address}/v1/models/cross_stitch", headers={"Host": host}
         )
         assert response.status_code == status
+
+
+@pytest.mark.parametrize("path", ["/draw", PREDICT])
+def test_a_page_of_another_site_may_not_ask(rest_address, served, path):
+    content = served.png(served.pictures()[0])
+    if path == PREDICT:
+        inputs = served.pictures().tolist()
+        content = json.dumps({"signature_name": "normals", "inputs": inputs})
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example"):
+        response = httpx.post(
+            rest_address + path, content=content, headers={"Origin": origin}
+        )
+        assert response.status_code == 403
+        assert f"Received: Origin {origin}" in response.json()["error"]
+    for origin in (rest_address, "http://localhost:3000", "http://127.0.0.1"):
+        response = httpx.post(
+            rest_address + path, content=content, headers={"Origin": origin}
+        )
+        assert response.status_code == 200
 
 
 @pytest.mark.parametrize("door", ["grpc", "rest"], indirect=True)

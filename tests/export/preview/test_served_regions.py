@@ -118,7 +118,7 @@ def test_a_picture_that_is_too_large_is_not_decoded_for_the_page(region_addresse
     large = io.BytesIO()
     Image.new("1", (2000, 2000)).save(large, "PNG")
     told = post(large.getvalue()).json()["error"]
-    assert told == "The images of one request may have 1000000 pixels in all"
+    assert "The images of one request may have 1000000 pixels in all" in told
     assert "must be a JPEG or PNG file" in post(b"a text").json()["error"]
 
 
@@ -127,6 +127,6 @@ def test_the_code_in_docs_runs(region_addresses, shapes, tmp_path, monkeypatch, 
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "room.jpg").write_bytes(shapes.jpeg)
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
-    _, code = re.findall(r"```python\n(.*?)```", text, re.S)
+    *_, code = re.findall(r"```python\n(.*?)```", text, re.S)
     exec(code.replace("127.0.0.1:8500", region_addresses[0]), {})
     assert capsys.readouterr().out == "(1, 100, 4) (1, 100, 2)\n"

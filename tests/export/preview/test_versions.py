@@ -174,6 +174,7 @@ def test_what_is_named_like_a_version_but_is_none_is_told_or_passed_over(folder)
     (directory / "12345678901234567890").mkdir()
     (directory / "٣").mkdir()
     (directory / "5").symlink_to(directory / "nowhere")
+    (directory / f"1{'0' * 19}").symlink_to(directory / "nowhere")
     model = ServedModel("m", directory)
     assert served_by(model) == 1
     told = f"Version 5 is a link to what is not there: {directory / 'nowhere'}"

@@ -19,7 +19,7 @@ from google.protobuf import (
 from tensorflow_serving.config import model_server_config_pb2
 
 from export import NAME
-from export.preview.loaded_version import Limits
+from export.preview.loaded_version import PART, Limits
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "export" / "tf_serving"
@@ -143,8 +143,24 @@ def test_a_request_larger_than_a_batch_is_run_in_parts():
     # parts, all of which must fit into the queue.
     assert values["max_batch_size"] > values["max_execution_batch_size"]
     assert values["max_batch_size"] == Limits().examples  # of the preview server
+    assert values["max_execution_batch_size"] == PART
     queue = values["max_enqueued_batches"] * values["max_execution_batch_size"]
     assert values["max_batch_size"] <= queue
+
+
+def test_the_docs_turn_batching_off_in_both(tmp_path):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    (command,) = re.findall(r"^sed -i '/batching/d' .*$", page, re.M)
+    shutil.copytree(FOLDER, tmp_path / "export/tf_serving")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    rest = {flag for flag in FLAGS if "batching" not in flag}
+    for name in ("docker-compose.yml", "kubernetes.yaml"):
+        text = (tmp_path / "export/tf_serving" / name).read_text()
+        assert "batching" not in text
+        assert all(flag in text for flag in rest)
+        for document in yaml.safe_load_all(text):
+            if name == "kubernetes.yaml":
+                kubernetes_validate.validate(document, "1.37", strict=True)
 
 
 def test_monitoring_config_is_of_prometheus():

@@ -58,9 +58,16 @@ def test_shapes_and_dtypes_are_told(saved):
 
 def test_the_latest_version_is_taken_and_a_version_is_itself(saved):
     (saved.parent / "10").mkdir()  # not a model
-    assert complete_versions(saved.parent) == [7]
+    assert complete_versions(saved.parent) == {7: saved}
     assert version_path(saved.parent) == saved
     assert version_path(saved) == saved
+
+
+def test_a_version_with_zeros_before_its_number_is_found_by_its_name(saved, tmp_path):
+    (tmp_path / "12").symlink_to(saved)
+    (tmp_path / "0031").symlink_to(saved)
+    assert list(complete_versions(tmp_path)) == [12, 31]
+    assert version_path(tmp_path) == tmp_path / "0031"
 
 
 def test_a_folder_without_versions_is_an_error(tmp_path):
