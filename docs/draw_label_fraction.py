@@ -19,10 +19,12 @@ def known() -> dict[float, list[results.Row]]:
         path = FOLDER / "results" / f"{RECIPE}-labels{percent}" / "demo.csv"
         if path.exists():
             paths[percent / 100] = path
-    return {
+    rows = {
         share: [row for row, _ in results.read_rows(path)]
         for share, path in sorted(paths.items())
     }
+    # One seed says nothing.
+    return {x: known for x, known in rows.items() if len({y.seed for y in known}) >= 3}
 
 
 def digest() -> str:
