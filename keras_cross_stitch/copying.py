@@ -5,6 +5,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import keras
@@ -247,6 +248,8 @@ def _equal(a: Any, b: Any) -> bool:
     """Whether two values are, arrays and tensors among them; False where in doubt."""
     if a is b:
         return True
+    if isinstance(a, Real) and isinstance(b, Real):
+        return a == b or (a != a and b != b)  # 1 is 1.0, and NaN itself
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):

@@ -180,6 +180,10 @@ class CrossStitch(keras.layers.Layer):
         rows = [[self._given(maps, i, j) for j in tasks] for i in tasks]
         return _like(inputs, [_mix(weights[i], *rows[i]) for i in tasks])
 
+    def compute_output_spec(self, inputs: Any) -> Any:
+        _check_floats(self.name, _by_task(inputs))  # when joined, not when first run
+        return super().compute_output_spec(inputs)
+
     def _checked(self, maps: dict[Any, Any]) -> list[Any]:
         # Again, since later calls may come with shapes that would broadcast.
         self._common_shape({task: x.shape for task, x in maps.items()})

@@ -138,7 +138,14 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             )
         # Not the base class's `build`, which would make a second moving average.
         self._trainable_variables = variables[:]
+        self._find_decay()
         self.built = True
+
+    def _find_decay(self) -> None:
+        self._decay_of = {
+            self._var_key(v): _weight_decay(self.inner_optimizer, v)
+            for v in self._trainable_variables
+        }
 
     def _match(self, variables: list[keras.Variable]) -> dict[Any, float]:
         """The multiplier of each variable, by the variable's key."""
@@ -204,10 +211,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         if not self.built:
             self.build(trainable_variables or [])
         # Now, since what is decayed, and how much, may have changed since the build.
-        self._decay_of = {
-            self._var_key(v): _weight_decay(self.inner_optimizer, v)
-            for v in self._trainable_variables
-        }
+        self._find_decay()
         self.inner_optimizer.apply(grads, trainable_variables)
 
     # All that follows belongs to the inner optimizer.

@@ -115,7 +115,8 @@ def weigh_losses(
             )
     if by == "uncertainty":  # the callback of the other looks after each epoch
         for task, of_task in loss.items():
-            _check_not_poisson(task, getattr(of_task, "loss", of_task))
+            is_masked = isinstance(of_task, MaskedLoss)
+            _check_not_poisson(task, of_task.loss if is_masked else of_task)
     weights = _WEIGHTS[by](tasks, name=by)
     losses = {task: _weighted(loss[task], task, weights.key) for task in loss}
     return keras.Model(model.input, weights(outputs), name=model.name), losses
@@ -277,26 +278,26 @@ class WeightedLoss(keras.losses.Loss):
     def __init__(
         self, loss: Any, task: str, weights_key: str, name: str | None = None
     ) -> None:
-        self.loss = checked_loss(loss)
+        self.weighed_loss = checked_loss(loss)
         self.task = task
         self.weights_key = weights_key
         is_similarity = (
-            isinstance(self.loss, keras.losses.CosineSimilarity)
-            or self.loss is keras.losses.cosine_similarity
+            isinstance(self.weighed_loss, keras.losses.CosineSimilarity)
+            or self.weighed_loss is keras.losses.cosine_similarity
         )
         self.shift = 1.0 if is_similarity else 0.0
         probabilities = np.random.default_rng(0).dirichlet(np.ones(4), (2, 3))
-        values = tried(self.loss, *probabilities)
+        values = tried(self.weighed_loss, *probabilities)
         if values is not None and values.size and values.min() + self.shift < -1e-3:
             raise ValueError(_below_zero(task, values.min()))
         super().__init__(
             name=name,
-            reduction=getattr(self.loss, "reduction", "sum_over_batch_size"),
-            dtype=getattr(self.loss, "dtype", None),
+            reduction=getattr(self.weighed_loss, "reduction", "sum_over_batch_size"),
+            dtype=getattr(self.weighed_loss, "dtype", None),
         )
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        values = values_of(self.loss, y_true, y_pred)
+        values = values_of(self.weighed_loss, y_true, y_pred)
         layer = _called.get(self.weights_key)
         if layer is None:
             raise ValueError(
@@ -313,7 +314,7 @@ class WeightedLoss(keras.losses.Loss):
     def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "loss": keras.losses.serialize(self.loss),
+            "loss": keras.losses.serialize(self.weighed_loss),
             "task": self.task,
             "weights_key": self.weights_key,
         }

@@ -313,7 +313,8 @@ def checked_loss(loss: Any) -> Any:
 def _is_mean_over_components(loss: Any) -> bool:
     """Whether the loss of a vector is the mean of the losses of its components."""
     if isinstance(loss, keras.losses.Loss):
-        loss = getattr(loss, "loss", loss)  # of a weighed one, the one within
+        # Of a weighed one (`WeightedLoss`), the one within.
+        loss = getattr(loss, "weighed_loss", loss)
     y_true, y_pred = np.random.default_rng(0).uniform(0.1, 0.9, (2, 3, 4))
     whole, parts = (
         tried(loss, y_true.reshape(shape), y_pred.reshape(shape))
@@ -375,6 +376,13 @@ def _aligned(y_true: Any, y_pred: Any, dtype: Any) -> tuple[Any, Any]:
     return y_true, y_pred
 
 
+class _MaskOf(keras.losses.Loss):
+    """1 where a layer has not masked the prediction: Keras hands a loss the mask."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return ops.ones_like(y_pred if len(y_pred.shape) == 1 else y_pred[..., 0])
+
+
 def _without_missing(
     y_true: Any,
     y_pred: Any,
@@ -384,8 +392,9 @@ def _without_missing(
     of_components: bool,
 ) -> tuple[Any, Any, Any]:
     """Labels, 0 where missing; predictions, 1 there; and weights (N, ...)."""
-    # Private: Keras has no public name for the mask that a layer hands on.
-    mask = getattr(y_pred, "_keras_mask", None)
+    if not hasattr(y_pred, "shape"):
+        y_pred = ops.convert_to_tensor(y_pred)
+    mask = _MaskOf(reduction="none", name="mask")(y_pred, y_pred)
     y_true, y_pred = _aligned(y_true, y_pred, dtype)
     same_rank = len(y_true.shape) == len(y_pred.shape)
     # The labels' sizes may be unknown, where the pipeline does not say them.

@@ -41,6 +41,28 @@ class Call:
         return keras.tree.flatten((self.args, self.kwargs))
 
 
+@keras.saving.register_keras_serializable("keras_cross_stitch")
+class InputCast(keras.layers.Layer):
+    """Casts as the input of a nested model does. A layer, since it hands masks on."""
+
+    def __init__(self, to: str, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.to = to
+        self.supports_masking = True
+
+    def call(self, inputs: Any) -> Any:
+        return keras.ops.cast(inputs, self.to)
+
+    def compute_output_spec(self, inputs: Any) -> Any:
+        # Not by `compute_output_shape`, which would have the layer's own dtype.
+        return keras.KerasTensor(
+            inputs.shape, self.to, sparse=inputs.sparse, ragged=inputs.ragged
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "to": self.to}
+
+
 class Tower:
     """A functional or Sequential model as the calls of its layers.
 
@@ -151,6 +173,7 @@ class Tower:
             call.path
             for call in self.calls
             if isinstance(call.layer, keras.layers.Layer)
+            and not isinstance(call.layer, InputCast)
         ]
         if name in [layer.name for layer in self.inputs]:
             raise ValueError(
@@ -205,9 +228,10 @@ class Tower:
                 "in a way that cannot be taken apart: give it its inputs, and no "
                 f"argument but `training`. Received: {given}, {kwargs}"
             )
+        several = len(given) > 1
         cast = (
-            self._cast(x, f"{path}/cast_{own.name}", own.dtype)
-            for x, own in zip(given, nested.inputs, strict=True)
+            self._cast(x, f"{path}/cast" + (f"_{k}" if several else ""), own.dtype)
+            for k, (x, own) in enumerate(zip(given, nested.inputs, strict=True), 1)
         )
         scope = dict(zip(map(id, nested.inputs), cast, strict=True))
         told = {key: x for key, x in kwargs.items() if x is not None}
@@ -218,14 +242,15 @@ class Tower:
         """What a model is given, as its input casts it: images of bytes to floats."""
         if not isinstance(x, Value) or x.spec.dtype == dtype:
             return x
+        layer = self._casts.setdefault(path, InputCast(dtype, name="cast"))
+        kinds = {"sparse": x.spec.sparse, "ragged": x.spec.ragged}
         given = keras.Input(
-            batch_shape=x.shape, dtype=x.spec.dtype, sparse=x.spec.sparse
+            batch_shape=x.shape,
+            dtype=x.spec.dtype,
+            **{kind: True for kind, is_it in kinds.items() if is_it},
         )
-        model = keras.Model(given, keras.ops.cast(given, dtype))
-        operation = self._casts.setdefault(path, model.operations[-1])
-        value = Value(model.outputs[0])
-        self.calls.append(Call(self.task, path, operation, (x,), {}, (value,)))
-        self.outputs.setdefault(path, []).append([value])
+        value = Value(layer(given))
+        self.calls.append(Call(self.task, path, layer, (x,), {}, (value,)))
         return value
 
 

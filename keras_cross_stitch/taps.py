@@ -7,7 +7,13 @@ from typing import Any
 import keras
 
 from keras_cross_stitch.copying import kernels
-from keras_cross_stitch.opening import Call, Tower, Value, opened_towers
+from keras_cross_stitch.opening import (
+    Call,
+    InputCast,
+    Tower,
+    Value,
+    opened_towers,
+)
 
 
 def read_taps(
@@ -220,7 +226,7 @@ def _stage_ends(tower: Tower) -> list[tuple[int, Value]]:
         weighs = pixels == 1 and min(earliest[n + 1 :], default=n) < n
         if goes_round or weighs or not (leads & trained) >> n & 1:
             continue
-        if not _can_be_tapped(value) or _only_pads(tower.calls[n]):
+        if not _can_be_tapped(value) or _only_passes_on(tower.calls[n]):
             continue
         if not stages or _apart(values[stages[-1][0]], value) >= 0.5:
             stages.append([])
@@ -250,8 +256,8 @@ def _can_be_tapped(value: Value) -> bool:
     return known and "float" in value.spec.dtype
 
 
-def _only_pads(call: Call) -> bool:
-    return "Padding" in type(call.layer).__name__
+def _only_passes_on(call: Call) -> bool:
+    return isinstance(call.layer, InputCast) or "Padding" in type(call.layer).__name__
 
 
 def _ancestors(calls: Sequence[Call]) -> tuple[list[int], list[int]]:

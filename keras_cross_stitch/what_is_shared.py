@@ -51,8 +51,8 @@ def sharing(
             however much other tasks take.
 
     Raises:
-        ValueError: For a model without units, for one that is not compiled, or for one
-            whose tasks have no losses of their own.
+        ValueError: For a model without units, for one that is not compiled, for one
+            whose tasks have no losses of their own, or for a list of data.
 
     Example:
 
@@ -79,6 +79,11 @@ def sharing(
         raise ValueError(
             "`sharing` needs the losses of the tasks: compile the model first. "
             f"Received: model={model}"
+        )
+    if isinstance(data, list):
+        raise ValueError(
+            "`data` must be a tuple `(x, y)`, or batches such as a `tf.data.Dataset` "
+            f"or a `keras.utils.PyDataset`. Received: a list of {len(data)}"
         )
     x, arguments = data, {}
     if isinstance(data, tuple):

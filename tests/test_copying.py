@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from keras_cross_stitch import CrossStitch, split, stitch
+from keras_cross_stitch import CrossStitch, common_taps, split, stitch
 from keras_cross_stitch.opening import Tower
 
 RNG = np.random.default_rng(0)
@@ -745,6 +745,24 @@ def test_a_nested_model_gets_what_its_input_casts(join, calls, sequential):
         model = stitch(towers, ["pool"], same_task=1.0)
 
     _assert_as_apart(model, towers, RNG.integers(0, 256, (3, 6, 6, 3), "uint8"))
+
+
+def test_masks_pass_what_an_input_casts():
+    def build(outputs):
+        features = keras.Input((None, 4))
+        inner = keras.Model(features, layers.LSTM(4, name="tap")(features), name="in")
+        words = keras.Input((None,), dtype="int32", name="words")
+        x = layers.Embedding(10, 4, mask_zero=True, dtype="mixed_float16")(words)
+        return keras.Model(words, layers.Dense(outputs, name="score")(inner(x)))
+
+    towers = {"a": build(2), "b": build(3)}
+    model = stitch(towers, ["tap"], same_task=1.0)
+    assert [x.name for x in model.layers if "cast" in x.name] == [
+        "a_in_cast",
+        "b_in_cast",
+    ]
+    _assert_as_apart(model, towers, np.array([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]]))
+    assert [tap["a"] for tap in common_taps(towers)] == ["in/tap"]
 
 
 def test_a_nested_model_of_floats_gets_halves_as_floats():

@@ -631,6 +631,11 @@ def test_a_later_call_with_other_shapes_is_an_error(later, words):
         unit(later)
 
 
+def test_integers_are_refused_when_they_are_joined():
+    with pytest.raises(ValueError, match="maps of floats"):
+        CrossStitch()([keras.Input((3,), dtype="int32")] * 2)
+
+
 def test_same_task_of_numpy_is_saved():
     unit = CrossStitch(same_task=np.linspace(0, 1, 5, dtype="f")[3])
     assert json.loads(json.dumps(unit.get_config()["same_task"])) == 0.75

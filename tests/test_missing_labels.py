@@ -631,6 +631,19 @@ def test_missing_must_be_a_number(missing):
             masked("mse", missing=missing)
 
 
+def test_what_a_loss_calls_its_loss_says_nothing_of_it():
+    class Cosine(keras.losses.Loss):
+        def __init__(self):
+            super().__init__(name="cosine")
+            self.loss = keras.losses.MeanSquaredError()
+
+        def call(self, y_true, y_pred):
+            return 1 + keras.losses.cosine_similarity(y_true, y_pred)
+
+    y_true, y_pred = [[3.0, 4.0], [3.0, np.nan]], [[4.0, 3.0], [1.0, 1.0]]
+    assert float(MaskedLoss(Cosine())(y_true, y_pred)) == pytest.approx(0.04, abs=1e-6)
+
+
 def test_missing_may_be_a_number_of_numpys():
     for masked in (MaskedLoss, MaskedMetric):
         config = masked("mse", missing=np.array([-1, 3]).min()).get_config()

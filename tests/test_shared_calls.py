@@ -212,6 +212,15 @@ def test_layers_that_differ_in_little_are_each_built(build):
     split(of(1, 1), "conv")
 
 
+@pytest.mark.parametrize("other", [-1.0, np.float64(-1)])
+def test_equal_numbers_of_other_kinds_are_alike(other):
+    towers = {
+        task: tower([layers.Rescaling(1.0, offset=x, name="one")])
+        for task, x in (("a", -1), ("b", other))
+    }
+    assert "shared_one" in names(split(towers, "conv"))
+
+
 def test_layers_of_other_names_are_alike():
     def build(name):
         wrapped = layers.TimeDistributed(layers.Dense(3, name=f"{name}_inner"))
