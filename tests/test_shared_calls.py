@@ -183,7 +183,9 @@ UNLIKE = {
     "a default by keyword": lambda n: layers.Lambda(scaled_by(n + 1.0), name="one"),
     "an array": lambda n: layers.Lambda(scaled_by(np.arange(3.0) + n), name="one"),
     "a seed of its own": lambda n: Fourier(n, name="one"),
-    "a dtype": lambda n: layers.Rescaling(1.0, dtype=["float32", "float16"][n]),
+    "a dtype": lambda n: layers.Rescaling(
+        1.0, dtype=["float32", "float16"][n], name="one"
+    ),
 }
 
 
