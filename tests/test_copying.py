@@ -762,7 +762,7 @@ def test_masks_pass_what_an_input_casts():
     casts = [layer.name for layer in model.layers if "cast" in layer.name]
     assert casts == ["a_in_cast", "b_in_cast"]
     _assert_as_apart(model, towers, np.array([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]]))
-    assert [tap["a"] for tap in common_taps(towers)] == ["in/tap"]
+    assert [tap["a"] for tap in common_taps(towers)] == ["embedding"]
 
 
 def test_a_nested_model_of_floats_gets_halves_as_floats():
