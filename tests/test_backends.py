@@ -149,6 +149,23 @@ def test_what_is_learned_is_read_and_drawn():
         assert np.isfinite(row["without"])
 
 
+@pytest.mark.parametrize("jit", [True, False])
+def test_what_a_layer_masks_is_missing(jit):
+    words = np.array([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]])
+    labels = random.normal(size=(2, 5, 1))
+    x = keras.Input((None,), dtype="int32")
+    y = keras.layers.Embedding(6, 4, mask_zero=True)(x)
+    model = keras.Model(x, keras.layers.Dense(1)(y))
+    jit = jit and keras.backend.backend() != "torch"  # which compiles for minutes
+    metrics = [MaskedMetric("mse")]
+    model.compile("sgd", MaskedLoss("mse"), metrics=metrics, jit_compile=jit)
+
+    values = model.evaluate(words, labels, verbose=0)
+
+    error = (model.predict(words, verbose=0) - labels) ** 2
+    np.testing.assert_allclose(values, error[words != 0].mean(), rtol=1e-5)
+
+
 def test_missing_components_and_masks():
     labels = np.array([[1.0, np.nan], [np.nan, np.nan], [4.0, 6.0]])
     predicted = np.array([[2.0, 9.0], [9.0, 9.0], [4.0, 3.0]])
