@@ -754,7 +754,9 @@ def test_masks_pass_what_an_input_casts():
         features = keras.Input((None, 4))
         inner = keras.Model(features, layers.LSTM(4, name="tap")(features), name="in")
         words = keras.Input((None,), dtype="int32", name="words")
-        x = layers.Embedding(10, 4, mask_zero=True, dtype="mixed_float16")(words)
+        x = layers.Embedding(
+            10, 4, mask_zero=True, dtype="mixed_float16", name="embedded"
+        )(words)
         return keras.Model(words, layers.Dense(outputs, name="score")(inner(x)))
 
     towers = {"a": build(2), "b": build(3)}
@@ -762,7 +764,7 @@ def test_masks_pass_what_an_input_casts():
     casts = [layer.name for layer in model.layers if "cast" in layer.name]
     assert casts == ["a_in_cast", "b_in_cast"]
     _assert_as_apart(model, towers, np.array([[1, 2, 0, 0, 0], [3, 4, 5, 0, 0]]))
-    assert [tap["a"] for tap in common_taps(towers)] == ["embedding"]
+    assert [tap["a"] for tap in common_taps(towers)] == ["embedded"]
 
 
 def test_a_nested_model_of_floats_gets_halves_as_floats():
