@@ -171,8 +171,11 @@ def new_inputs(towers: Mapping[str, Tower], shared_input: bool) -> dict[str, lis
     if any(spec != specs[first] for spec in specs.values()):
         raise ValueError(
             "Towers that share an input must take the same shape and dtype, and "
-            "several inputs the same names; `stitch(..., shared_input=False)` gives "
-            f"each its own. Received: inputs={specs}"
+            "several inputs the same names. If they see the same picture in other "
+            "sizes, put a layer in front of one, `keras.Sequential([keras.Input("
+            "shape_of_the_other), keras.layers.Resizing(height, width), tower])`; if "
+            "each has data of its own, `stitch(..., shared_input=False)` gives each "
+            f"its own input. Received: {_in_words(layers)}"
         )
     shared = {
         key: _new_input(x, name)
@@ -195,6 +198,18 @@ def _input_names(tower: Tower) -> list[str]:
         else layer.output.name
         for k, layer in enumerate(tower.inputs, 1)
     ]
+
+
+def _in_words(layers: Mapping[str, Mapping[str, keras.layers.InputLayer]]) -> str:
+    def words(layer: keras.layers.InputLayer) -> str:
+        shape, dtype, *flags = _spec(layer).items()
+        return " ".join([str(shape[1]), dtype[1], *(flag for flag, _ in flags)])
+
+    return "; ".join(
+        f"'{task}' takes "
+        + ", ".join(f"'{name}' {words(layer)}" for name, layer in of_task.items())
+        for task, of_task in layers.items()
+    )
 
 
 def _spec(layer: keras.layers.InputLayer) -> dict[str, Any]:

@@ -128,6 +128,11 @@ def stitch(
 
     - [Misra et al., 2016](https://arxiv.org/abs/1604.03539), Figure 4
     """
+    if not (isinstance(unit, type) and issubclass(unit, keras.layers.Layer)):
+        raise ValueError(
+            "`unit` must be a class of layers: `CrossStitch`, `NDDR` or one of yours. "
+            f"Received: unit={unit!r}"
+        )
     if project and unit is not CrossStitch:
         raise ValueError(
             "Only `CrossStitch` units project what they take: leave `project` or "

@@ -1,6 +1,7 @@
 """Taps: where units stand between towers, and what the names of layers mean."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,9 @@ def common_taps(
     Raises:
         ValueError: For towers that cannot be opened.
 
+    Warns:
+        UserWarning: If nothing fits.
+
     Example:
 
     >>> from keras_cross_stitch import alexnet
@@ -188,6 +192,18 @@ def common_taps(
         else:
             _append(taps, found, opened)
             after = {task: m for task, (m, _) in found.items()}
+    if not taps:
+        ask = "" if project else ", or let units project: `common_taps(project=True)`"
+        found_ends = {
+            task: [f"{tower.name_of(x)} {x.shape[1:]}" for _, x in ends[task]]
+            for task, tower in opened.items()
+        }
+        warnings.warn(
+            "Nothing of the towers fits, and `stitch` without taps shares nothing: "
+            f"name layers yourself{ask}. Ends of stages: {found_ends}",
+            UserWarning,
+            stacklevel=2,
+        )
     return taps
 
 

@@ -95,7 +95,6 @@ def sharing(
         return model.evaluate(x, **arguments, verbose=0, return_dict=True)
 
     given = losses()
-    rows = []
     for unit in units:
         missing = [task for task in unit.tasks if f"{task}_loss" not in given]
         if missing:
@@ -104,8 +103,10 @@ def sharing(
                 f"`compile(loss={{task: ...}})`. Received none for {missing}: "
                 f"{sorted(given)}"
             )
+    rows = []
+    all_scales = _scales(model, units, x, arguments.get("batch_size"))
+    for unit, scales in zip(units, all_scales, strict=True):
         alpha = keras.ops.convert_to_numpy(unit.alpha)
-        scales = _scales(model, unit, x, arguments.get("batch_size"))
         parts, parts_at_start = _parts(alpha, scales), None
         if unit.alpha_initializer is None:
             start = keras.ops.convert_to_numpy(unit._initial_alpha(alpha.shape))
@@ -137,22 +138,52 @@ def sharing(
 
 
 def _scales(
-    model: keras.Model, unit: CrossStitch, x: Any, batch_size: int | None
-) -> list[list[Any]]:
-    """The standard deviations of what task i is given by task j: (C,) each."""
-    maps = keras.Model(model.input, unit.input).predict(
+    model: keras.Model, units: list[CrossStitch], x: Any, batch_size: int | None
+) -> list[list[list[Any]]]:
+    """The standard deviations of what task i is given by task j: (C,) each, by unit."""
+    # One pass for all units, of which no maps are kept: they may be as large as the
+    # data.
+    moments = {unit.name: _Moments(unit)(unit.input) for unit in units}
+    found = keras.Model(model.input, moments).predict(
         x, batch_size=batch_size, verbose=0
     )
-    if isinstance(maps, dict):
-        maps = [maps[task] for task in unit.tasks]
-    axis = 1 if unit.data_format == "channels_first" else -1
 
-    def scale(given: Any) -> Any:
-        given = keras.ops.convert_to_numpy(given).astype("float64")
-        return np.moveaxis(given, axis, -1).reshape(-1, given.shape[axis]).std(axis=0)
+    def scale(of_examples: Any) -> Any:
+        mean, variance = np.moveaxis(of_examples.astype("float64"), 1, 0)
+        return np.sqrt(mean.var(axis=0) + variance.mean(axis=0))
 
-    tasks = range(len(maps))
-    return [[scale(unit._given(maps, i, j)) for j in tasks] for i in tasks]
+    return [
+        [[scale(given) for given in of_task] for of_task in found[unit.name]]
+        for unit in units
+    ]
+
+
+class _Moments(keras.layers.Layer):
+    """Each example's mean and variance, (N, 2, C), of what task i is given by task j.
+
+    A layer, since a unit that resizes to unknown sizes gives nothing symbolic.
+    """
+
+    def __init__(self, unit: CrossStitch) -> None:
+        super().__init__(dtype=unit.dtype_policy)
+        self.unit = unit
+
+    def call(self, inputs: Any) -> list[list[Any]]:
+        unit = self.unit
+        maps = inputs
+        if isinstance(inputs, dict):
+            maps = [inputs[task] for task in unit.tasks]
+        tasks = range(len(maps))
+        return [[self._moments(unit._given(maps, i, j)) for j in tasks] for i in tasks]
+
+    def _moments(self, given: Any) -> Any:
+        given = keras.ops.cast(given, "float32")
+        if self.unit.data_format == "channels_first":
+            given = keras.ops.moveaxis(given, 1, -1)
+        positions = tuple(range(1, len(given.shape) - 1))
+        if not positions:
+            return keras.ops.stack([given, keras.ops.zeros_like(given)], axis=1)
+        return keras.ops.stack(keras.ops.moments(given, positions), axis=1)
 
 
 def _parts(alpha: Any, scales: list[list[Any]]) -> Any:

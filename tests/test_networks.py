@@ -932,7 +932,9 @@ STITCH_ERRORS = {
     "unequal inputs": (
         lambda: {"a": _dense_tower(3), "b": _sequential(2)},
         [],
-        r"same shape and dtype.*shared_input=False.*None, 5.*None, 9, 7, 3",
+        r"same shape and dtype.*Resizing.*shared_input=False.*"
+        r"Received: 'a' takes 'features' \(None, 5\) float32; "
+        r"'b' takes 'image' \(None, 9, 7, 3\) float32$",
     ),
     "one tower": (
         lambda: {"a": _dense_tower(3)},
@@ -979,6 +981,37 @@ def test_inputs_of_other_dtypes_cannot_be_shared(dtype):
 
     with pytest.raises(ValueError, match=f"same shape and dtype.*float32.*{dtype}"):
         stitch({"a": _dense_tower(2), "b": other}, [])
+
+
+def test_a_flag_of_an_input_that_cannot_be_shared_is_named():
+    sparse = keras.Input((5,), name="features", sparse=True)
+    other = keras.Model(sparse, layers.Dense(2, name="one")(sparse))
+
+    with pytest.raises(ValueError, match=r"\(None, 5\) float32; .* float32 sparse$"):
+        stitch({"a": _dense_tower(2), "b": other}, ["one"])
+
+
+def test_towers_of_other_sizes_share_a_picture_as_their_error_says():
+    def build(size):
+        image = keras.Input((size, size, 3), name="image")
+        x = layers.Conv2D(4, 3, name="conv")(image)
+        return keras.Model(image, layers.GlobalMaxPooling2D(name="pool")(x))
+
+    small, large = build(9), build(17)
+    with pytest.raises(ValueError, match=r"keras.layers.Resizing\(height, width\)"):
+        stitch({"a": small, "b": large}, ["pool"])
+    resized = keras.Sequential([keras.Input((9, 9, 3)), layers.Resizing(17, 17), large])
+    model = stitch({"a": small, "b": resized}, ["pool"], same_task=1.0)
+
+    x = _data(model)
+    _assert_same(model(x)["b"], large(layers.Resizing(17, 17)(x)))
+
+
+@pytest.mark.parametrize("unit", ["nddr", CrossStitch(), None, lambda maps: maps])
+def test_a_unit_that_is_no_class_of_layers_is_an_error(unit):
+    towers = {"a": _dense_tower(2), "b": _dense_tower(2)}
+    with pytest.raises(ValueError, match=r"`unit` must be a class of layers.*Received"):
+        stitch(towers, ["one"], unit=unit)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,16 @@ def test_without_projection_shapes_are_equal():
     assert named(taps) == [(n, n) for n in ("down0", "bottom", "up0")]
 
 
+def test_towers_of_which_nothing_fits_are_told():
+    towers = {"a": unet(2), "b": text(2)}
+
+    told = r"shares nothing.*or let units project.*'b': \['lstm0 \(7, 5\)'"
+    with pytest.warns(UserWarning, match=told):
+        assert common_taps(towers) == []
+    with pytest.warns(UserWarning, match=r"name layers yourself\. Ends of stages"):
+        assert common_taps(towers, project=True) == []
+
+
 @pytest.mark.parametrize("towers", [[], {"a": None}])
 def test_towers_are_a_dict_of_two_at_least(towers):
     with pytest.raises(ValueError, match="must be a dict of at least two"):

@@ -55,6 +55,73 @@ def test_parts_weigh_alpha_by_the_spread_of_the_maps(per):
         assert row["part_at_start"] == pytest.approx(other / (own + other), rel=1e-4)
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("tasks", ["ab", "cab", "edcba"])
+def test_parts_of_maps_weigh_alpha_by_the_spread_over_all_positions(tasks, data_format):
+    def of_task():
+        x = keras.Input((8,), name="x")
+        y = keras.layers.Dense(60, activation="relu", name="hidden")(x)
+        y = keras.layers.Reshape((3, 5, 4), name="map")(y)
+        y = keras.layers.Flatten()(y)
+        return keras.Model(x, keras.layers.Dense(1, name="out")(y))
+
+    model = stitch({t: of_task() for t in tasks}, ["map"], data_format=data_format)
+    model.compile("sgd", dict.fromkeys(tasks, "mse"))
+    unit = model.get_layer("cross_stitch_map")
+    alpha = random.normal(size=unit.alpha.shape)
+    unit.alpha.assign(alpha)
+    x = random.normal(size=(19, 8)).astype("float32")
+    y = {task: random.normal(size=(19, 1)) for task in tasks}
+    rows = {(r["task"], r["source"]): r for r in sharing(model, (x, y), batch_size=7)}
+
+    def spread(task):
+        kernel, bias = model.get_layer(f"{task}_hidden").get_weights()
+        maps = np.maximum(x @ kernel + bias, 0).reshape(19, 3, 5, 4)
+        channel = 1 if data_format == "channels_first" else 3
+        return maps.std(axis=tuple({0, 1, 2, 3} - {channel}))
+
+    for i, task in enumerate(unit.tasks):
+        taken = [
+            (abs(alpha[i, j]) * spread(of)).sum() for j, of in enumerate(unit.tasks)
+        ]
+        for j, source in enumerate(unit.tasks):
+            if i != j:
+                part = taken[j] / sum(taken)
+                assert rows[task, source]["part"] == pytest.approx(part, rel=1e-4)
+
+
+def test_projected_maps_of_unknown_sizes_are_measured():
+    def of_task(filters, step):
+        image = keras.Input((None, None, 3), name="image")
+        y = keras.layers.Conv2D(filters, 3, strides=step, name="conv")(image)
+        y = keras.layers.GlobalAveragePooling2D()(y)
+        return keras.Model(image, keras.layers.Dense(1, name="out")(y))
+
+    towers = {"a": of_task(4, 1), "b": of_task(6, 2)}
+    model = stitch(towers, ["conv"], project=True, same_task=0.7)
+    model.compile("sgd", {"a": "mse", "b": "mse"})
+    x = random.normal(size=(5, 9, 11, 3)).astype("float32")
+    rows = sharing(model, (x, {"a": np.ones((5, 1)), "b": np.ones((5, 1))}))
+    assert all(0 < row["part"] < 1 for row in rows)
+
+
+def test_one_pass_measures_the_maps_of_all_units(monkeypatch):
+    model = stitch({"a": tower(depth=3), "b": tower(depth=3)}, at=["h1", "h2", "h3"])
+    model.compile("sgd", {"a": "mse", "b": "mse"})
+    passes = []
+    predict = keras.Model.predict
+
+    def counted(self, *arguments, **options):
+        passes.append(predict(self, *arguments, **options))
+        return passes[-1]
+
+    monkeypatch.setattr(keras.Model, "predict", counted)
+    sharing(model, (np.ones((20, 8)), {"a": np.ones((20, 1)), "b": np.ones((20, 1))}))
+    (found,) = passes
+    # Sums, no maps, which may be as large as the data.
+    assert {x.shape for x in keras.tree.flatten(found)} == {(20, 2, 32)}
+
+
 @pytest.mark.parametrize("channels", [(3, 5), (4, 2, 7)])
 def test_parts_of_projected_maps_are_of_what_is_projected(channels):
     tasks = "abc"[: len(channels)]
