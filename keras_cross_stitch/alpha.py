@@ -27,8 +27,9 @@ def alpha_table(model: keras.Model) -> list[dict[str, Any]]:
 
     Returns:
         List of dicts, one for each unit, task and source, in the order of the
-        graph. The keys are `unit` (the layer's name), `task` (that takes), `source`
-        (the task that gives), and `mean`, `std`, `min` and `max` of alpha over the
+        graph. The keys are `unit` (the layer's name, or its path `model/unit` if
+        nested models have units of one name), `task` (that takes), `source` (the task
+        that gives), and `mean`, `std`, `min` and `max` of alpha over the
         channels. With `per="layer"`, alpha is one number. The list is empty for a
         model without units.
 
@@ -198,12 +199,16 @@ def in_lines(name: str, width: int) -> str:
 def _alphas(model: keras.Model) -> list[tuple[str, dict[tuple[str, str], Any]]]:
     """[(unit, {(task, source): alpha})], alpha of shape (C,), or (1,) per layer."""
     units = _units(model)
-    if not all(unit.built for unit in units):
+    if not all(unit.built for unit in units.values()):
         raise ValueError(
             "The model has no weights yet: call it, or load them. "
             f"Received: model={model}"
         )
-    return [(unit.name, _by_task(unit)) for unit in units]
+    names = [unit.name for unit in units.values()]
+    return [
+        (path if names.count(unit.name) > 1 else unit.name, _by_task(unit))
+        for path, unit in units.items()
+    ]
 
 
 def _by_task(unit: CrossStitch) -> dict[tuple[str, str], Any]:
@@ -215,12 +220,13 @@ def _by_task(unit: CrossStitch) -> dict[tuple[str, str], Any]:
     }
 
 
-def _units(model: keras.Model) -> list[CrossStitch]:
-    """The units of the model and its nested models, in the order of the graph."""
-    units: list[CrossStitch] = []
+def _units(model: keras.Model, within: str = "") -> dict[str, CrossStitch]:
+    """{path: unit} of the model and its nested models, in the order of the graph."""
+    units: dict[str, CrossStitch] = {}
     for layer in model.layers:
+        path = within + layer.name
         if isinstance(layer, CrossStitch):
-            units.append(layer)
+            units[path] = layer
         elif isinstance(layer, keras.Model):
-            units.extend(_units(layer))
+            units |= _units(layer, f"{path}/")
     return units

@@ -55,8 +55,9 @@ def weigh_losses(
     Args:
         model: Functional `keras.Model` whose output is a dict with a tensor a task.
         loss: Dict of every task to a loss that `MaskedLoss` would take, or to a
-            `MaskedLoss`. An `ignore_class` is respected. A batch without labels of a
-            task leaves the task's weight as it is.
+            `MaskedLoss`. An `ignore_class` is respected, but refused under JAX: write
+            `MaskedLoss(loss, missing=...)` there. A batch without labels of a task
+            leaves the task's weight as it is.
         by: `"uncertainty"` or `"dynamic_average"`.
 
     Returns:
@@ -65,7 +66,8 @@ def weigh_losses(
     Raises:
         ValueError: If `by` is neither; if the model's output is no dict of two tensors
             or more; if its tasks are not those of `loss`; if the model's losses are
-            weighted already; if `MaskedLoss` would not take a loss; or if a loss goes
+            weighted already; if `MaskedLoss` would not take a loss, or JAX its
+            `ignore_class`; or if a loss goes
             below 0, as far as a trial shows. (`DynamicWeightAverage` looks again after
             each epoch.)
 
@@ -112,6 +114,15 @@ def weigh_losses(
             raise ValueError(
                 "The losses of `model` are weighed already, by its layer "
                 f"'{layer.name}'"
+            )
+    for task, of_task in loss.items():
+        ignored = getattr(of_task, "ignore_class", None)
+        # Its mask cannot be taken over there: what JAX traces takes no attributes.
+        if ignored is not None and keras.backend.backend() == "jax":
+            raise ValueError(
+                "Under JAX a weighed loss must have no `ignore_class`: write "
+                f"`MaskedLoss(loss, missing={ignored})`. Received: the loss of "
+                f"'{task}' has ignore_class={ignored}"
             )
     if by == "uncertainty":  # the callback of the other looks after each epoch
         for task, of_task in loss.items():

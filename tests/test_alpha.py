@@ -98,6 +98,25 @@ def test_table_looks_into_nested_models():
     assert alpha_table(outer) == alpha_table(inner)
 
 
+def test_units_of_one_name_in_two_nested_models_stay_apart():
+    one, two = stitched(), stitched()
+    one.name, two.name = "one", "two"
+    given = one.input
+    outer = keras.Model(given, {**one(given), "of_two": two(given)["depth"]})
+    names = list(dict.fromkeys(row["unit"] for row in alpha_table(outer)))
+    units = dict.fromkeys(row["unit"] for row in alpha_table(one))
+    assert names == [f"{model}/{unit}" for model in ("one", "two") for unit in units]
+
+    logs = {}
+    history = AlphaHistory()
+    history.set_model(outer)
+    history.set_params({"verbose": 0, "epochs": 1, "steps": 1})
+    history.on_train_begin()
+    history.on_epoch_begin(0)
+    history.on_epoch_end(0, logs)
+    assert len(logs) == 2 * len(alpha_table(one))
+
+
 def test_table_names_the_tasks_of_a_list_by_position():
     inputs = [keras.Input((3,)), keras.Input((3,))]
     table = alpha_table(keras.Model(inputs, CrossStitch()(inputs)))

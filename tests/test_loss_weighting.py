@@ -210,6 +210,17 @@ def test_an_ignored_class_counts_nowhere(by):
     assert float(loss["a"](nothing, logits)) == float(loss["b"](nothing, logits)) == 0
 
 
+def test_an_ignored_class_is_refused_where_its_mask_is_lost(monkeypatch):
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(4)(x) for task in "ab"})
+    ignoring = keras.losses.SparseCategoricalCrossentropy(True, ignore_class=0)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+
+    told = r"Under JAX.*MaskedLoss\(loss, missing=0\).*loss of 'b' has"
+    with pytest.raises(ValueError, match=told):
+        weigh_losses(model, {"a": "mse", "b": ignoring}, "uncertainty")
+
+
 @pytest.mark.slow
 def test_without_a_mask_the_loss_is_the_same():
     x = keras.Input((3,))
