@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(ROOT)}}
+    resources = {"metadata": {"path": str(path.parent)}}
     options = {"timeout": 3600, "resources": resources, "record_timing": False}
     NotebookClient(notebook, **options).execute()
     for cell in notebook.cells:

@@ -224,29 +224,35 @@ def serve(
         _import_tensorflow()
         from export.preview import server
         from export.preview.served_model import ServedModel
+        from keras_cross_stitch.versions import versions
 
-        model = ServedModel(name, directory, _labels(label or []))
+        labels = _labels(label or [], versions(directory))
+        tell = functools.partial(console.print, highlight=False, soft_wrap=True)
+        model = ServedModel(name, directory, labels, tell=tell)
         port, listening = server.listen(port, rest_port)
         rest_port = listening.getsockname()[1]
-    console.print(
+    tell(
         f"Preview server, for development only; Ctrl+C ends it.\n"
         f"gRPC  127.0.0.1:{port}, model '{name}'\n"
         f"REST  http://127.0.0.1:{rest_port}/v1/models/{name}\n"
-        f"Page  http://127.0.0.1:{rest_port}/",
-        highlight=False,
-        soft_wrap=True,
+        f"Page  http://127.0.0.1:{rest_port}/"
     )
     # Until SIGTERM or Ctrl+C; what is under way is answered first.
     with listening:
         server.server(model, port).run(sockets=[listening])
 
 
-def _labels(pairs: Iterable[str]) -> dict[str, int]:
+def _labels(pairs: Iterable[str], found: Collection[int]) -> dict[str, int]:
     labels = {}
     for pair in pairs:
         label, _, version = pair.partition("=")
         if not label or not version.isdecimal():
             raise ValueError(f"--label must be LABEL=VERSION. Received: {pair}")
+        if found and int(version) not in found:  # a folder without any is told so
+            raise ValueError(
+                "--label must name a version that is there. There are: "
+                f"{', '.join(map(str, found))}. Received: {pair}"
+            )
         labels[label] = int(version)
     return labels
 
@@ -265,7 +271,9 @@ def predict(
     model: Annotated[
         Path | None,
         typer.Option(
-            parser=path, help="The served folder, for class names and colours."
+            parser=path,
+            help="The served folder, for class names and colours. Without it, maps are "
+            "printed as numbers.",
         ),
     ] = None,
     output: Annotated[
@@ -275,11 +283,11 @@ def predict(
 ) -> None:
     """Ask a served model about IMAGES, and draw each answer.
 
-    Writes OUTPUT/IMAGE.TASK.png where the answer is a map or boxes, and prints it where
-    it is numbers. Images of one name are told apart by their folders and endings, as
-    OUTPUT/FOLDER/IMAGE.jpg.TASK.png. The model must take an image and regions, which
-    are searched for, or have been exported with --from-jpeg. Ends with exit code 1
-    where one of the images was not answered.
+    Writes OUTPUT/IMAGE.TASK.png where the answer is boxes or, with --model, a map, and
+    prints it where it is numbers. Images of one name are told apart by their folders
+    and endings, as OUTPUT/FOLDER/IMAGE.jpg.TASK.png. The model must take an image and
+    regions, which are searched for, or have been exported with --from-jpeg. Ends with
+    exit code 1 where one of the images was not answered.
     """
     with _errors_in_a_line():
         _import_tensorflow()
@@ -299,7 +307,7 @@ def predict(
                         drawn = drawing.answer(ask, each, answers)
                         _show(image, each, drawn, output / f"{drawn_to}.{each}.png")
                 except (ServingError, OSError, ValueError) as error:
-                    _print_error(f"{image}: {error}")
+                    _print_error(f"{image}: {_in_words(error)}")
                     failed = True
                     if isinstance(error, ServingError) and not _of_one_image(error):
                         break
@@ -382,7 +390,7 @@ def _show(image: Path, task: str, drawn: "Drawing", path: Path) -> None:
             unfinished.unlink(missing_ok=True)
         console.print(f"Wrote {path}", soft_wrap=True)
     if drawn.rows:
-        table = Table(f"{image.name}, {task}", "")
+        table = _table(f"{image.name}, {task}", "")
         for row in drawn.rows:
             table.add_row(*row)
         console.print(table)
@@ -413,7 +421,7 @@ def _errors_in_a_line() -> Iterator[None]:
         _print_error(error)
         sys.exit(2)
     except (RuntimeError, ImportError) as error:
-        _print_error(error)
+        _print_error(_in_words(error))
         sys.exit(1)
     except Exception as error:
         tensorflow = sys.modules.get("tensorflow")
@@ -423,6 +431,16 @@ def _errors_in_a_line() -> Iterator[None]:
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _in_words(error: Exception) -> str:
+    """The error; where a server may not be there, with what starts one."""
+    if getattr(getattr(error, "code", None), "name", "") != "UNAVAILABLE":
+        return str(error)
+    return (
+        f"{error}. Where no server runs, `python -m export serve FOLDER` starts one, "
+        "with gRPC at 127.0.0.1:8500 and REST at http://127.0.0.1:8501"
+    )
 
 
 def _print_error(error: object) -> None:
@@ -438,29 +456,34 @@ def _print_line(word: str, colour: str, text: str) -> None:
     Console(stderr=True).print(line, soft_wrap=True)
 
 
+def _table(*headers: str) -> Table:
+    """A table whose names are folded where they do not fit, and not cut off."""
+    return Table(*(Column(header, overflow="fold") for header in headers))
+
+
 def _print_links(links: "Iterable[Link]") -> None:
-    table = Table("left out at", "task", "takes nothing from", "change, alone")
+    table = _table("left out at", "task", "takes nothing from", "change, alone")
     for link in links:
         table.add_row(link.unit, link.task, link.source, f"{link.effect:.2g}")
     console.print(table)
 
 
 def _print_changes(changes: "Mapping[str, Change]", batch: int) -> None:
-    table = Table(
-        Column("signature", no_wrap=True),
+    table = _table(
+        "signature",
         "ops",
-        "MB of weights",
-        f"ms, batch {batch}",
-        "largest change",
+        "MB of\nweights",
+        f"ms,\nbatch {batch}",
+        "largest\nchange",
         "answers",
     )
     for name, x in changes.items():
         before, after = x.before, x.after
         table.add_row(
             name,
-            f"{before.ops.total()} -> {after.ops.total()}",
-            f"{_mb(before.variable_bytes)} -> {_mb(after.variable_bytes)}",
-            f"{1000 * x.seconds_before:.1f} -> {1000 * x.seconds_after:.1f}",
+            f"{before.ops.total()} ->\n{after.ops.total()}",
+            f"{_mb(before.variable_bytes)} ->\n{_mb(after.variable_bytes)}",
+            f"{1000 * x.seconds_before:.1f} ->\n{1000 * x.seconds_after:.1f}",
             f"{x.largest:.2g}",
             "\n".join(f"{task}: {metric}" for task, metric in x.metrics.items()),
         )
@@ -477,13 +500,7 @@ def _print_version(version: Path, others: Iterable[int], report: "Differences") 
         ),
         soft_wrap=True,
     )
-    table = Table(
-        Column("signature", no_wrap=True),
-        "takes, gives",
-        "ops",
-        "MB of weights",
-        "difference",
-    )
+    table = _table("signature", "takes, gives", "ops", "MB of weights", "difference")
     for name, signature in report.signatures.items():
         differences = report.differences.get(name, {}).values()
         tensors = [*signature.inputs.items(), *signature.outputs.items()]
@@ -498,7 +515,7 @@ def _print_version(version: Path, others: Iterable[int], report: "Differences") 
 
 
 def _print_times(report: "Times") -> None:
-    table = Table("batch", "signature", "asked", "p50 ms", "p99 ms", "examples/s")
+    table = _table("batch", "signature", "asked", "p50 ms", "p99 ms", "examples/s")
     for row in report.rows:
         table.add_row(
             str(row.batch),

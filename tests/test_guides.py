@@ -49,7 +49,7 @@ def test_the_guide_runs_and_learns(guide):
     first, last = map(nbformat.v4.new_code_cell, (SHORTEN, CHECK))
     notebook.cells = [first, *notebook.cells, last]
 
-    resources = {"metadata": {"path": str(ROOT)}}  # from where one serves
+    resources = {"metadata": {"path": str(guide.parent)}}  # as Jupyter starts it
     NotebookClient(notebook, timeout=600, resources=resources).execute()
 
 

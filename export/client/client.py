@@ -69,6 +69,11 @@ class Client:
             )
         if batch < 1:
             raise ValueError(f"`batch` must be at least 1. Received: batch={batch}")
+        if not address.partition(":")[2]:
+            raise ValueError(
+                "`address` must be HOST:PORT for gRPC, such as localhost:8500, or "
+                f"http://HOST:PORT for REST. Received: {address}"
+            )
         self.address = address
         self.timeout = timeout
         self.batch = batch
@@ -143,9 +148,13 @@ class Client:
             sent = _named(given, "images")
             infos = self._signatures(deadline)
             if signature not in infos:
-                raise ServingError(
-                    grpc.StatusCode.NOT_FOUND, f"There is no signature '{signature}'"
-                )
+                why = f"There is no signature '{signature}'"
+                if task in infos:
+                    why += (
+                        ", which takes files: export the model with --from-jpeg, or "
+                        "by `export_saved_model(..., from_jpeg=True)`, or send arrays"
+                    )
+                raise ServingError(grpc.StatusCode.NOT_FOUND, why)
             sent = _taken(given, infos[signature].inputs)
             arrays = {
                 name: _cast(array, name, infos[signature].inputs.get(name))

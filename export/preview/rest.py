@@ -236,7 +236,8 @@ def _drawn(version: LoadedVersion) -> Iterable[str]:
     if not tasks:
         raise ServingError(
             grpc.StatusCode.FAILED_PRECONDITION,
-            "The model takes no pictures: export it with --from-jpeg",
+            "The model takes no pictures: export it with --from-jpeg, or by "
+            "`export_saved_model(..., from_jpeg=True)`",
         )
     return dict.fromkeys(drawing.drawn_with(task, version.answers) for task in tasks)
 

@@ -5,7 +5,7 @@ Speaks in TF Serving's messages, but knows neither gRPC nor REST.
 
 import pathlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -32,6 +32,8 @@ class ServedModel:
         directory: Folder whose subfolders with numbers are the versions.
         labels: {label: version number}.
         limits: `Limits` of a request.
+        tell: Function that is told, in a line each, which versions were loaded, could
+            not be, and were dropped.
 
     Raises:
         ValueError: Where the folder holds no version, or its latest cannot be loaded.
@@ -43,6 +45,7 @@ class ServedModel:
         directory: pathlib.Path | str,
         labels: Mapping[str, int] | None = None,
         limits: Limits | None = None,
+        tell: Callable[[str], Any] | None = None,
     ) -> None:
         if not name or set(name) & set("/:"):
             raise ValueError(
@@ -53,6 +56,8 @@ class ServedModel:
         self.limits = limits or Limits()
         self._directory = pathlib.Path(directory)
         self._labels = labels or {}
+        self._tell = tell or (lambda line: None)
+        self._told: dict[int, str] = {}
         self._states: dict[int, Any] = {}
         self._broken: dict[int, list] = {}  # files of versions that did not load
         self._lock = threading.Lock()
@@ -111,6 +116,13 @@ class ServedModel:
         status.status.error_code = code.value[0]
         status.status.error_message = error and f"Version {number} {error}"
         self._states = {**self._states, number: status}
+        if state == State.LOADING:
+            return
+        does = "is loaded" if state == State.AVAILABLE else "is dropped"
+        line = status.status.error_message or f"Version {number} {does}"
+        if self._told.get(number) != line:  # it is looked at every second
+            self._told[number] = line
+            self._tell(" ".join(line.split()))
 
     def find(self, spec: model_pb2.ModelSpec) -> LoadedVersion:
         """The version that a ModelSpec asks for."""

@@ -106,6 +106,30 @@ def test_names_are_shown_as_they_are(cheaper, monkeypatch):
     assert f"Received: '{odd[2]}'" in told.stderr
 
 
+def test_names_are_folded_and_not_cut_off(cheaper, monkeypatch):
+    written, (link, *_), changes = cheaper
+    names = [f"{word}_of_whatever_has_a_long_name" for word in ("unit", "task", "kind")]
+    links = [dataclasses.replace(link, unit=names[0], task=names[1], source=names[2])]
+    changes = {names[0]: dataclasses.replace(changes["kind"], metrics={names[1]: "1"})}
+    result = (written, links, changes)
+    monkeypatch.setattr("export.make.savedmodel.export", lambda *_, **__: result)
+    monkeypatch.setattr("export.__main__.console.width", 80)
+    told = run("savedmodel", "m.keras", "out").stdout
+    rows = [row.split("│")[1:-1] for row in told.splitlines() if "│" in row]
+    of_links = [row for row in rows if len(row) == 4]
+    of_changes = [row for row in rows if len(row) == 6]
+    assert columns(of_links)[:3] == names
+    assert columns(of_changes)[0] == names[0]
+    assert columns(of_changes)[5] == f"{names[1]}:1"
+
+
+def columns(rows):
+    """A table's columns, with what is folded in them in one piece."""
+    return [
+        "".join(cell.strip() for cell in column) for column in zip(*rows, strict=True)
+    ]
+
+
 def test_sigterm_leaves_nothing_half_done(model_file, tmp_path, monkeypatch):
     def echo(line):
         assert list((tmp_path / "out").iterdir())
@@ -208,6 +232,7 @@ def test_a_server_that_is_not_there_ends_in_one_line(version):
     assert result.exit_code == 1
     assert "Error: UNAVAILABLE: " in result.stderr
     assert "(from 127.0.0.1:1)" in result.stderr
+    assert "`python -m export serve FOLDER` starts one" in result.stderr
 
 
 def test_every_path_begins_at_home_where_it_says_so(monkeypatch, tmp_path):

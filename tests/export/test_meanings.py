@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,13 @@ def test_an_error_names_the_file_the_task_and_what_is_expected(
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         meanings.read(path)
     assert str(path) in str(raised.value)
+
+
+def test_the_docs_say_what_may_stand_there(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", page, re.S)
+    path = tmp_path / "answers.json"
+    path.write_text(example)
+    assert meanings.read(path) == json.loads(example)
+    entries = set(re.findall(r"`(\w+)`", page)) | set(re.findall(r'"(\w+)":', example))
+    assert meanings.Meaning.__annotations__.keys() <= entries

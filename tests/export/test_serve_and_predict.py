@@ -80,6 +80,19 @@ def test_predict_prints_numbers_where_nothing_says_what_they_mean(
     assert list(tmp_path.iterdir()) == [picture[0]]
 
 
+def test_predict_says_how_maps_are_drawn_and_how_a_server_is_started(
+    picture, free_port, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "Without it, maps are printed as numbers" in run("predict", "--help").output
+    at = ("--task", "normals", "--timeout", 0.3, "--address")
+    for address in (f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"):
+        result = run("predict", picture[0], *at, address)
+        in_one_line(result, "UNAVAILABLE: ", code=1)
+        assert "`python -m export serve FOLDER` starts one" in result.stderr
+    in_one_line(run("predict", picture[0], *at, "localhost"), "must be HOST:PORT")
+
+
 def test_a_bad_picture_is_named_and_the_others_are_answered(
     served, picture, grpc_address, tmp_path
 ):
@@ -153,6 +166,10 @@ def test_what_serve_cannot_do_is_told_in_a_line(served, server, tmp_path, free_p
     in_one_line(run("serve", tmp_path / "none"), "must hold versions")
     label = ("--label", "stable")
     in_one_line(run("serve", served.directory, *label), "--label must be LABEL=VERSION")
+    label = ("--label", "stable=9", "--port", server[0])  # taken: it never serves
+    message = f"There are: {', '.join(map(str, sorted(served.models)))}. Received: sta"
+    in_one_line(run("serve", served.directory, *label), message)
+    in_one_line(run("serve", tmp_path, *label), "must hold versions")
     in_one_line(run("serve", served.directory, "--name", "a/b"), "any but those with")
     for ports in (
         ("--port", server[0]),
@@ -235,7 +252,8 @@ def test_sigterm_answers_what_is_under_way(served, process, wait_for):
         normals = tf.make_ndarray(answer.result().outputs["normals"])
         np.testing.assert_allclose(normals, expected, atol=1e-5)
     assert process.wait(timeout=20) in (0, -signal.SIGTERM)
-    assert "for development only" in process.stdout.read()
+    told = process.stdout.read()
+    assert told.startswith("Version 1 is loaded\nPreview server, for development only")
 
 
 def accepts(port):

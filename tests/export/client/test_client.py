@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
-from export.client import Client, ServingError
+from export.client import Client, ServingError, messages
 
 # One process runs all that share the server.
 pytestmark = pytest.mark.xdist_group("serving")
@@ -199,6 +199,22 @@ def test_a_closed_client_says_so(door, behind):
             ask()
     with pytest.raises(ValueError, match="is closed"):
         client.predict("normals", behind.pictures())
+
+
+def test_files_for_a_model_without_their_signatures_are_told_how_to_export_it():
+    client = Client("127.0.0.1:1")
+    known = {"normals": messages.CLASSES["SignatureDef"]()}
+    client._transport = Answers(known, known)
+    message = "'normals_from_jpeg', .* --from-jpeg, .*from_jpeg=True.* There are: norm"
+    with pytest.raises(ServingError, match=message):
+        client.predict("normals", [b"a file"])
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:"])
+def test_an_address_without_a_port_is_refused(address):
+    message = f"must be HOST:PORT for gRPC, .* Received: {address}$"
+    with pytest.raises(ValueError, match=message):
+        Client(address)
 
 
 def test_version_and_label_exclude_each_other():

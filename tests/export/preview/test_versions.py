@@ -9,6 +9,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import model_pb2, prediction_log_pb2
 
 from export.client import ServingError
+from export.preview import rest
 from export.preview.served_model import ServedModel, State
 
 # One process runs all that share the server.
@@ -122,6 +123,26 @@ def test_a_broken_version_leaves_the_old_one_and_is_served_once_mended(folder, d
     assert served_by(model) == 2
 
 
+def test_what_happens_to_versions_is_told_once(folder):
+    directory, add = folder
+    told = []
+    model = ServedModel("m", directory, tell=told.append)
+    assert told == ["Version 1 is loaded"]
+    no_graph(add(2))
+    (directory / "3").symlink_to(directory / "nowhere")
+    for _ in range(2):
+        model.refresh()
+    link, broken = told[1:]
+    assert link.startswith("Version 3 is a link to what is not there: ")
+    assert broken.startswith("Version 2 could not be loaded: ")
+    assert "\n" not in broken
+    shutil.rmtree(directory / "2")
+    add(2)
+    for _ in range(2):
+        model.refresh()
+    assert told[3:] == ["Version 2 is loaded", "Version 1 is dropped"]
+
+
 def test_a_broken_version_is_not_tried_again_until_it_changes(folder, monkeypatch):
     directory, add = folder
     model = ServedModel("m", directory)
@@ -227,3 +248,11 @@ def test_answers_that_cannot_be_read_are_told_where_they_are_needed(folder):
     version = ServedModel("m", directory).find(SPEC)
     with pytest.raises(ServingError, match=r"answers\.json' must be JSON"):
         _ = version.answers
+
+
+def test_pictures_for_a_model_that_takes_none_are_told_how_to_export_it(folder):
+    version = ServedModel("m", folder[0]).find(SPEC)
+    version.signature_defs = {"normals": version.signature_defs["normals"]}
+    message = "with --from-jpeg, or by `export_saved_model.*from_jpeg=True"
+    with pytest.raises(ServingError, match=message):
+        rest._drawn(version)
