@@ -149,14 +149,15 @@ def fit(
     """Train a recipe's methods and compare them.
 
     Writes `RUNS/RECIPE/METHOD/seedS/` (model.keras, answers.json, metrics.json,
-    history.csv, alpha.npz, recipe.json), `RUNS/RECIPE/gallery/`,
-    `RUNS/RECIPE/comparison/seedS/` (alpha.png, serving/1) and `RUNS/report.html`.
+    history.csv, alpha.npz, recipe.json), `RUNS/RECIPE/gallery/` (its change is from the
+    first method to the last), `RUNS/RECIPE/comparison/seedS/` (alpha.png, serving/1, a
+    SavedModel; of the last method that has units) and `RUNS/report.html`.
 
     Example: `python -m training fit nyuv2 --data ../shared/data/nyuv2`
     """
     with _errors_in_a_line():
         from training import distribution, fitting
-        from training.runs import open_experiment
+        from training.runs import metrics, open_experiment
         from training.study import comparison
         from training.study.report import write_report
         from training.study.results import baseline
@@ -175,6 +176,9 @@ def fit(
         )
         experiment = open_experiment(chosen, data, runs)
         fitting.check(experiment, methods)
+        for name in methods:
+            if metrics(experiment.folder(name, seed)) is not None:
+                console.print(f"{name}, seed {seed}: finished already")
         with _progress() as progress:
             for name in methods:
                 fitting.fit(
@@ -183,21 +187,27 @@ def fit(
             chief = distribution.is_chief(strategy)
             if chief:
                 line = progress.add_task("pictures, SavedModel, report", total=None)
-                target = comparison.compare(experiment, methods, seed)
+                exported = comparison.compare(experiment, methods, seed)
                 page = write_report(runs, runs / "report.html")
                 progress.update(line, total=1, completed=1)
             # A worker that ends before the others counts as lost.
             distribution.from_chief(strategy, True)
     if not chief:
         return
-    _print_table(*comparison.rows(experiment, methods, seed))
-    console.print(comparison.LEGEND)
+    header, body = comparison.rows(experiment, methods, seed)
+    _print_table(header, body)
+    console.print(comparison.legend(body))
     for name in methods:
         against = baseline(name)
         if against and against not in methods:
             console.print(f"No Δm of {name}: add its baseline, --method {against}")
-    if target is not None:
-        console.print(f"Alphas and SavedModel: {target}")
+    if exported:
+        console.print("Alphas and SavedModel of {}: {}".format(*exported))
+    else:
+        console.print(
+            "No SavedModel, since no method has units. Of any: python -m export "
+            f"savedmodel {experiment.folder(methods[-1], seed)}/model.keras DIR"
+        )
     console.print(f"Report, with pictures: {page}")
 
 
@@ -324,7 +334,9 @@ def evaluate(
         ),
     ] = False,
 ) -> None:
-    """Score a run of NYUv2 as papers do; `fit` scores at its targets' size.
+    """Score a run of NYUv2, and of it only, as papers do.
+
+    `fit` scores at its targets' size, of all data sets.
 
     Logits are resized to the labels, and judged within the official frame. Labels of
     640x480 are in the folder that `prepare nyuv2 --full-size` writes; with smaller ones
@@ -333,8 +345,8 @@ def evaluate(
     with _errors_in_a_line():
         if not full_resolution:
             raise ValueError(
-                "What a run scored at its targets' size stands in its metrics.json: "
-                "give --full-resolution for the other protocol"
+                "What a run scored at its targets' size stands in its metrics.json. "
+                "Of a run of NYUv2, give --full-resolution for the other protocol"
             )
         from training.full_resolution import evaluate
         from training.runs import of_run
@@ -374,14 +386,20 @@ def tables(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            parser=path, help="Markdown files. Without: README.md and docs/*.md."
+            parser=path,
+            help="Markdown files, such as one of yours. Without: README.md and "
+            "docs/*.md.",
         ),
     ] = None,
     results: Results = Path("docs/results"),
 ) -> None:
     """Write the tables of Markdown files anew, from the raw values of the studies.
 
-    A table stands between `<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`.
+    A table stands between `<!-- table: RECIPE/STUDY -->` and `<!-- /table -->`, or
+    after `<!-- table: RECIPE/STUDY brief -->`: one for all tasks. Your studies write
+    raw values to `RUNS/results`.
+
+    Example: `python -m training tables notes.md --results runs/results`
     """
     with _errors_in_a_line():
         from training.study.tables import update_tables
@@ -592,23 +610,40 @@ def _progress() -> Progress:
     )
 
 
+def _import_tensorflow() -> None:
+    """Without the notices that its C++ parts write, whatever the log level is."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 @contextlib.contextmanager
 def _errors_in_a_line() -> Iterator[None]:
     """Every known error ends the program with one line and exit code 2.
 
-    SIGTERM ends it with one line and `Preempted.EXIT_CODE`.
+    SIGTERM ends it with one line and `Preempted.EXIT_CODE`, Ctrl+C with one and 130.
     """
+    again = "Run the same command again, and it goes on"
     try:
         with preemptible():
+            _import_tensorflow()
             yield
     except (ValueError, OSError, FloatingPointError) as error:
         text = " ".join(str(error).split())
         Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
         sys.exit(2)
     except Preempted as preempted:
-        again = "Run the same command again, and it goes on"
         Console(stderr=True).print(f"{preempted}. {again}", soft_wrap=True)
         sys.exit(Preempted.EXIT_CODE)
+    except KeyboardInterrupt:
+        text = f"Stopped. {again} after the last epoch that was finished"
+        Console(stderr=True).print(text, soft_wrap=True)
+        sys.exit(130)  # as shells have it
 
 
 if __name__ == "__main__":
@@ -616,8 +651,10 @@ if __name__ == "__main__":
     # AVX-512, TensorFlow leaves oneDNN's convolutions off, which are faster.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    for library in ("absl", "tensorflow"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    for library in ("absl", "tensorflow"):  # which set the levels of their loggers anew
+        logging.getLogger(library).addFilter(
+            lambda record: record.levelno >= logging.ERROR
+        )
     # Not every terminal can show an arrow or a degree sign: then a question mark.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -175,6 +175,8 @@ class ShowProgress(keras.callbacks.Callback):
         self.description = description
         self.epochs = epochs
         self.line = bar.add_task(description, total=epochs * steps, completed=done)
+        if done:
+            bar.console.print(f"{description}: goes on after step {done}")
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self.bar.advance(self.line)

@@ -39,8 +39,9 @@ def evaluate(
     recipe, tasks = experiment.recipe, experiment.tasks
     if recipe.data.dataset != "nyuv2":
         raise ValueError(
-            f"Full resolution is a protocol of NYUv2, and '{recipe.name}' has the data "
-            f"set '{recipe.data.dataset}': leave --full-resolution"
+            f"Full resolution is a protocol of NYUv2 only, and '{recipe.name}' has the "
+            f"data set '{recipe.data.dataset}'. What its run scored stands in "
+            f"{run / 'metrics.json'}"
         )
     ids = nyuv2.check_folder(folder)["test"]
     _, (height, width, *_) = stored_as(folder / "labels40" / f"{ids[0]}.png")

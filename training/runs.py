@@ -123,7 +123,8 @@ def open_experiment(recipe: Recipe, data: Path | None, runs: Path) -> Experiment
         if (name if hasattr(TASKS[kind], "feature") else "objects") not in features:
             raise ValueError(
                 f"The data set '{recipe.data.dataset}' has no labels of {name}. Each "
-                f"example has: {', '.join(features)}"
+                f"example has: {', '.join(features)}. Name tasks that it has, with "
+                "--tasks or in the recipe"
             )
     train, test = recipe.data.train_split, recipe.data.test_split
     # Of two processes the second waits, and finds what the first has made.

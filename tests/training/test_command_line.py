@@ -1,8 +1,11 @@
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +15,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 from training import benchmark, fitting, methods, preemption, recipes
 from training.__main__ import app, path, prepare_app
+from training.callbacks import ShowProgress
 from training.files import Row, write_csv
 from training.gradients import PCGrad
 from training.locks import lock
@@ -51,6 +57,7 @@ def test_the_demo_trains_every_method_and_shows_a_table(demo):
     for words in ("mIoU, % ↑", "cross-stitch", "Δm, % ↑", "trained, minutes"):
         assert words in result.stdout
     assert "data:image/png" in (folder.parent / "report.html").read_text()
+    assert "SavedModel of cross_stitch_from_start: " in result.stdout
 
 
 @shares_the_demo
@@ -252,6 +259,42 @@ def test_what_is_claimed_otherwise_ends_in_one_line(demo, tmp_path):
 
 
 @shares_the_demo
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(demo, monkeypatch):
+    def fit(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    methods = ("--method", "hard_sharing", "--method", "split@conv4")
+    command = ("fit", "scenes-labels10", "--toy", "--runs", demo[1].parent, *methods)
+    result = training(*command)
+
+    assert result.exit_code == 130
+    assert "Stopped. Run the same command again, and it goes on" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "hard_sharing, seed 0: finished already" in result.stdout
+    assert "split@conv4, seed 0: finished" not in result.stdout
+
+
+def test_a_run_that_goes_on_says_after_which_step():
+    out = io.StringIO()
+    with Progress(console=Console(file=out)) as progress:
+        ShowProgress(progress, "new, seed 0", epochs=2, steps=10, done=0)
+        ShowProgress(progress, "old, seed 0", epochs=2, steps=10, done=7)
+
+    assert "old, seed 0: goes on after step 7\n" in out.getvalue()
+    assert "new, seed 0: goes on" not in out.getvalue()
+
+
+@pytest.mark.slow
+def test_tensorflow_s_notices_are_not_shown(tmp_path):
+    command = [sys.executable, "-m", "training", "report", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+
+    said = f"Error: There is no finished run in {tmp_path}: `python -m training` makes"
+    assert result.stderr == f"{said} some\n"
+
+
+@shares_the_demo
 def test_sigterm_ends_in_one_line_and_a_code_of_its_own(demo, monkeypatch):
     def fit(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -273,7 +316,8 @@ class Dropped:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_stop_that_the_garbage_collector_drops_is_asked_for_again(monkeypatch):
-    monkeypatch.setattr(preemption, "AGAIN", 0.01)
+    # Not while pytest still reports what was dropped.
+    monkeypatch.setattr(preemption, "AGAIN", 0.5)
     reached = []
 
     def work():
@@ -364,6 +408,7 @@ def test_nyuv2_runs_whole_on_the_real_data(tmp_path, nyuv2_folder, backbone):
 
     assert result.exit_code == 0, result.output
     assert (tmp_path / "nyuv2_pretrained-toy/gallery/normals_seed0.png").exists()
+    assert "No SavedModel, since no method has units" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -371,7 +371,7 @@ def test_a_run_is_trained_judged_compared_and_served(experiment, train):
     assert {x.shape for x in alpha.values()} == {(2, 2)}
     assert "cross_stitch_fc7" in alpha
 
-    target = comparison.compare(experiment, ["cross_stitch"], 0)
+    _, target = comparison.compare(experiment, ["cross_stitch"], 0)
     for name in metrics:
         path = experiment.runs / f"backbone/gallery/{name}_seed0.png"
         assert matplotlib.image.imread(path).std() > 0.1

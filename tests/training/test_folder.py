@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from typer.testing import CliRunner
 
 from training import batches, recipes
@@ -211,7 +212,10 @@ def test_a_list_of_classes_is_of_different_names(broken, tmp_path):
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ("shapes:segmentation,leaves:segmentation", r"no labels of leaves\. Each .*sh"),
+        (
+            "shapes:segmentation,leaves:segmentation",
+            r"no labels of leaves\. Each .*shapes.* Name .*, with --tasks or in",
+        ),
         ("shapes:segmentation,colours:depth", r"Expected millimetres.*'colours'"),
         ("shapes:segmentation,colours:normals", r"Expected normals.*'colours'"),
         ("shapes:segmentation,depth:segmentation", r"Expected classes.*'depth'"),
@@ -226,6 +230,28 @@ def test_tasks_that_the_folder_does_not_have_are_refused(
     runs = tmp_path_factory.getbasetemp() / "of_tasks"  # prepared once
     with pytest.raises(ValueError, match=message):
         _ = open_experiment(recipe(tasks), things, runs).tasks
+
+
+@pytest.mark.parametrize("name", ["leaves", "images"])  # a module that has no builder
+def test_a_data_set_that_there_is_not_is_refused(tmp_path, name):
+    chosen = recipes.change(recipe(), "data", dataset=name)
+
+    message = rf"no data set '{name}', .* There are: folder, nyuv2, scenes, voc2008\."
+    with pytest.raises(ValueError, match=message):
+        open_experiment(chosen, None, tmp_path)
+
+
+def test_preparing_is_a_line_and_says_nothing_of_downloads(things, tmp_path, capfd):
+    tfds.enable_progress_bar()  # which other tests leave off
+    try:
+        builder = open_experiment(recipe(), things, tmp_path).builder
+    finally:
+        tfds.disable_progress_bar()
+
+    said = f"Preparing the data set folder, once, in {builder.data_path}\n"
+    assert capfd.readouterr() == (said, "")
+    open_experiment(recipe(), things, tmp_path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_sizes_that_do_not_fit_say_which_would(things, tmp_path):

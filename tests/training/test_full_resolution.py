@@ -135,8 +135,10 @@ def test_what_cannot_be_scored_so_is_said(run, tmp_path):
         runs.of_run(tmp_path)
     other = recipes.change(experiment.recipe, "data", dataset="scenes")
     experiment.recipe = other
-    with pytest.raises(ValueError, match=r"a protocol of NYUv2, and .* 'scenes'"):
+    message = r"of NYUv2 only, and .* 'scenes'\. What .* in .*seed0/metrics\.json$"
+    with pytest.raises(ValueError, match=message):
         full_resolution.evaluate(experiment, path, folder)
     without = CliRunner().invoke(app, ["evaluate", str(path), "--data", str(folder)])
     assert without.exit_code == 2
-    assert "give --full-resolution" in " ".join(without.output.split())
+    said = " ".join(without.output.split())
+    assert "Of a run of NYUv2, give --full-resolution" in said

@@ -182,12 +182,14 @@ def test_every_recipe_of_regions_has_a_toy_size_and_no_label_fraction(name):
         recipes.find(f"{name}-labels10")
 
 
+@pytest.mark.parametrize("toy", [False, True])
 @pytest.mark.parametrize(
     "name", ["scenes-labels", "scenes-labels0", "scenes-labels1e1"]
 )
-def test_a_label_fraction_that_is_none_is_refused(name):
-    with pytest.raises(ValueError, match="a whole number of per cent, from 1 to 99"):
-        recipes.find(name)
+def test_a_label_fraction_that_is_none_is_refused(name, toy):
+    message = r"a whole number of per cent, from 1 to 99, as in 'scenes-labels10'\."
+    with pytest.raises(ValueError, match=message):
+        recipes.find(name, toy)
 
 
 def test_a_recipe_that_there_is_not_is_refused():

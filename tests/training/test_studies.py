@@ -251,6 +251,22 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
     assert found == {"split@conv2": "-8.333", "split@conv3": "-8.333"}
 
 
+def test_rows_stand_in_the_order_of_the_plan_whichever_run_ended_first(
+    scenes, tmp_path
+):
+    planned = studies.plan(scenes, "splits", [0, 1])
+    for run in (planned[9], planned[2], planned[0]):  # as shards ended
+        finish(run)
+        (path,) = studies.write(planned, tmp_path)
+    of_runs = dict.fromkeys((row["method"], row["seed"]) for row in rows(path))
+
+    assert list(of_runs) == [
+        ("single_task_as_long", "0"),
+        ("split@conv3", "0"),
+        ("split@conv2", "1"),
+    ]
+
+
 @pytest.mark.parametrize(
     "change",
     [

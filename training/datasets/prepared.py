@@ -4,6 +4,8 @@ import collections
 import contextlib
 import hashlib
 import importlib
+import io
+import pkgutil
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,9 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from rich.console import Console
 
+from training import datasets
 from training.datasets.files import files_in
 from training.files import read_json, write_json
 from training.locks import lock
@@ -40,7 +44,7 @@ def prepare(
         ValueError: If the folder is not complete, or not the one that the data were
             prepared from; if the prepared data are of another version, or lost bytes.
     """
-    module = importlib.import_module(f"training.datasets.{recipe.data.dataset}")
+    module = _module(recipe)
     builder = _builder(module, recipe, directory, source)
     folder, stamp = Path(builder.data_path), _stamp(builder)
     reads_files = hasattr(module, "check_folder")
@@ -100,6 +104,23 @@ def fingerprint(folder: Path) -> dict[str, list[float]]:
     }
 
 
+def _module(recipe: Recipe) -> ModuleType:
+    """The module of `training.datasets` that has the recipe's builder."""
+
+    def read(name: str) -> ModuleType:
+        return importlib.import_module(f"training.datasets.{name}")
+
+    names = [x.name for x in pkgutil.iter_modules(datasets.__path__)]
+    wanted = recipe.data.dataset
+    if wanted not in names or not hasattr(read(wanted), "BUILDER"):
+        known = [x for x in names if hasattr(read(x), "BUILDER")]
+        raise ValueError(
+            f"There is no data set '{wanted}', which the recipe '{recipe.name}' names. "
+            f"There are: {', '.join(known)}. A folder of your own is 'folder'"
+        )
+    return read(wanted)
+
+
 def _stamp(builder: tfds.core.DatasetBuilder) -> Path:
     return Path(builder.data_path) / "prepared_from.json"
 
@@ -137,7 +158,12 @@ def _build(builder: tfds.core.DatasetBuilder, source: Path | None, stamp: Path) 
     shutil.rmtree(stamp.parent, ignore_errors=True)
     files = fingerprint(source) if source is not None else {}
     config = tfds.download.DownloadConfig(manual_dir=str(source or ""))
-    builder.download_and_prepare(download_config=config)
+    said = f"Preparing the data set {builder.name}, once, in {builder.data_path}"
+    Console().print(said, soft_wrap=True, highlight=False)
+    # TFDS says that it downloads, which no data set here does.
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=config)
     content = {
         "digests": _digests(stamp.parent),
         "sizes": _sizes(stamp.parent),

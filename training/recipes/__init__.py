@@ -188,7 +188,7 @@ def with_labels(recipe: Recipe, percent: int | str) -> Recipe:
     if not str(percent).isdigit() or not 1 <= int(percent) <= 99:
         raise ValueError(
             "The label fraction must be a whole number of per cent, from 1 to 99, as "
-            f"in '{recipe.name}-labels10'. Received: {percent!r}"
+            f"in '{recipe.name.removesuffix('-toy')}-labels10'. Received: {percent!r}"
         )
     if not isinstance(recipe.data, Data):
         raise ValueError(f"The recipe '{recipe.name}' has no label fraction")

@@ -30,18 +30,24 @@ from training.tasks import Task
 
 PICTURES = 5
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
-LEGEND = (
-    "↑: higher is better, ↓: lower is. In brackets: where 95 % of all seeds are, by "
-    "the published ones. Δm: the mean over tasks and their metrics of the change "
-    "relative to the compute-matched baseline"
-)
+# What the table may hold, and what is said of it
+_LEGEND = {
+    "↑": "↑: higher is better",
+    "↓": "↓: lower is better",
+    "…": "in brackets: where 95 % of all seeds are, by the published ones",
+    "Δm": "Δm: the mean over tasks and their metrics of the change relative to the "
+    "compute-matched baseline",
+}
 
 
-def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path | None:
-    """Writes pictures of finished runs, and the last one's model as a SavedModel.
+def compare(
+    experiment: Experiment, methods: Sequence[str], seed: int
+) -> tuple[str, Path] | None:
+    """Writes pictures of finished runs, and a model with units as a SavedModel.
 
-    In `<runs>/<recipe>/`: `gallery/<task>_seed<seed>.png`; and, if the last method has
-    units, in `comparison/seed<seed>/`: `alpha.png` and `serving/1`.
+    In `<runs>/<recipe>/`: `gallery/<task>_seed<seed>.png`, with the change from the
+    first method to the last; and, of the last method that has units, in
+    `comparison/seed<seed>/`: `alpha.png` and `serving/1`.
 
     Args:
         experiment: The `Experiment`.
@@ -49,12 +55,13 @@ def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path |
         seed: Integer.
 
     Returns:
-        The path of the folder `comparison/seed<seed>`, `None` without units.
+        The method that has units, and the path of the folder `comparison/seed<seed>`;
+        `None` where no method has any.
     """
     folders = [experiment.folder(method, seed) / "model.keras" for method in methods]
     models = [keras.models.load_model(path, compile=False) for path in folders]
     target = experiment.folder("comparison", seed)
-    titles = ["image", "truth", *map(label, methods), "change"]
+    titles = ["image", "truth", *map(label, methods), "change, first to last"]
     gallery = target.parents[1] / "gallery"
     builder: Any = experiment.builder  # not `None`: there is a test split to show
     recipe, tasks = experiment.recipe, experiment.tasks
@@ -71,15 +78,17 @@ def compare(experiment: Experiment, methods: Sequence[str], seed: int) -> Path |
                 dict(zip(titles, columns, strict=False)), _scale(task.describe())
             )
             _save(figure, gallery / f"{name}_seed{seed}.png", dpi=150)
-    units = [x for x in models[-1].layers if isinstance(x, CrossStitch | NDDR)]
-    if not units:
+    of_methods = zip(methods, models, folders, strict=True)
+    joined = [x for x in of_methods if _has(x[1], CrossStitch | NDDR)]
+    if not joined:
         return None
-    if any(isinstance(unit, CrossStitch) for unit in units):
-        _save(plot_alpha(models[-1]), target / "alpha.png", dpi=110)
+    method, model, trained = joined[-1]
+    if _has(model, CrossStitch):
+        _save(plot_alpha(model), target / "alpha.png", dpi=110)
     else:
         (target / "alpha.png").unlink(missing_ok=True)  # another method's
-    _export(models[-1], folders[-1], target / "serving")
-    return target
+    _export(model, trained, target / "serving")
+    return method, target
 
 
 def rows(
@@ -129,6 +138,16 @@ def rows(
     costs = zip(titles, *of_methods, strict=True)
     body += map(list, costs)
     return ["", *map(label, methods)], body
+
+
+def legend(body: Iterable[Iterable[str]]) -> str:
+    """How to read the table's rows: of what stands in them, and of nothing else."""
+    shown = "".join(cell for row in body for cell in row)
+    return "; ".join(text for sign, text in _LEGEND.items() if sign in shown)
+
+
+def _has(model: keras.Model, kind: Any) -> bool:
+    return any(isinstance(layer, kind) for layer in model.layers)
 
 
 def _shown(

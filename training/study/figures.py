@@ -130,13 +130,13 @@ def learning_curves(
     figure, panels = _panels(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         axes.set(title=task, xlabel="epoch", ylabel="loss")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         for i, (method, runs) in enumerate(losses.items()):
             for seed, by_task in enumerate(runs):
                 values = by_task.get(task, ())
                 epochs = (starts or {}).get(method, 0) + 1 + np.arange(len(values))
                 name = results.label(method) if seed == 0 else None
-                style = _line(i, label=name, marker=None, ls=_DASHES[i % 4])
+                style = _curve(i, values, label=name, ls=_DASHES[i % 4])
                 axes.plot(epochs, values, **style)
                 if of_part := (validation or {}).get(method):
                     name = f"{name}, held out" if name else None
@@ -171,21 +171,25 @@ def alphas_by_epoch(history: Mapping[tuple[str, ...], Sequence[float]]) -> Figur
 
     Args:
         history: Dict of (unit, task, source) to mean alphas by epoch. A task's own are
-            solid, what it takes from others is dashed.
+            solid, what it takes from others is dashed; of one epoch, filled and empty
+            points.
     """
     tasks = list(dict.fromkeys(task for _, task, _ in history))
     units = list(dict.fromkeys(unit for unit, _, _ in history))
     figure, panels = _panels(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         axes.set(title=task, xlabel="epoch", ylabel="mean alpha")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         for (unit, of, source), values in history.items():
             if of == task:
                 own = source == task
                 name = unit.removeprefix("cross_stitch_") if own else None
-                style = _line(units.index(unit), label=name, marker=None)
-                epochs = 1 + np.arange(len(values))
-                axes.plot(epochs, values, **{**style, "ls": "-" if own else "--"})
+                look = {
+                    "ls": "-" if own else "--",
+                    "fillstyle": "full" if own else "none",
+                }
+                style = _curve(units.index(unit), values, label=name, **look)
+                axes.plot(1 + np.arange(len(values)), values, **style)
     _legend(figure, panels)
     return figure
 
@@ -340,6 +344,12 @@ def _line(i: int, **more: Any) -> dict[str, Any]:
     """The i-th line's own colour and marker."""
     color, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
     return {"color": color, "marker": marker, "ls": "-", "lw": 1.5, "ms": 5, **more}
+
+
+def _curve(i: int, values: Sequence[float], **more: Any) -> dict[str, Any]:
+    """A line without markers, but for one value, of which there is no line."""
+    style = _line(i, **more)
+    return style if len(values) == 1 else {**style, "marker": None}
 
 
 def _legend(figure: Figure, panels: np.ndarray) -> None:

@@ -279,12 +279,12 @@ def check(planned: Iterable[Planned], results: Path) -> None:
         _made_of(path, of_path)
 
 
-def write(planned: Iterable[Planned], results: Path) -> list[Path]:
+def write(planned: Sequence[Planned], results: Path) -> list[Path]:
     """Writes the raw values of the finished runs, and returns the files' paths.
 
-    A file per recipe and study, `<results>/<recipe>/<study>.csv`. What it holds of
-    other runs, of other seeds or from other machines, it keeps. Beside it `sizes.csv`
-    says what each method's model costs.
+    A file per recipe and study, `<results>/<recipe>/<study>.csv`: seed by seed, the
+    methods as they are planned. What it holds of other runs, of other seeds or from
+    other machines, it keeps. Beside it `sizes.csv` says what each method's model costs.
 
     Raises:
         ValueError: If a run is of another recipe than the study's, or if a file holds
@@ -294,7 +294,11 @@ def write(planned: Iterable[Planned], results: Path) -> list[Path]:
     for run in finished:
         run.experiment.claim(run.method, run.seed)
     files = _by_file(finished, results)
-    lines = {path: _merged(path, of_path) for path, of_path in files.items()}
+    all_planned = _by_file(planned, results)
+    lines = {
+        path: _merged(path, of_path, [run.method for run in all_planned[path]])
+        for path, of_path in files.items()
+    }
     for path, of_runs in lines.items():
         header = (*Row._fields, *Made._fields)
         write_csv(path, header, itertools.chain.from_iterable(of_runs.values()))
@@ -329,9 +333,17 @@ def _write_sizes(path: Path, finished: Sequence[Planned]) -> None:
 
 
 def _merged(
-    path: Path, finished: Sequence[Planned]
+    path: Path, finished: Sequence[Planned], methods: list[str]
 ) -> dict[tuple[str, int], list[tuple]]:
-    """{(method, seed): lines} of the file and of the runs, with each run's Delta_m."""
+    """{(method, seed): lines} of the file and of the runs, with each run's Delta_m.
+
+    Seed by seed, the methods in the order of the plan; what is not in it comes last.
+    """
+
+    def place(of_run: tuple[str, int]) -> tuple[int, int]:
+        method, seed = of_run
+        return seed, [*methods, method].index(method)
+
     known = read_rows(path) if path.exists() else []
     made = _made_of(path, finished)
     new = {(run.method, run.seed): _rows(run) for run in finished}
@@ -342,8 +354,8 @@ def _merged(
     ]
     rows = [*kept, *itertools.chain.from_iterable(new.values())]
     lines: dict[tuple[str, int], list[tuple]] = {
-        of_run: [] for of_run in made
-    }  # in the order of the file
+        of_run: [] for of_run in sorted(made, key=place)
+    }
     for row in (*rows, *delta_m.rows(rows)):
         of_run = row.method, row.seed
         lines[of_run].append((*row, *made[of_run]))

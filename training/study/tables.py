@@ -72,9 +72,12 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def _of(recipe: str, study: str, is_brief: str | None, results: Path) -> str:
     path = results / recipe / f"{study}.csv"
     if not path.exists():
+        arguments = f"{re.sub('-toy|-search', '', recipe)} {study}"
+        toy = " --toy" if "-toy" in recipe else ""
         raise ValueError(
-            f"There are no raw values {path} for the table {recipe}/{study}: "
-            f"`python -m training study {recipe} {study}` makes them"
+            f"There are no raw values {path} for the table {recipe}/{study}. `python "
+            f"-m training study {arguments}{toy}` writes them to RUNS/results: then "
+            "give that folder, as in --results runs/results"
         )
     rows = [row for row, _ in read_rows(path)]
     if is_brief:

@@ -26,7 +26,7 @@ def test_a_comparison_is_pictures_and_a_model_that_is_exported_once(
     def compare():
         return comparison.compare(finished, ["single_task", "cross_stitch"], 0)
 
-    target = compare()
+    _, target = compare()
     pictures = [finished.runs / f"tiny/gallery/{task}_seed0.png" for task in TASKS]
     for path in (*pictures, target / "alpha.png"):
         picture = matplotlib.image.imread(path)
@@ -42,6 +42,33 @@ def test_a_comparison_is_pictures_and_a_model_that_is_exported_once(
     (exported / "assets.extra/made_of.json").unlink()  # as it was exported before
     compare()
     assert exported.stat().st_mtime_ns > before
+
+
+def test_what_is_exported_is_of_the_last_method_that_has_units(
+    finished, cross_stitch, monkeypatch
+):
+    titles, exported = [], []
+    monkeypatch.setattr(comparison, "_save", lambda figure, path, dpi: None)
+    monkeypatch.setattr(
+        comparison.figures, "gallery", lambda columns, scale: titles.append([*columns])
+    )
+    monkeypatch.setattr(
+        comparison, "_export", lambda model, trained, _: exported.append(trained)
+    )
+    method, _ = comparison.compare(finished, ["cross_stitch", "single_task"], 0)
+
+    assert method == "cross_stitch"
+    assert exported == [cross_stitch / "model.keras"]
+    assert titles[0][2:] == ["cross-stitch", "single-task", "change, first to last"]
+
+
+def test_the_legend_is_of_what_the_table_shows():
+    body = [["segmentation", ""], ["  mIoU, % ↑", "3.9"]]
+
+    assert comparison.legend(body) == "↑: higher is better"
+    more = [*body, ["  mean angle, degrees ↓", "9.0 (8.0…9.5)"], ["Δm, % ↑", "+1.0"]]
+    for words in ("↓: lower", "in brackets: where 95 %", "Δm: the mean over tasks"):
+        assert words in comparison.legend(more)
 
 
 def test_a_savedmodel_of_another_method_is_not_taken_for_this_one(

@@ -81,10 +81,25 @@ def test_learning_curves_go_on_where_the_single_task_networks_ended():
         ([3], [1.5]),
         ([3], [1.7]),
     ]
+    # One value is no line.
+    markers = ["None", "None", "s", "s"]
+    assert [line.get_marker() for line in first.lines] == markers
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["single-task", "cross-stitch", "cross-stitch, held out"]
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
     assert first.get_ylabel() == "loss"
+
+
+def test_alphas_of_one_epoch_are_points():
+    def drawn(epochs):
+        history = {("pool1", "a", x): [0.9] * epochs for x in ("a", "b")}
+        axes = figures.alphas_by_epoch(history).axes[0]
+        whole = [x for x in axes.get_xticks() if x == round(x)]
+        assert whole == [*axes.get_xticks()]
+        return [(line.get_marker(), line.get_fillstyle()) for line in axes.lines]
+
+    assert drawn(1) == [("o", "full"), ("o", "none")]
+    assert [marker for marker, _ in drawn(2)] == ["None", "None"]
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 5), (2, 2)])

@@ -51,6 +51,18 @@ def test_a_browser_shows_it_whole_and_asks_nobody(
     assert reach <= width
 
 
+def test_intervals_wrap_before_a_table_is_wider_than_the_page(browser, report):
+    page = browser.new_page(viewport={"width": 800, "height": 800})
+    page.goto(report.as_uri())
+    wider = page.evaluate(
+        "Array.from(document.querySelectorAll('.wide'))"
+        ".filter(x => x.scrollWidth > x.clientWidth).map(x => x.ariaLabel)"
+    )
+    page.close()
+
+    assert wider == []
+
+
 def test_it_says_what_was_run(html):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
 

@@ -181,7 +181,16 @@ def test_a_file_gets_its_tables_and_keeps_the_rest(results, tmp_path):
         ),
         (
             "<!-- table: scenes/init -->\n<!-- /table -->\n",
-            "There are no raw values .*init.csv.*python -m training study scenes init",
+            "There are no raw values .*init.csv.*python -m training study scenes init` "
+            "writes them to RUNS/results: .* as in --results runs/results",
+        ),
+        (
+            "<!-- table: scenes-toy-labels10/demo -->\n<!-- /table -->\n",
+            "`python -m training study scenes-labels10 demo --toy`",
+        ),
+        (
+            "<!-- table: scenes-search/search -->\n<!-- /table -->\n",
+            "`python -m training study scenes search`",
         ),
     ],
 )
