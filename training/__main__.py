@@ -226,6 +226,12 @@ def study(
     backbone: Backbone = None,
     weights: Weights = None,
     tasks: Tasks = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One more than the table has, as in `fit`. Repeat for several."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to N - 1.")] = 1,
     shard: Annotated[
         str, typer.Option(help="k/n: the k-th of n machines that share RUNS.")
@@ -259,22 +265,26 @@ def study(
         from training.study import studies
 
         strategy = distribution.strategy()
+        more = method or []
         chosen = _recipe(
             recipe,
             toy,
+            more,
             backbone=backbone,
             weights=weights,
             dtype=dtype,
             trains=not dry_run,
             tasks=tasks,
         )
-        planned = studies.plan(Experiment(chosen, None, runs), table, range(seeds))
+        planned = studies.plan(
+            Experiment(chosen, None, runs), table, range(seeds), more
+        )
         mine = studies.shard(planned, shard)
         if dry_run:
             _print_missing(mine)
             return
         experiment = open_experiment(chosen, data, runs)
-        planned = studies.plan(experiment, table, range(seeds))
+        planned = studies.plan(experiment, table, range(seeds), more)
         mine = studies.shard(planned, shard)
         for one in dict.fromkeys(run.experiment for run in planned):
             open_experiment(one.recipe, data, runs)  # of its own splits

@@ -527,6 +527,18 @@ def test_what_is_missing_is_listed_without_the_backbone(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_study_takes_methods_of_ones_own(tmp_path):
+    study = ("study", "scenes", "demo", "--dry-run", "--runs", tmp_path)
+    more = ("--method", "cross_stitch_from_start@same_task=0.5", "--seeds", 2)
+    result = training(*study, *more)
+
+    assert result.exit_code == 0, result.output
+    assert "Missing: 8 runs" in result.stdout
+    result = training(*study, "--method", "cross_stich")
+    assert result.exit_code == 2
+    assert "There is no method 'cross_stich'" in result.stderr
+
+
 def test_help_says_what_there_is():
     result = training("--help")
 

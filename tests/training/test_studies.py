@@ -143,6 +143,13 @@ def test_label_fractions_are_recipes_of_their_own(scenes):
     assert run.folder == scenes.runs / "scenes-labels5/hard_sharing/seed1"
 
 
+def test_methods_of_ones_own_stand_behind_those_of_the_study(scenes):
+    more = ["hard_sharing", "cross_stitch_from_start@same_task=0.5"]
+    planned = studies.plan(scenes, "demo", [0, 3], more)
+
+    assert [run.method for run in planned] == 2 * [*studies.DEMO, more[1]]
+
+
 @pytest.mark.parametrize("study", ["methods", "label-fraction", "alpha"])
 @pytest.mark.parametrize("machines", [1, 4, 8])
 def test_shards_give_every_machine_runs_and_start_with_what_others_need(

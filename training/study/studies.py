@@ -206,8 +206,19 @@ STUDIES: dict[str, Callable[[recipes.Recipe], Sequence[str]]] = {
 }
 
 
-def plan(experiment: Experiment, study: str, seeds: Iterable[int]) -> list[Planned]:
+def plan(
+    experiment: Experiment,
+    study: str,
+    seeds: Iterable[int],
+    more: Iterable[str] = (),
+) -> list[Planned]:
     """The runs of a study, or of `all`: seed by seed, so that each is whole early.
+
+    Args:
+        experiment: The `Experiment`.
+        study: Name of a study, or `all`.
+        seeds: The seeds.
+        more: Methods, spelled as in `fit`, beside those of the study.
 
     Raises:
         ValueError: For a study that there is not.
@@ -227,7 +238,7 @@ def plan(experiment: Experiment, study: str, seeds: Iterable[int]) -> list[Plann
         for name in names
         for seed in seeds
         for one in experiments[name]
-        for method in STUDIES[name](one.recipe)
+        for method in dict.fromkeys([*STUDIES[name](one.recipe), *more])
     ]
 
 
