@@ -3,12 +3,15 @@
 import re
 import shlex
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from training import batches, recipes
@@ -148,6 +151,72 @@ def test_a_map_that_is_another_one_is_named(broken, tmp_path, change, message):
 
     with pytest.raises(ValueError, match=message):
         open_experiment(recipe(), broken, tmp_path)
+
+
+def write_grey(path, values, bits):
+    """A grey PNG of so many bits a pixel, which OpenCV does not write."""
+    rows = np.unpackbits(values[..., None], axis=-1)[..., -bits:]
+    packed = np.packbits(rows.reshape(len(values), -1), axis=-1)
+    raw = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">2I5B", *values.shape[::-1], bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
+        for kind, x in parts
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_label_maps_of_few_bits_are_the_same_classes(things, broken, tmp_path, bits):
+    for k, path in enumerate(sorted(broken.glob("shapes/t*/*.png"))):
+        stored = np.minimum(cv2.imread(str(path), -1), 2**bits - 1)
+        cv2.imwrite(str(path), stored)
+        if k % 3 or bits == 2:  # among others of 8 bits
+            write_grey(path, stored, bits)
+    experiment = open_experiment(recipe(), broken, tmp_path)
+
+    (_, targets) = experiment.train_examples
+    files = sorted(things.glob("shapes/train/*.png"))
+    expected = [np.minimum(cv2.imread(str(x), -1), 2**bits - 1) for x in files]
+    count = [np.sum(targets["shapes"].numpy() == k) for k in range(2**bits)]
+    of_files = [np.sum(np.stack(expected)[:, ::2, ::2] == k) for k in range(2**bits)]
+    assert count == of_files
+    assert count[1] > 0
+
+
+def test_a_photograph_that_exif_turns_is_refused(broken, tmp_path):
+    path = broken / "images/train/05.jpg"
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = 3
+        image.save(path, exif=exif)
+
+    with pytest.raises(
+        ValueError, match=r"upright image in .*05\.jpg.*: EXIF orien.* 3"
+    ):
+        open_experiment(recipe(), broken, tmp_path)
+
+
+def test_masks_without_a_second_class_are_refused(broken, tmp_path):
+    for path in broken.glob("shapes/t*/*.png"):
+        mask = np.where(cv2.imread(str(path), -1), 255, 0)  # as it is seen best
+        cv2.imwrite(str(path), mask.astype("uint8"))
+    whole = recipes.with_tasks(
+        recipes.find("folder"), ["shapes:segmentation", "colours:segmentation"]
+    )
+
+    with pytest.raises(ValueError, match=r"two classes .*shapes/train\. .*: 0 and 255"):
+        open_experiment(whole, broken, tmp_path)
+
+
+def test_labels_named_as_the_images_names_are_refused(broken, tmp_path):
+    (broken / "shapes").rename(broken / "id")
+
+    with pytest.raises(ValueError, match=r"another name than 'id'.*things/id\. Rename"):
+        open_experiment(
+            recipe("id:segmentation,colours:segmentation"), broken, tmp_path
+        )
 
 
 def nested(folder):

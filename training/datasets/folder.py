@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from training.datasets.files import files_in, read_lines
-from training.datasets.images import read_image, stored_as
+from training.datasets.images import orientation, read_image, stored_as
 
 VOID = 255
 SPLITS = ("train", "test")
@@ -60,6 +60,11 @@ def check_folder(path: str | os.PathLike) -> dict[str, list[str]]:
     folder = Path(path)
     images = {split: _files(folder / "images" / split) for split in SPLITS}
     for feature in _features(folder):
+        if feature == "id":  # as the names of the images
+            raise ValueError(
+                f"Expected labels of another name than 'id', as which an image's name "
+                f"is kept. Received: {folder / feature}. Rename it"
+            )
         if (folder / feature / "classes.txt").exists():
             _classes(folder / feature)
         for split in SPLITS:
@@ -105,14 +110,34 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         images = _files(folder / "images" / split)
         labels = {x: _files(folder / x / split) for x in _features(folder)}
         described = _described(folder)
+        seen: dict[str, set[int]] = {}  # the classes of the label maps so far
         for name in names:
             _read(images[name], described["image"], folder)
+            if (turned := orientation(images[name])) != 1:
+                raise ValueError(
+                    f"Expected an upright image in {images[name]}. Received: EXIF "
+                    f"orientation {turned}, which training does not apply. Write the "
+                    "image as its label maps are, by PIL.ImageOps.exif_transpose, say"
+                )
             maps = {
                 feature: _read(files[name], described[feature], folder)
                 for feature, files in labels.items()
             }
+            for feature, stored in maps.items():
+                if isinstance(described[feature], tfds.features.LabeledImage):
+                    seen.setdefault(feature, set()).update(np.unique(stored).tolist())
             # The file as it is: a JPEG stays one.
             yield name, {"image": images[name].read_bytes(), **maps, "id": name}
+        # A toy's few images may have one class alone.
+        whole = split == "train" and not self.builder_config.most
+        for feature, values in seen.items():
+            if whole and len(values - {VOID}) < 2:
+                found = " and ".join(map(str, sorted(values)))
+                raise ValueError(
+                    f"Expected two classes or more in {folder / feature / split}. "
+                    f"Received: {found} in all their pixels, and {VOID} is none. "
+                    "Write the class in each pixel: 0 and 1, say, in a mask"
+                )
 
 
 BUILDER = Folder

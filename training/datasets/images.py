@@ -4,6 +4,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
 import tensorflow as tf
 
 from training.datasets.files import read_as
@@ -37,10 +39,10 @@ def read_image(
         decoded = tf.io.decode_image(encoded, dtype=tf.as_dtype(dtype)).numpy()
     except tf.errors.InvalidArgumentError as error:
         raise ValueError(
-            f"Expected a whole image in {path}, which is truncated or damaged: "
+            f"Expected a whole JPEG or PNG image in {path}. TensorFlow cannot read it: "
             f"{error.message.splitlines()[0]}. {ANEW}"
         ) from error
-    return decoded.reshape(shape)
+    return decoded.reshape(shape) // _scale(encoded)
 
 
 def stored_as(path: Path) -> tuple[np.dtype, tuple[int, ...]]:
@@ -51,8 +53,24 @@ def stored_as(path: Path) -> tuple[np.dtype, tuple[int, ...]]:
     return image.dtype, image.shape
 
 
+def orientation(path: Path) -> int:
+    """How EXIF says that an image is turned: 1 for one that is upright."""
+    with read_as("an image", path, ANEW), PIL.Image.open(path) as image:
+        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+
+
 def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
+
+
+def _scale(encoded: bytes) -> int:
+    """By what decoders multiply grey values of 1, 2 or 4 bits, so that they fill 8.
+
+    The 1 of a PNG of two colours, a mask, is read as 255.
+    """
+    bits, colours = encoded[24:26]  # of a PNG's header
+    narrow = encoded.startswith(b"\x89PNG") and not colours and bits < 8
+    return 255 // (2**bits - 1) if narrow else 1
 
 
 def _opened(path: Path) -> tuple[bytes, np.ndarray | None]:
