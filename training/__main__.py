@@ -545,7 +545,7 @@ def _recipe(
 
     recipe = recipes.find(name, toy)
     if tasks is not None:
-        recipe = recipes.with_tasks(recipe, tasks.split(","))
+        recipe = recipes.with_tasks(recipe, [x.strip() for x in tasks.split(",")])
     if validate:
         recipe = recipes.with_validation(recipe)
     if backbone is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -147,7 +148,7 @@ def compiled(
         multipliers["^nddr_"] = recipe.units.alpha_multiplier
     of_tasks = recipe.training.learning_rate_multipliers
     if of_tasks:
-        names = (f"^{task}_" for task in tasks)
+        names = (_own_layers(task, tasks) for task in tasks)
         multipliers |= dict(zip(names, of_tasks, strict=True))
     if multipliers or _has(model, CrossStitch):
         optimizer = LearningRateGroups(
@@ -168,6 +169,13 @@ def compiled(
         jit_compile=has_gpu and tf.distribute.get_strategy().num_replicas_in_sync == 1,
     )
     return model
+
+
+def _own_layers(task: str, tasks: Iterable[str]) -> str:
+    """A pattern of the layers of a task, and not of `<task>_<more>`'s."""
+    longer = (x.removeprefix(task) for x in tasks if x.startswith(f"{task}_"))
+    others = "".join(f"(?!{re.escape(x)}_)" for x in longer)
+    return f"^{re.escape(task)}{others}_"
 
 
 def _has(model: keras.Model, kind: type[keras.layers.Layer]) -> bool:

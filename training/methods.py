@@ -1,10 +1,10 @@
 """What each method starts from, how it joins the towers, and how long it trains.
 
 A method is spelled `cross_stitch`, `split@conv4`, or, with other values of the
-recipe's units or tower, `cross_stitch@same_task=0.5,per=layer,at=pool1+pool5`. All that
-is trained takes `epochs=10`, `learning_rate=0.01`, `loss_weighting=uncertainty`,
-`gradients=pcgrad`, and, a number for each task, `loss_weights=1+0.5` and
-`learning_rate_multipliers=1+0.5`.
+recipe's units or tower, `cross_stitch@same_task=0.5,per=layer,at=pool1+pool5` and
+`split@conv4,dropout=0.5`. All that is trained takes `epochs=10`, `learning_rate=0.01`,
+`loss_weighting=uncertainty`, `gradients=pcgrad`, and, a number for each task,
+`loss_weights=1+0.5` and `learning_rate_multipliers=1+0.5`.
 """
 
 import dataclasses
@@ -224,16 +224,17 @@ def plan(spelled: str, recipe: recipes.Recipe) -> Plan:
             f"There is no method '{name}'. There are: {', '.join(METHODS)}"
         )
     method = METHODS[name]
+    layer = ""
     if name == "split":
-        if not options:
+        layer, at, options = options.partition(",")
+        if not layer or "=" in layer:
             raise ValueError(
                 "`split` needs the first layer that is not shared, as in 'split@"
                 f"{recipe.best_split}'. Received: '{spelled}'"
             )
-        return Plan(spelled, method, recipe, options)
     for option in options.split(",") if at else ():
         recipe = _with_option(recipe, method, option, spelled)
-    return Plan(spelled, method, recipe, "")
+    return Plan(spelled, method, recipe, layer)
 
 
 def spell(name: str, recipe: recipes.Recipe, **options: Any) -> str:
@@ -290,6 +291,10 @@ def _with_option(
     elif _kind(value) != _kind(now):
         raise ValueError(
             f"Expected another {key} like {now!r} in '{spelled}'. Received: {text!r}"
+        )
+    if key == "learning_rate" and not 0 < value < math.inf:
+        raise ValueError(
+            f"Expected a learning rate above 0 in '{spelled}'. Received: {text!r}"
         )
     if key == "epochs":
         if type(value) is not int or value < 1:

@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -154,6 +155,16 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
     of_tasks = compiled("single_task@learning_rate_multipliers=2+0.5").optimizer
     assert of_tasks.multipliers == {"^segmentation_": 2, "^normals_": 0.5}
     assert len(nddr.losses) == len(model.losses) + 4  # two tasks at two taps
+
+
+def test_of_two_tasks_of_which_one_begins_as_the_other_each_has_its_own_rate():
+    """And of more: `a`, `a_b`, `a_b_c`, and a name that is no pattern."""
+    tasks = ["a", "a_b", "a_b_c", "a.b"]
+    patterns = [fitting._own_layers(task, tasks) for task in tasks]
+    layers = ["a_conv1/kernel", "a_b_conv1/bias", "a_b_c_fc6/kernel", "a.b_x/kernel"]
+
+    found = [[bool(re.search(x, layer)) for x in patterns] for layer in layers]
+    np.testing.assert_array_equal(found, np.eye(4))
 
 
 def test_a_finished_run_is_not_run_again(finished, cross_stitch, train):

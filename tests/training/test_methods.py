@@ -48,6 +48,9 @@ def test_what_is_spelled_is_what_is_planned(scenes):
     assert rates.training.learning_rate_multipliers == (1.0, 3.0)
     for spelled in ("single_task", "cross_stitch", "cross_stitch_from_start"):
         assert methods.plan(f"{spelled}@epochs=9", scenes).schedule.epochs == 9
+    split = methods.plan("split@conv4,epochs=9,learning_rate=0.5", scenes)
+    assert (split.layer, split.schedule) == ("conv4", recipes.Schedule(9, 0.5))
+    assert split.depends_on["layer"] == "conv4"
     # The recipe's own value is no other method.
     assert methods.spell("cross_stitch", scenes, same_task=0.9) == "cross_stitch"
 
@@ -126,6 +129,12 @@ def test_a_recipe_that_would_be_filed_under_another_is_refused(
         ("stich", "There is no method 'stich'. There are: single_task, "),
         ("split", "as in 'split@conv4'. Received: 'split'"),
         ("split@", "as in 'split@conv4'"),
+        ("split@epochs=3", "needs the first layer .* as in 'split@conv4'"),
+        ("split@conv4,rate=3", "no option 'rate' in 'split@conv4,rate=3'"),
+        ("split@conv4,", "no option ''"),
+        ("hard_sharing@learning_rate=-0.01", "rate above 0 in .* Received: '-0.01'"),
+        ("single_task@learning_rate=0", "learning rate above 0"),
+        ("cross_stitch@learning_rate=1e400", "learning rate above 0 .*: '1e400'"),
         ("cross_stitch_from_start@weights=3", "no option 'weights'"),
         ("cross_stitch@rate=3", "no option 'rate' in .* There are: at, per, same_task"),
         ("cross_stitch@width=0.5", "no option 'width'"),  # has its towers already

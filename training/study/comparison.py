@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from keras_cross_stitch import NDDR, CrossStitch, export_saved_model, plot_alpha
 from training import batches, runs
 from training.files import read_json, unfinished, write_json
+from training.locks import lock
 from training.runs import Experiment
 from training.study import delta_m, figures, recorded
 from training.study.results import (
@@ -83,11 +84,13 @@ def compare(
     if not joined:
         return None
     method, model, trained = joined[-1]
-    if _has(model, CrossStitch):
-        _save(plot_alpha(model), target / "alpha.png", dpi=110)
-    else:
-        (target / "alpha.png").unlink(missing_ok=True)  # another method's
-    _export(model, trained, target / "serving")
+    # All methods share the folder: of two processes one waits.
+    with lock(target / ".lock", wait=True):
+        if _has(model, CrossStitch):
+            _save(plot_alpha(model), target / "alpha.png", dpi=110)
+        else:
+            (target / "alpha.png").unlink(missing_ok=True)  # another method's
+        _export(model, trained, target / "serving")
     return method, target
 
 

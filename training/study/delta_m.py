@@ -21,8 +21,8 @@ def rows(of_tasks: Iterable[Row]) -> list[Row]:
     """A row of Delta_m for each run whose baseline, of the same seed, is among them.
 
     Against the compute-matched baseline of each method. A run that lacks a metric of
-    its baseline's has none, nor has one whose baseline has a 0: no change is relative
-    to that.
+    its baseline's has none, nor has one whose baseline has a 0, to which no change is
+    relative, nor one with a metric that is no number, as of normals without a pixel.
     """
     values: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
     for row in of_tasks:
@@ -33,7 +33,8 @@ def rows(of_tasks: Iterable[Row]) -> list[Row]:
     found = []
     for (method, seed), ours in values.items():
         theirs = values.get((baseline(method) or "", seed), {})
-        if ours.keys() == theirs.keys() and all(theirs.values()):
+        known = np.isfinite([*ours.values(), *theirs.values()]).all()
+        if ours.keys() == theirs.keys() and known and all(theirs.values()):
             value = round(delta_m(ours, theirs), 3)
             found.append(Row(method, seed, ALL_TASKS, "delta_m", value))
     return found

@@ -211,7 +211,7 @@ def splits(
     figure, panels = _panels(len(metrics))
     for axes, (task, name) in zip(panels, metrics, strict=True):
         of_metric = values[task, name]
-        methods = [method for method in of_metric if method.startswith("split@")]
+        methods = [x for x in of_metric if x.startswith("split@") and "=" not in x]
         baseline = of_metric.get(results.baseline("split@") or "", {})
         layers = [method.partition("@")[2] for method in methods]
         known = results.metric(name)

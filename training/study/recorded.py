@@ -64,11 +64,10 @@ class Run:
     @property
     def validation_losses(self) -> dict[str, list[float]]:
         """{task: losses by epoch on what is held out}, empty where nothing is."""
-        of_part = self._losses()
         return {
             k.removeprefix("val_"): v
-            for k, v in of_part.items()
-            if k not in self.losses
+            for k, v in self._losses().items()
+            if k.startswith("val_")
         }
 
     def _losses(self) -> dict[str, list[float]]:
@@ -147,6 +146,8 @@ def by_method(folder: Path, finished: bool = True) -> dict[str, list[Run]]:
     grouped: dict[str, list[Run]] = {}
     for path in folder.glob("*/seed*/recipe.json"):
         run = Run(path.parent)
+        if not run.folder.name.removeprefix("seed").isdecimal():
+            continue  # renamed, as a copy is
         if run.finished == finished:
             grouped.setdefault(run.method, []).append(run)
     return {

@@ -169,16 +169,19 @@ def label(method: str) -> str:
 
     >>> label("split@conv4"), label("single_task_as_long@epochs=9,dropout=0.5")
     ('split at conv4', 'single-task, as long, epochs 9, dropout 0.5')
+    >>> label("split@fc6,epochs=9")
+    'split at fc6, epochs 9'
     """
     name, _, options = method.partition("@")
     # A folder of runs may hold methods of before.
     name = METHODS[name].label if name in METHODS else name.replace("_", " ")
-    options = options.replace("_", " ")
+    layer, _, rest = options.partition(",")
+    if layer and "=" not in layer:
+        name, options = f"{name} at {layer.replace('_', ' ')}", rest
     if not options:
         return name
-    if "=" not in options:
-        return f"{name} at {options}"
-    options = options.replace("=", " ").replace('"', "").replace(",", ", ")
+    for old, new in (("_", " "), ("=", " "), ('"', ""), (",", ", ")):
+        options = options.replace(old, new)
     return f"{name}, {options}"
 
 

@@ -72,12 +72,17 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def _of(recipe: str, study: str, is_brief: str | None, results: Path) -> str:
     path = results / recipe / f"{study}.csv"
     if not path.exists():
-        arguments = f"{re.sub('-toy|-search', '', recipe)} {study}"
-        toy = " --toy" if "-toy" in recipe else ""
+        named = [x for x in recipe.split("-") if x not in ("toy", "search")]
+        tasks = [named.pop()] if "+" in named[-1] else []
+        arguments = [
+            *("-".join(named), study),
+            *(f"--tasks {x.replace('+', ',')}" for x in tasks),
+            *(["--toy"] if "-toy" in recipe else []),
+        ]
         raise ValueError(
             f"There are no raw values {path} for the table {recipe}/{study}. `python "
-            f"-m training study {arguments}{toy}` writes them to RUNS/results: then "
-            "give that folder, as in --results runs/results"
+            f"-m training study {' '.join(arguments)}` writes them to RUNS/results: "
+            "then give that folder, as in --results runs/results"
         )
     rows = [row for row, _ in read_rows(path)]
     if is_brief:
@@ -95,20 +100,28 @@ def brief(
         multiply_adds: Dict of method to those of its model: a column more.
     """
     costs = _costs(multiply_adds or {})
+    several = any(cell.seeds > 1 for table in tables for cell in _cells(table))
     more = ["cost ↓"] if costs else []
     titles = [f"{table.task}: {metric(table.metrics[0]).title}" for table in tables]
     lines = [["", "seeds", *titles, metric("delta_m").title, *more]]
-    for method in dict.fromkeys(x for table in tables for x in table.cells):
+    methods = dict.fromkeys(x for table in tables for x in table.cells)
+    for method in methods:
         rows = [(table.metrics, table.cells.get(method)) for table in tables]
         seeds = next(t.seeds(method) for t in tables if method in t.cells)
-        shown = (cell.change if cell else "" for cell in _brief_row(rows))
+        # A value among differences would be taken for one.
+        compared = several and baseline(method) in methods
+        shown = (
+            cell.change
+            if cell and (cell.difference or cell.is_change or not compared)
+            else ""
+            for cell in _brief_row(rows)
+        )
         cost = [costs.get(method, "") for _ in more]
         lines.append([label(method), seeds, *shown, *cost])
     for one, other in dict.fromkeys(x for table in tables for x in table.rivals):
         rows = [(table.metrics, table.rivals.get((one, other))) for table in tables]
         lines.append([*_rival_line(one, other, _brief_row(rows)), *("" for _ in more)])
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    several = any(cell.seeds > 1 for table in tables for cell in _cells(table))
     notes = [
         "The baseline: mean and standard deviation over the seeds. The others: their "
         "mean difference to it, with its 95 % t-interval. †: certain at 5 % over all "

@@ -8,6 +8,7 @@ import pytest
 
 from training import runs
 from training.files import Row, write_csv
+from training.locks import lock
 from training.provenance import Made
 from training.study import comparison
 
@@ -60,6 +61,21 @@ def test_what_is_exported_is_of_the_last_method_that_has_units(
     assert method == "cross_stitch"
     assert exported == [cross_stitch / "model.keras"]
     assert titles[0][2:] == ["cross-stitch", "single-task", "change, first to last"]
+
+
+def test_of_two_comparisons_of_a_seed_one_waits(finished, cross_stitch, monkeypatch):
+    """Each would remove what the other has just written."""
+
+    def export(model, trained, directory):
+        with (
+            pytest.raises(ValueError, match="is being written by process"),
+            lock(directory.parent / ".lock", wait=False),
+        ):
+            pass
+
+    monkeypatch.setattr(comparison, "_export", export)
+
+    assert comparison.compare(finished, ["cross_stitch"], 0)
 
 
 def test_the_legend_is_of_what_the_table_shows():

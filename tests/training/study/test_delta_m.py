@@ -77,13 +77,15 @@ def test_each_method_is_against_its_own_baseline_and_seed():
     assert found(rows) == expected
 
 
-def test_without_its_baseline_a_run_has_none():
+def test_without_a_baseline_of_numbers_a_run_has_none():
     rows = [
         *rows_of("single_task_longer", 0, a__miou=10.0),
         *rows_of("single_task_longer", 1, a__miou=0.0),  # nothing is relative to it
         *rows_of("single_task_longer", 2, a__miou=10.0),
         *(x for seed in (1, 7) for x in rows_of("cross_stitch", seed, a__miou=11.0)),
         *rows_of("cross_stitch", 2, a__miou=11.0, b__rmse=1.0),
+        *rows_of("single_task_longer", 3, a__miou=10.0, b__mean_angle=np.nan),
+        *rows_of("cross_stitch", 3, a__miou=11.0, b__mean_angle=np.nan),
     ]
 
     assert found(rows) == {}

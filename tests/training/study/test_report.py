@@ -183,6 +183,15 @@ def test_a_method_that_no_longer_exists_is_shown(runs, tmp_path):
     assert run.costs["seconds"] == 3 * 60  # what it started from is not known
 
 
+def test_a_run_that_was_put_aside_is_none(runs, tmp_path):
+    folder = tmp_path / "nyuv2" / "cross_stitch"
+    for name in ("seed0", "seed0.bak", "seed"):
+        shutil.copytree(runs / "nyuv2/cross_stitch/seed0", folder / name)
+
+    (of_method,) = recorded.by_method(tmp_path / "nyuv2").values()
+    assert [run.folder.name for run in of_method] == ["seed0"]
+
+
 def test_trained_on_for_other_epochs_begins_where_the_single_task_networks_ended(runs):
     methods = recorded.by_method(runs / "nyuv2")
     longer = ("single_task_longer@epochs=8", "cross_stitch@epochs=8")

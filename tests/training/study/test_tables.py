@@ -74,6 +74,16 @@ def test_a_brief_table_has_one_row_a_method_for_all_tasks():
     ]
 
 
+def test_a_brief_table_shows_no_value_among_differences():
+    methods = {"single_task_as_long": 0, "hard_sharing": 1}
+    known = [*rows(methods), *rows({"cross_stitch_from_start": 1}, seeds=1)]
+    known.append(Row("cross_stitch_from_start", 0, "all tasks", "delta_m", 0.7))
+
+    *_, last, _ = filter(None, brief(statistics(known)).splitlines())
+
+    assert last == "| cross-stitch from the start | 1 |  | +0.7 |"
+
+
 def test_a_brief_table_has_what_each_method_costs():
     methods = {"single_task_as_long": 0, "cross_stitch_from_start": 1}
     known = statistics(rows({**methods, "hard_sharing": 1, "split@conv2": 2}))
@@ -191,6 +201,10 @@ def test_a_file_gets_its_tables_and_keeps_the_rest(results, tmp_path):
         (
             "<!-- table: scenes-search/search -->\n<!-- /table -->\n",
             "`python -m training study scenes search`",
+        ),
+        (
+            "<!-- table: nyuv2-toy-labels10-normals+depth/demo -->\n<!-- /table -->\n",
+            "study nyuv2-labels10 demo --tasks normals,depth --toy`",
         ),
     ],
 )
