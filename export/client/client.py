@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from . import all_tasks, messages, regions
+from . import all_tasks, arrays, messages, regions
 from .protocol import IMAGES, ServingError, in_words, info_in_words
 from .transports import Arrays, Grpc, Rest, Transport
 
@@ -156,12 +156,17 @@ class Client:
                     )
                 raise ServingError(grpc.StatusCode.NOT_FOUND, why)
             sent = _taken(given, infos[signature].inputs)
-            arrays = {
+            if empty := [name for name, x in sent.items() if x.ndim and not len(x)]:
+                raise ServingError(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    f"'{empty[0]}' must hold at least one example",
+                )
+            cast = {
                 name: _cast(array, name, infos[signature].inputs.get(name))
                 for name, array in sent.items()
             }
             outputs = infos[signature].outputs
-            answer = self._in_parts(signature, arrays, outputs, deadline)
+            answer = self._in_parts(signature, cast, outputs, deadline)
         except ServingError as error:
             self._known = None  # there may be a new version
             if error.code == grpc.StatusCode.RESOURCE_EXHAUSTED and sent:
@@ -339,27 +344,7 @@ def _encoded(image: File) -> bytes:
 
 def _named(given: Any, name: str) -> dict[str, np.ndarray]:
     given = given if isinstance(given, Mapping) else {name: given}
-    return {name: _array(name, values) for name, values in given.items()}
-
-
-def _array(name: str, values: Any) -> np.ndarray:
-    """Strings are objects that are bytes."""
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"'{name}' must be an array: {error}") from error
-    if array.dtype.kind not in "OSU":
-        return array
-    objects = np.empty(array.size, object)
-    for place, value in enumerate(array.ravel().tolist()):
-        value = value.encode() if isinstance(value, str) else value
-        if not isinstance(value, bytes):
-            raise ValueError(
-                f"'{name}' must be an array of numbers, or of bytes or text alone. "
-                f"Received: {value!r:.80} among its values"
-            )
-        objects[place] = value
-    return objects.reshape(array.shape)
+    return {name: arrays.of(values, name) for name, values in given.items()}
 
 
 def _taken(given: Any, infos: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -380,49 +365,11 @@ def _dtype(array: np.ndarray) -> str:
 
 
 def _cast(array: np.ndarray, name: str, info: Any) -> np.ndarray:
-    """The array in the dtype that the signature takes, where that changes no value.
-
-    Floats may be rounded to fewer digits. What a cast would make another kind of
-    number stays as it is, and the server refuses it, as it does unknown names.
-    """
+    """As the signature takes it; what it does not know, the server refuses."""
     if info is None:
         return array
     dtype = messages.numpy_dtype(info.dtype)
-    if array.dtype == dtype or not _of_a_kind(array.dtype, dtype):
-        return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(dtype)
-    changed = _changed(array, cast)
-    if changed.any():
-        first = tuple(np.argwhere(changed)[0].tolist())
-        raise ServingError(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"'{name}' has values that {dtype} cannot hold: {array[first]} at {first}",
-        )
-    return cast
-
-
-_FLOATS = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # bits
-
-
-def _of_a_kind(given: np.dtype, taken: np.dtype) -> bool:
-    """Whether integers become integers or floats, and floats floats."""
-    if taken.name in _FLOATS:
-        return given.kind in "biu" or given.name in _FLOATS
-    return taken.kind in "iu" and given.kind in "biu"
-
-
-def _changed(array: np.ndarray, cast: np.ndarray) -> np.ndarray:
-    if array.dtype.name in _FLOATS:
-        return np.isfinite(array) & ~np.isfinite(cast)
-    if cast.dtype.kind in "iu":
-        limits = np.iinfo(cast.dtype)
-        return (array < limits.min) | (array > limits.max)
-    # All integers up to here are floats; of those beyond, some.
-    largest = 2 ** (_FLOATS[cast.dtype.name] + 1)
-    changed = (array < -largest) | (array > largest)
-    changed[changed] = [
-        not np.isfinite(float(b)) or int(a) != int(float(b))
-        for a, b in zip(array[changed], cast[changed], strict=True)
-    ]
-    return changed
+    try:
+        return arrays.cast(array, dtype, name)
+    except ValueError as error:
+        raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from export.client import regions
+from export.client import arrays, regions
 from export.client.client import pictures_in
 
 
@@ -47,17 +47,18 @@ def load_images(path: pathlib.Path, model: keras.Model) -> list[np.ndarray]:
             f"`image` and `rois`. Received: {path}, for inputs {list(specs)}"
         )
     if path.is_dir():
-        arrays = _read_folder(path, specs)
+        read = _read_folder(path, specs)
+        given = {name: _pixels(array, specs[name]) for name, array in read.items()}
     elif path.suffix == ".npy" and path.is_file():
-        arrays = {name: np.load(path, allow_pickle=False) for name in specs}
+        given = {name: np.load(path, allow_pickle=False) for name in specs}
     else:
         raise ValueError(
             f"--images must be a folder of JPEG or PNG files, or a .npy file. "
             f"Received: {path}"
         )
     for name, spec in specs.items():
-        _check_shape(arrays[name], spec, path)
-    return [arrays[name].astype(spec.dtype) for name, spec in specs.items()]
+        _check_shape(given[name], spec, path)
+    return [_as_taken(given[name], spec, path) for name, spec in specs.items()]
 
 
 def _read_folder(
@@ -96,6 +97,11 @@ def _read_image(
     return image.numpy()
 
 
+def _pixels(array: np.ndarray, spec: keras.KerasTensor) -> np.ndarray:
+    """In the model's dtype, to the nearest whole number where it takes these."""
+    return (np.round(array) if "int" in spec.dtype else array).astype(spec.dtype)
+
+
 def _check_shape(
     array: np.ndarray, spec: keras.KerasTensor, path: pathlib.Path
 ) -> None:
@@ -108,3 +114,20 @@ def _check_shape(
             f"--images: the model takes {spec.shape}. Received: {path}, of shape "
             f"{array.shape}"
         )
+
+
+def _as_taken(
+    array: np.ndarray, spec: keras.KerasTensor, path: pathlib.Path
+) -> np.ndarray:
+    """In the model's dtype, where that changes no value; text as bytes."""
+    dtype = np.dtype(object if spec.dtype == "string" else spec.dtype)
+    try:
+        taken = arrays.cast(arrays.of(array, spec.name), dtype, spec.name)
+    except ValueError as error:
+        raise ValueError(f"--images: {error}. Received: {path}") from error
+    if taken.dtype != dtype:
+        raise ValueError(
+            f"--images: the model takes {spec.dtype} as '{spec.name}'. Received: "
+            f"{path}, of {array.dtype}"
+        )
+    return taken

@@ -42,7 +42,7 @@ def export(
         from_jpeg: Whether to add signatures `<task>_from_jpeg`.
         warmup: Number of requests that TF Serving replays, for every signature.
         images: Folder of images, or `.npy` file, to measure and to warm up with.
-            Defaults to random ones.
+            Defaults to random ones, which text has none of.
         drop_below: The most that outputs may change for links left out; see
             `dropping.negligible_links`. Needs `images`.
         dtype: `"float32"`, or `"bfloat16"` to compute in.
@@ -67,6 +67,12 @@ def export(
             "--from-jpeg is not for a model that takes regions, for which a file must "
             "be searched first. `export.client.Client`, `python -m export predict` and "
             "the page do so: they take files without it"
+        )
+    text = [x.name for x in model.inputs if x.dtype == "string"]
+    if text and images is None:
+        raise ValueError(
+            f"The model takes text, '{text[0]}', of which no random one says anything. "
+            "Give some with --images FILE.npy, an array of strings"
         )
     _check_warmup(warmup, len(model.output), from_jpeg)
     examples = inputs.load_images(images, model) if images else None

@@ -120,6 +120,12 @@ def test_a_cast_that_changes_a_value_is_refused(client, given, taken, value):
     assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_no_example_is_refused_by_both_protocols_alike(client):
+    message = r"'x' must hold at least one example.* Sent: x: float32 \(0, 7\)"
+    with pytest.raises(ServingError, match=message):
+        client.predict("float32_2", {"x": np.zeros((0, 7), "float32")})
+
+
 @pytest.mark.parametrize(
     ("given", "taken"),
     [

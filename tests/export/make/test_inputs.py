@@ -50,6 +50,37 @@ def test_an_array_is_taken_as_it_is(tmp_path):
     np.testing.assert_array_equal(loaded, array.astype("float32"))
 
 
+def test_text_is_bytes_and_numbers_are_only_cast_where_they_stay_the_same(tmp_path):
+    def loaded(values, dtype):
+        np.save(tmp_path / "x.npy", np.array(values))
+        x = keras.Input((1,), dtype=dtype, name="x")
+        (array,) = load_images(tmp_path / "x.npy", keras.Model(x, {"a": x}))
+        return array
+
+    words = loaded([["a"], ["ü"]], "string")
+    assert words.tolist() == [[b"a"], ["ü".encode()]]
+    assert loaded([[b"a"]], "string").tolist() == [[b"a"]]
+    assert loaded([[5], [2]], "int32").dtype == np.int32
+    assert loaded([[5]], "float32").dtype == np.float32
+    for values, dtype, message in (
+        ([[5.7]], "int32", r"takes int32 as 'x'\. Received: .*x\.npy, of float64"),
+        ([[3], [2**33 + 1]], "int32", r"'x' has values that int32 cannot .*x\.npy"),
+        ([[1e300]], "float32", r"'x' has values that float32 cannot hold: 1e\+300"),
+        ([["a"]], "float32", r"takes float32 as 'x'\. Received: .*x\.npy, of <U1"),
+        ([[5.0]], "string", r"takes string as 'x'\. Received: .*x\.npy, of float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded(values, dtype)
+
+
+def test_a_folder_of_images_is_rounded_for_a_model_of_whole_numbers(tmp_path):
+    image = write(tmp_path / "a.png", 20, 30)
+    x = keras.Input((9, 7, 3), dtype="uint8")
+    (images,) = load_images(tmp_path, keras.Model(x, {"a": x}))
+    resized = tf.image.resize(image, (9, 7), antialias=True).numpy()
+    np.testing.assert_array_equal(images[0], np.round(resized).astype("uint8"))
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 6), (3, 4), (0, 4, 5)])
 def test_an_array_of_another_shape_is_an_error(tmp_path, shape):
     np.save(tmp_path / "x.npy", np.zeros(shape))

@@ -39,6 +39,27 @@ def test_a_model_of_two_inputs_without_answers(tmp_path):
         }
 
 
+def test_a_model_that_takes_text_is_exported_on_text_that_is_given(tmp_path):
+    words = keras.Input((1,), dtype="string", name="words")
+    numbers = keras.layers.TextVectorization(
+        output_sequence_length=4, vocabulary=["a", "b"]
+    )(words)
+    x = keras.layers.Flatten()(keras.layers.Embedding(5, 3)(numbers))
+    outputs = {name: keras.layers.Dense(2, name=name)(x) for name in ("one", "two")}
+    keras.Model(words, outputs).save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", np.array([["a b"], ["ü b"], ["b"]]))
+    where = tmp_path / "model.keras", tmp_path / "served"
+
+    with pytest.raises(ValueError, match=r"text, 'words', .* --images FILE\.npy, an"):
+        export(*where)
+    version, *_ = export(*where, images=tmp_path / "x.npy", warmup=3)
+
+    for _, given, _ in recorded.read(version / recorded.RECORDED):
+        assert given["words"].tolist() == [[b"a b"], ["ü b".encode()]]
+    differences = recorded.differences(version, "tensorflow")
+    assert differences["one"] == {"one": 0}
+
+
 def test_how_it_was_made_goes_with_the_version(version):
     about = json.loads((version / "assets.extra" / "export.json").read_text())
     assert about["dtype"] == "float32"

@@ -104,6 +104,32 @@ def test_a_picture_can_be_dropped(page, served):
     page.get_by_text("dropped.png, answered by version").wait_for()
 
 
+def test_of_two_pictures_the_last_chosen_is_shown(page, picture, served, tmp_path):
+    """Though the answer to the first one comes last."""
+    asked = []
+
+    def hold_the_first(route):
+        asked.append(route)
+        if len(asked) > 1:
+            route.continue_()
+
+    (pixels,) = served.pictures(seed=4)
+    Image.fromarray(pixels).save(tmp_path / "second.png")
+    page.route("**/draw", hold_the_first)
+    with page.expect_request("**/draw"):
+        page.set_input_files("#file", picture[0])
+    page.set_input_files("#file", tmp_path / "second.png")
+    page.get_by_text("second.png, answered by version").wait_for()
+    before = shown(page, "segmentation")
+    with page.expect_response("**/draw"):
+        asked[0].continue_()
+    page.wait_for_timeout(200)
+
+    assert page.locator("#said").inner_text().startswith("second.png, answered")
+    np.testing.assert_array_equal(shown(page, "segmentation"), before)
+    assert page.wrong == []
+
+
 def test_what_is_no_picture_is_told_so(page, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
