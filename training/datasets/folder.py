@@ -109,7 +109,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
     ) -> Iterator[tuple]:
         images = _files(folder / "images" / split)
         labels = {x: _files(folder / x / split) for x in _features(folder)}
-        described = _described(folder)
+        described = self.info.features
         seen: dict[str, set[int]] = {}  # the classes of the label maps so far
         for name in names:
             _read(images[name], described["image"], folder)

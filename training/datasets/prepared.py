@@ -62,9 +62,7 @@ def prepare(
         # Another process may have prepared what this builder has not seen.
         builder = _builder(module, recipe, directory, source)
     before = read_json(stamp)
-    if "digests" not in before:  # prepared when features were not told apart
-        write_json(stamp, {**before, "digests": _digests(folder)})
-    _check_whole(folder, before.get("sizes", {}))
+    _check_whole(folder, before["sizes"])
     if reads_files and source is not None:
         _check_same(folder, before["source"], source)
     return builder
