@@ -43,24 +43,37 @@ class Call:
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
 class InputCast(keras.layers.Layer):
-    """Casts as the input of a nested model does. A layer, since it hands masks on."""
+    """Casts as the input of a nested model does, and adds or drops a last axis of 1.
 
-    def __init__(self, to: str, **kwargs: Any) -> None:
+    A layer, since it hands masks on.
+    """
+
+    def __init__(self, to: str, rank: int | None = None, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
         self.to = to
+        self.rank = rank  # None in files of earlier versions: the rank stays
         self.supports_masking = True
 
     def call(self, inputs: Any) -> Any:
-        return keras.ops.cast(inputs, self.to)
+        x = keras.ops.cast(inputs, self.to)
+        rank = len(x.shape)
+        if self.rank in (None, rank):
+            return x
+        return (
+            keras.ops.squeeze(x, -1)
+            if rank > self.rank
+            else keras.ops.expand_dims(x, -1)
+        )
 
     def compute_output_spec(self, inputs: Any) -> Any:
         # Not by `compute_output_shape`, which would have the layer's own dtype.
+        shape = (*inputs.shape, 1)[: self.rank or len(inputs.shape)]
         return keras.KerasTensor(
-            inputs.shape, self.to, sparse=inputs.sparse, ragged=inputs.ragged
+            shape, self.to, sparse=inputs.sparse, ragged=inputs.ragged
         )
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "to": self.to}
+        return {**super().get_config(), "to": self.to, "rank": self.rank}
 
 
 class Tower:
@@ -230,7 +243,7 @@ class Tower:
             )
         several = len(given) > 1
         cast = (
-            self._cast(x, f"{path}/cast" + (f"_{k}" if several else ""), own.dtype)
+            self._cast(x, f"{path}/cast" + (f"_{k}" if several else ""), own)
             for k, (x, own) in enumerate(zip(given, nested.inputs, strict=True), 1)
         )
         scope = dict(zip(map(id, nested.inputs), cast, strict=True))
@@ -238,11 +251,15 @@ class Tower:
         self._open(nested, f"{path}/", {**told, **context}, scope)
         return [_resolved(x, scope) for x in nested.outputs]
 
-    def _cast(self, x: Any, path: str, dtype: str) -> Any:
+    def _cast(self, x: Any, path: str, own: keras.KerasTensor) -> Any:
         """What a model is given, as its input casts it: images of bytes to floats."""
-        if not isinstance(x, Value) or x.spec.dtype == dtype:
+        if not isinstance(x, Value):
             return x
-        layer = self._casts.setdefault(path, InputCast(dtype, name="cast"))
+        rank = len(own.shape)
+        if x.spec.dtype == own.dtype and len(x.shape) == rank:
+            return x
+        cast = InputCast(own.dtype, rank, name="cast")
+        layer = self._casts.setdefault(path, cast)
         kinds = {"sparse": x.spec.sparse, "ragged": x.spec.ragged}
         given = keras.Input(
             batch_shape=x.shape,

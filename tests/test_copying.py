@@ -779,6 +779,88 @@ def test_a_nested_model_of_floats_gets_halves_as_floats():
     _assert_as_apart(stitch(towers, []), towers, FEATURES)
 
 
+def _embeds(shape):
+    """An encoder of numbers, called on what has an axis of 1 more, or less."""
+
+    def build(outputs):
+        number = keras.Input(shape, dtype="int32")
+        x = layers.Embedding(10, 4, name="embedded")(number)
+        encoder = keras.Model(number, layers.Dense(4, name="tap")(x), name="encoder")
+        numbers = keras.Input((1,) if shape == () else shape[:-1], dtype="int32")
+        x = keras.ops.relu(encoder(numbers))
+        return keras.Model(numbers, layers.Dense(outputs, name="score")(x))
+
+    return build
+
+
+def _sequential_within(inner, outer):
+    """The weights of `tap` are of the inner shape."""
+
+    def build(outputs):
+        given = keras.Input(inner, name="given")
+        tapped = keras.Model(given, layers.Dense(4, name="tap")(given), name="inner")
+        return keras.Sequential([keras.Input(outer, name="features"), tapped])
+
+    return build
+
+
+OTHER_RANKS = {
+    "numbers of an axis of 1": (_embeds(()), np.array([[3], [5]])),
+    "numbers without an axis of 1": (_embeds((3, 1)), np.array([[3, 5, 7], [1, 2, 3]])),
+    "one for all": (_embeds((1,)), np.array([3, 5])),
+    "a Sequential of an axis of 1": (
+        _sequential_within((5,), (5, 1)),
+        FEATURES[..., None],
+    ),
+    "a Sequential without it": (_sequential_within((5, 1), (5,)), FEATURES),
+}
+
+
+@pytest.mark.parametrize("join", ["stitch", "split"])
+@pytest.mark.parametrize(
+    ("build", "data"), OTHER_RANKS.values(), ids=OTHER_RANKS.keys()
+)
+def test_a_nested_model_gets_the_rank_of_its_input(build, data, join, tmp_path):
+    towers = {"a": build(2), "b": build(3), "c": build(2)}
+    if join == "split":
+        for tower in towers.values():  # equal below the split
+            for own, first in zip(tower.weights, towers["a"].weights, strict=True):
+                if own.shape == first.shape:
+                    own.assign(first)
+        model = split(towers, "tap")
+    else:
+        model = stitch(towers, ["tap"], same_task=1.0)
+
+    _assert_as_apart(model, towers, data)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    _assert_as_apart(loaded, towers, data)
+
+
+class Summed(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, x):
+        return ops.sum(x, -1)
+
+
+# Keras says that the mask is lost; it is not.
+@pytest.mark.filterwarnings("ignore:Layer 'inner' .* was passed an input with a mask")
+def test_masks_pass_where_the_rank_changes():
+    def build(outputs):
+        steps = keras.Input((4, 1))
+        inner = keras.Model(steps, layers.LSTM(3, name="tap")(steps), name="inner")
+        words = keras.Input((4,), dtype="int32", name="words")
+        x = inner(Summed()(layers.Embedding(9, 2, mask_zero=True)(words)))
+        return keras.Model(words, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(2), "b": build(3)}
+    model = stitch(towers, ["tap"], same_task=1.0)
+    _assert_as_apart(model, towers, np.array([[1, 2, 0, 0], [3, 4, 5, 0]]))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_inputs_may_have_other_keys_than_names(nested):
     def build(outputs):
