@@ -311,7 +311,10 @@ def as_graph(model: Any) -> keras.Model | None:
     if not isinstance(model, keras.Model) or own_call:
         return None
     if isinstance(model, keras.Sequential) and getattr(model, "inputs", None):
-        return keras.Model(model.inputs, model.outputs[0])
+        # Its `outputs` are flat; its last layer may give a list or a dict.
+        structure = model.compute_output_spec(model.inputs[0])
+        output = keras.tree.pack_sequence_as(structure, model.outputs)
+        return keras.Model(model.inputs, output)
     return model if hasattr(model, "operations") else None
 
 
@@ -343,11 +346,15 @@ def _named_output(task: str, graph: keras.Model, scope: dict[int, Any]) -> Any:
     values = output.values() if isinstance(output, dict) else [output]
     if not all(isinstance(x, keras.KerasTensor) for x in values):
         names = [x._keras_history.operation.name for x in graph.outputs]
+        if len(set(names)) < len(names):  # outputs of one layer
+            names = [f"{x}_{n}" for n, x in enumerate(names)]
+        # A Sequential model that was never called has `inputs` only.
+        given = "inputs" if isinstance(graph.input, list) else "input"
         named = ", ".join(f'"{x}": outputs[{n}]' for n, x in enumerate(names))
         raise ValueError(
             f"The tower of '{task}' must give a tensor or a dict of name to tensor, "
             "since a served output has a name. Name them: outputs = model.outputs; "
-            f"model = keras.Model(model.input, {{{named}}}). Received: {output}"
+            f"model = keras.Model(model.{given}, {{{named}}}). Received: {output}"
         )
     return keras.tree.map_structure(lambda x: _resolved(x, scope), output)
 

@@ -657,18 +657,74 @@ def test_towers_may_have_several_outputs_in_a_dict():
     _assert_same(together["attributes"], towers["attributes"](data))
 
 
-def test_a_list_of_outputs_is_an_error_that_names_them():
-    tower = _two_heads("list")
+def _last(join):
+    """Sequential or functional, a layer of three outputs, made anew at each call."""
+    inputs = keras.Input((6, 5), name="features")
+    last = layers.LSTM(4, return_state=True, name="lstm")
+    if join == "sequential":
+        return keras.Sequential([inputs, last])
+    return keras.Model(inputs, last(inputs))
 
-    with pytest.raises(ValueError, match="tower of 'b' must give a tensor") as caught:
-        stitch({"a": _dense_tower(2), "b": tower}, ["one"])
+
+@pytest.mark.parametrize(
+    ("tower", "names"),
+    [
+        (lambda: _two_heads("list"), {"logits", "boxes"}),
+        (lambda: _last("functional"), {"lstm_0", "lstm_1", "lstm_2"}),
+        (lambda: _last("sequential"), {"lstm_0", "lstm_1", "lstm_2"}),
+    ],
+    ids=["two layers", "one layer", "the last of a Sequential"],
+)
+@pytest.mark.parametrize("join", ["stitch", "split"])
+def test_a_list_of_outputs_is_an_error_that_names_them(tower, names, join):
+    tower = tower()
+
+    def joined(tower):
+        if join == "stitch":
+            return stitch({"a": tower, "b": tower, "c": tower}, [])
+        return split({"a": tower, "b": tower}, tower.layers[-1].name)
+
+    with pytest.raises(ValueError, match="tower of 'a' must give a tensor") as caught:
+        joined(tower)
 
     # Given that its remedy is code.
     (code,) = re.findall(r"outputs = model.outputs; (.*?\}\))", str(caught.value))
     scope = {"keras": keras, "model": tower, "outputs": tower.outputs}
     exec(code, scope)
-    model = stitch({"a": _dense_tower(2), "b": scope["model"]}, ["one"])
-    assert set(model.output["b"]) == {"logits", "boxes"}
+    assert set(joined(scope["model"]).output["b"]) == names
+
+
+class Pair(layers.Layer):
+    """Gives a dict."""
+
+    def call(self, x):
+        return {"q": x, "p": 2.0 * x[..., :2]}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_sequential_may_end_in_a_dict(nested):
+    def tower(units):
+        features = keras.Input((5,), name="features")
+        one = layers.Dense(units, name="one")
+        model = keras.Sequential([features, one, Pair(name="pair")], name="inner")
+        if not nested:
+            return model
+        inputs = keras.Input((5,), name="features")
+        both = model(inputs)
+        return keras.Model(
+            inputs, {"p": both["p"], "score": layers.Dense(3, name="two")(both["q"])}
+        )
+
+    towers = {"a": tower(4), "b": tower(4)}
+
+    model = stitch(towers, ["one"], same_task=1.0)
+
+    data = _data(model)
+    for task, outputs in model(data).items():
+        expected = towers[task](data)
+        assert set(outputs) == set(expected)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(outputs[name], values)
 
 
 def test_a_list_of_one_output_is_that_output():
