@@ -26,6 +26,7 @@ from keras_cross_stitch.shared_calls import (
 )
 from keras_cross_stitch.taps import (
     check_not_shared,
+    data_formats,
     names_by_task,
     read_taps,
     which_fit,
@@ -348,12 +349,7 @@ def _data_format(
 ) -> dict[str, str]:
     """Where the layers of the towers have their channels."""
     formats = {
-        task: {
-            call.layer.data_format
-            for call in joined.towers[task].calls
-            if isinstance(getattr(call.layer, "data_format", None), str)
-            and any(len(x.shape) == len(value.shape) for x in call.outputs)
-        }
+        task: data_formats(joined.towers[task], len(value.shape))
         for task, value in tap.items()
     }
     found = set().union(*formats.values())

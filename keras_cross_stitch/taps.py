@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -104,16 +104,17 @@ def which_fit(
     if not project and all(len(value.shape) == rank for value in tap.values()):
         remedy = ". Or let `CrossStitch` project them: `stitch(..., project=True)`"
 
-    def fits(value: Value) -> bool:
+    def fits(tower: Tower, value: Value) -> bool:
         if project:
-            return len(value.shape) == rank and value.shape[-1] is not None
+            channels = value.shape[_channel_axis(tower, value)]
+            return len(value.shape) == rank and channels is not None
         return value.shape[1:] == shape
 
     fitting = {
         task: [
             path
             for path, by_call in towers[task].outputs.items()
-            if any(fits(x) for values in by_call for x in values)
+            if any(fits(towers[task], x) for values in by_call for x in values)
         ][-5:]
         for task in others
     }
@@ -175,27 +176,28 @@ def common_taps(
     first, *others = opened
     taps: list[Tap] = []
     after = dict.fromkeys(opened, -1)
-    for n, value in ends[first]:
-        found = {first: (n, value)}
+    for end in ends[first]:
+        found = {first: end}
         for task in others:
             near = [
-                (m, other)
-                for m, other in ends[task]
-                if m > after[task] and _fit(value, other, project)
+                other
+                for other in ends[task]
+                if other.position > after[task] and _fit(end, other, project)
             ]
             if not near:
                 break
-            found[task] = min(near, key=lambda x: _apart(value, x[1]))
-            best = _apart(value, found[task][1])
-            if any(_apart(x, found[task][1]) < best for m, x in ends[first] if m > n):
+            found[task] = min(near, key=lambda x: _apart(end, x))
+            best = _apart(end, found[task])
+            later = [x for x in ends[first] if x.position > end.position]
+            if any(_apart(x, found[task]) < best for x in later):
                 break  # a later stage is nearer to it
         else:
             _append(taps, found, opened)
-            after = {task: m for task, (m, _) in found.items()}
+            after = {task: x.position for task, x in found.items()}
     if not taps:
         ask = "" if project else ", or let units project: `common_taps(project=True)`"
         found_ends = {
-            task: [f"{tower.name_of(x)} {x.shape[1:]}" for _, x in ends[task]]
+            task: [f"{tower.name_of(x.value)} {x.shape}" for x in ends[task]]
             for task, tower in opened.items()
         }
         warnings.warn(
@@ -209,19 +211,53 @@ def common_taps(
 
 def _append(
     taps: list[Tap],
-    found: Mapping[str, tuple[int, Value]],
+    found: Mapping[str, "_Map"],
     towers: Mapping[str, Tower],
 ) -> None:
-    shapes = list(dict.fromkeys(str(value.shape[1:]) for _, value in found.values()))
+    shapes = list(dict.fromkeys(str(x.shape) for x in found.values()))
     projected = ", projected to each other" if len(shapes) > 1 else ""
-    names = {task: towers[task].name_of(value) for task, (_, value) in found.items()}
+    names = {task: towers[task].name_of(x.value) for task, x in found.items()}
     taps.append(Tap(names, f"the end of {' and '.join(shapes)}{projected}"))
 
 
-def _stage_ends(tower: Tower) -> list[tuple[int, Value]]:
-    """[(position, value)] of the ends of the tower's stages, from input to output."""
+class _Map(NamedTuple):
+    """What a call gives, and where it has its channels."""
+
+    position: int  # the call's
+    value: Value
+    channel_axis: int
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        return self.value.shape[1:]
+
+    @property
+    def size(self) -> tuple[int | None, ...]:
+        return self.shape[1:] if self.channel_axis == 1 else self.shape[:-1]
+
+
+def data_formats(tower: Tower, rank: int) -> set[str]:
+    """Where the tower's layers have the channels of maps of that rank."""
+    return {
+        call.layer.data_format
+        for call in tower.calls
+        if isinstance(getattr(call.layer, "data_format", None), str)
+        and any(len(x.shape) == rank for x in call.outputs)
+    }
+
+
+def _channel_axis(tower: Tower, value: Value) -> int:
+    """As the unit at the value has it."""
+    rank = len(value.shape)
+    formats = data_formats(tower, rank) or {keras.config.image_data_format()}
+    return 1 if rank > 2 and formats == {"channels_first"} else -1
+
+
+def _stage_ends(tower: Tower) -> list[_Map]:
+    """The ends of the tower's stages, from input to output."""
     before, earliest = _ancestors(tower.calls)
-    values = {n: call.outputs[0] for n, call in enumerate(tower.calls)}
+    firsts = [call.outputs[0] for call in tower.calls]
+    maps = [_Map(n, x, _channel_axis(tower, x)) for n, x in enumerate(firsts)]
     leads = 0  # the calls that lead to one with weights
     for n in reversed(range(len(tower.calls))):
         if getattr(tower.calls[n].layer, "weights", None):
@@ -231,29 +267,29 @@ def _stage_ends(tower: Tower) -> list[tuple[int, Value]]:
         if getattr(call.layer, "trainable_weights", None) or before[n] & trained:
             trained |= 1 << n
     of_size: dict[tuple, int] = {}
-    for n, value in values.items():
-        of_size[_size(value)] = of_size.get(_size(value), 0) | 1 << n
+    for n, given in enumerate(maps):
+        of_size[given.size] = of_size.get(given.size, 0) | 1 << n
     stages: list[list[int]] = []
-    for n, value in values.items():
-        behind = sum(1 << m for m in values if m > n and before[m] >> n & 1)
-        goes_round = of_size[_size(value)] & ~(before[n] | behind)
+    for n, given in enumerate(maps):
+        behind = sum(1 << m for m in range(n + 1, len(maps)) if before[m] >> n & 1)
+        goes_round = of_size[given.size] & ~(before[n] | behind)
         # What is squeezed to a vector may only weigh the channels of a larger map.
-        pixels = math.prod(size or 2 for size in _size(value))
+        pixels = math.prod(size or 2 for size in given.size)
         weighs = pixels == 1 and min(earliest[n + 1 :], default=n) < n
         if goes_round or weighs or not (leads & trained) >> n & 1:
             continue
-        if not _can_be_tapped(value) or _only_passes_on(tower.calls[n]):
+        if not _can_be_tapped(given) or _only_passes_on(tower.calls[n]):
             continue
-        if not stages or _apart(values[stages[-1][0]], value) >= 0.5:
+        if not stages or _apart(maps[stages[-1][0]], given) >= 0.5:
             stages.append([])
         stages[-1].append(n)
     ends: list[int] = []
     for stage in stages:
-        if len(stages) == 1 or len(_size(values[stage[0]])) < 2:
+        if len(stages) == 1 or len(maps[stage[0]].size) < 2:
             ends += _by_depth(stage, tower.calls)
         else:
             ends.append(stage[-1])
-    return [(n, values[n]) for n in ends]
+    return [maps[n] for n in ends]
 
 
 def _by_depth(stage: list[int], calls: Sequence[Call], most: int = 3) -> list[int]:
@@ -267,9 +303,10 @@ def _by_depth(stage: list[int], calls: Sequence[Call], most: int = 3) -> list[in
     return [lasts[round((k + 1) * len(lasts) / parts) - 1] for k in range(parts)]
 
 
-def _can_be_tapped(value: Value) -> bool:
-    known = value.shape[-1] is not None and 2 <= len(value.shape) <= 5
-    return known and "float" in value.spec.dtype
+def _can_be_tapped(given: _Map) -> bool:
+    shape = given.value.shape
+    known = 2 <= len(shape) <= 5 and shape[given.channel_axis] is not None
+    return known and "float" in given.value.spec.dtype
 
 
 def _only_passes_on(call: Call) -> bool:
@@ -293,20 +330,17 @@ def _ancestors(calls: Sequence[Call]) -> tuple[list[int], list[int]]:
     return before, earliest
 
 
-def _size(value: Value) -> tuple:
-    return value.shape[1:-1]
-
-
-def _fit(value: Value, other: Value, project: bool) -> bool:
+def _fit(a: _Map, b: _Map, project: bool) -> bool:
+    if a.channel_axis != b.channel_axis:
+        return False
     if project:
-        return len(value.shape) == len(other.shape) and _apart(value, other) <= 1
-    return value.shape[1:] == other.shape[1:]
+        return len(a.shape) == len(b.shape) and _apart(a, b) <= 1
+    return a.shape == b.shape
 
 
-def _apart(value: Value, other: Value) -> float:
+def _apart(a: _Map, b: _Map) -> float:
     """How many halvings two sizes are apart; many where their ranks differ."""
-    if len(value.shape) != len(other.shape):
+    if len(a.size) != len(b.size):
         return math.inf
-    sizes = zip(_size(value), _size(other), strict=True)
-    known = [(a, b) for a, b in sizes if a and b]
-    return sum(abs(math.log2(a / b)) for a, b in known) / max(1, len(known))
+    known = [(x, y) for x, y in zip(a.size, b.size, strict=True) if x and y]
+    return sum(abs(math.log2(x / y)) for x, y in known) / max(1, len(known))

@@ -107,6 +107,53 @@ def test_towers_of_which_nothing_fits_are_told():
         assert common_taps(towers, project=True) == []
 
 
+def stages(data_format, widths=(7, 5, 3)):
+    """Halved sizes; channels that are no multiples of them."""
+    where = {"data_format": data_format}
+    size, channels = (32, 24), (3,)
+    first = data_format == "channels_first"
+    x = image = keras.Input((*channels, *size) if first else (*size, *channels))
+    for n, width in enumerate(widths):
+        x = layers.Conv2D(width, 3, padding="same", **where, name=f"enter{n}")(x)
+        wide = layers.Conv2D(2 * width, 1, **where, name=f"wide{n}")(x)
+        x = layers.Concatenate(axis=1 if first else -1, name=f"end{n}")([x, wide])
+        x = layers.MaxPooling2D(2, **where, name=f"pool{n}")(x)
+    x = layers.GlobalAveragePooling2D(**where, name="vector")(x)
+    return keras.Model(image, layers.Dense(2, name="score")(x))
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_taps_are_the_same_wherever_the_channels_are(project):
+    def found(data_format):
+        more = {"widths": (4, 6)} if project else {}
+        builds = [{}, more, {}]
+        towers = {
+            task: stages(data_format, **arguments)
+            for task, arguments in zip("abc", builds, strict=True)
+        }
+        return common_taps(towers, project=project)
+
+    first, last = found("channels_first"), found("channels_last")
+
+    assert named(first) == named(last)
+    names = ["end0", "end1"] if project else ["end0", "end1", "end2"]
+    assert [a for a, *_ in named(first)[: len(names)]] == names
+    assert last[0].reason.startswith("the end of (32, 24, 21)")
+    assert first[0].reason.startswith("the end of (21, 32, 24)")
+
+
+def test_towers_with_channels_at_other_places_do_not_fit():
+    def tower(data_format):
+        x = image = keras.Input((6, 6, 6), name="image")
+        for n in range(3):
+            x = layers.Conv2D(6, 3, 1, "same", data_format, name=f"conv{n}")(x)
+        return keras.Model(image, layers.Flatten(name="flat")(x))
+
+    towers = {"a": tower("channels_first"), "b": tower("channels_last")}
+    with pytest.warns(UserWarning, match="Nothing of the towers fits"):
+        assert common_taps(towers) == []
+
+
 @pytest.mark.parametrize("towers", [[], {"a": None}])
 def test_towers_are_a_dict_of_two_at_least(towers):
     with pytest.raises(ValueError, match="must be a dict of at least two"):
