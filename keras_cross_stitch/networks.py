@@ -328,7 +328,11 @@ def _unit(
     task, value = next(iter(tap.items()))
     call = joined.towers[task].call_of(value)
     policy = getattr(call and call.layer, "dtype_policy", None)
-    if policy is not None and policy.quantization_mode:
+    if policy is None and "float" in value.spec.dtype:
+        # An operator has no policy, and Keras's own may be another than the tower's.
+        half = value.spec.dtype in ("float16", "bfloat16")
+        policy = f"mixed_{value.spec.dtype}" if half else value.spec.dtype
+    elif policy is not None and policy.quantization_mode:
         # "int8_from_float32": the unit is not quantized.
         policy = policy.name.split("_from_")[1]
     kind = "cross_stitch" if unit is CrossStitch else unit.__name__.lower()

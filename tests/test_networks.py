@@ -814,6 +814,39 @@ def test_units_have_the_dtype_policy_of_the_first_tower_s_tap(policy):
     _assert_outputs_are_those_apart(model, towers)
 
 
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "globally"),
+    [
+        ("float32", "mixed_bfloat16"),
+        ("mixed_bfloat16", "float32"),
+        ("float64", "float32"),
+    ],
+)
+def test_units_behind_operators_have_the_dtype_of_what_they_mix(
+    policy, globally, project
+):
+    def tower(outputs, units):
+        features = keras.Input((5,), name="features", dtype="float64")
+        x = layers.Dense(units, dtype=policy, name="one")(features)
+        x = keras.ops.add(x * 0.7, ops.square(x))
+        score = layers.Dense(outputs, dtype=policy, name="score")
+        return keras.Model(features, score(x))
+
+    towers = {"a": tower(2, 4), "b": tower(3, 6 if project else 4), "c": tower(2, 4)}
+    taps = [{task: x.operations[-2].name for task, x in towers.items()}]
+    keras.config.set_dtype_policy(globally)
+    try:
+        model = stitch(towers, taps, project=project, same_task=1.0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+    (unit,) = (x for x in model.layers if isinstance(x, CrossStitch))
+    assert unit.dtype_policy.name == policy
+    assert unit.alpha.dtype == ("float64" if policy == "float64" else "float32")
+    _assert_outputs_are_those_apart(model, towers)
+
+
 @pytest.mark.slow
 def test_one_step_of_training_changes_every_weight():
     rng = np.random.default_rng(0)
