@@ -82,7 +82,9 @@ def stitch(
             picture.
         project: Whether towers may have different channels or sizes at a tap. What
             a task takes from another then goes through a learned 1x1 convolution
-            and a resize. If the shapes are equal, the unit is the same as without.
+            and a resize. If the shapes are known and equal, the unit is the same as
+            without. Sizes that are not known before the model runs may differ, so
+            that such maps are projected and resized, too.
         unit: Class of the units: `CrossStitch`, `NDDR`, or a layer of yours that
             takes a dict of task name to map and gives another. It is called with
             `name` and `dtype`, and with `data_format` if that of the towers is not
