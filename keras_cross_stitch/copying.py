@@ -24,7 +24,8 @@ def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
     held: dict[str, Any] = {}
     config = _with_held(config, layer, held, copies)
     classes = {type(x).__name__: type(x) for x in _within(layer)}
-    with keras.saving.custom_object_scope({**classes, **held}):
+    # A model within it builds its variables now: under the new name, as all others.
+    with keras.saving.custom_object_scope({**classes, **held}), keras.name_scope(name):
         try:
             copy = _from_config(layer, {**config, "name": name})
         except Exception:

@@ -9,7 +9,13 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from keras_cross_stitch import CrossStitch, common_taps, split, stitch
+from keras_cross_stitch import (
+    CrossStitch,
+    LearningRateGroups,
+    common_taps,
+    split,
+    stitch,
+)
 from keras_cross_stitch.opening import Tower
 
 RNG = np.random.default_rng(0)
@@ -777,6 +783,37 @@ def test_a_nested_model_of_floats_gets_halves_as_floats():
 
     towers = {"a": build(2), "b": build(3)}
     _assert_as_apart(stitch(towers, []), towers, FEATURES)
+
+
+def _wrapped(name, outputs):
+    given = keras.Input((4,))
+    one = keras.Model(given, layers.Dense(4, name="conv")(given), name="one")
+    two = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="conv")])
+    clips = keras.Input((3, 4), name="clips")
+    x = layers.TimeDistributed(one, name="each")(clips)
+    x = layers.GlobalAveragePooling1D()(layers.TimeDistributed(two, name="other")(x))
+    return keras.Model(clips, layers.Dense(outputs, name="score")(x), name=name)
+
+
+def test_variables_of_wrapped_models_have_paths_of_their_own():
+    towers = {task: _wrapped(task, n) for n, task in enumerate("abc", 1)}
+
+    model = stitch(towers, ["each"], same_task=1.0)
+
+    paths = [v.path for v in model.variables]
+    assert len(set(paths)) == len(paths)
+    for task in towers:
+        assert sum(path.startswith(f"{task}_each/") for path in paths) == 2
+        assert sum(path.startswith(f"{task}_other/") for path in paths) == 2
+    optimizer = LearningRateGroups(keras.optimizers.SGD(0.1), {"^a_": 0})
+    model.compile(optimizer, loss="mse")
+    clips = RNG.normal(size=(8, 3, 4)).astype("float32")
+    _assert_as_apart(model, towers, clips)
+    before = {v.path: v.numpy() for v in model.trainable_variables}
+    labels = {task: 9 * np.ones((8, n)) for n, task in enumerate("abc", 1)}
+    model.fit(clips, labels, verbose=0)
+    for v in model.trainable_variables:
+        assert np.array_equal(v, before[v.path]) == v.path.startswith("a_"), v.path
 
 
 def _embeds(shape):
