@@ -230,7 +230,9 @@ class MaskedMetric(keras.metrics.Metric):
         of_components = isinstance(metric, _MEANS_OVER_COMPONENTS)
         if not isinstance(metric, keras.metrics.Metric):
             of_components = _is_mean_over_components(metric)
-            metric = keras.metrics.MeanMetricWrapper(metric, name=metric.__name__)
+            function = getattr(metric, "func", metric)  # of a `functools.partial`
+            own_name = getattr(function, "__name__", type(function).__name__)
+            metric = keras.metrics.MeanMetricWrapper(metric, name=own_name)
         super().__init__(name=name or metric.name, dtype=metric.dtype)
         self.metric = metric
         self.missing = _marker(missing)

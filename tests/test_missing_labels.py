@@ -1,10 +1,12 @@
 """MaskedLoss and MaskedMetric: the labelled part alone, and NumPy in float64."""
 
+import functools
 import json
 
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_cross_stitch import MaskedLoss, MaskedMetric, stitch
 from keras_cross_stitch.missing_labels import values_of
@@ -278,6 +280,36 @@ def test_a_vector_of_another_loss_is_missing_if_a_component_is():
     metric = MaskedMetric("cosine_similarity")
     metric.update_state(y_true, y_pred)
     assert float(metric.result()) == 0
+
+
+class Off:
+    """A metric that is an object to call."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, y_true, y_pred):
+        return ops.mean(ops.abs(y_true - y_pred) > self.by, axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "expected"),
+    [
+        (
+            functools.partial(keras.metrics.binary_accuracy, threshold=3.0),
+            "binary_accuracy",
+            0.5,
+        ),
+        (Off(by=2.5), "Off", 0.5),
+    ],
+    ids=["a partial", "an object"],
+)
+def test_a_function_without_a_name_is_a_metric(metric, name, expected):
+    masked = MaskedMetric(metric)
+    masked.update_state([[1.0], [float("nan")], [1.0]], [[4.0], [1.0], [2.0]])
+
+    assert masked.name == name
+    assert float(masked.result()) == expected
 
 
 def test_of_a_loss_of_ones_own_it_is_found_out():
