@@ -23,7 +23,11 @@ def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
         config = _unbuilt(layer.get_config())
     held: dict[str, Any] = {}
     config = _with_held(config, layer, held, copies)
-    classes = {type(x).__name__: type(x) for x in _within(layer)}
+    # Of the layers, and of what they hold: regularizers, initializers, constraints.
+    held_by = [x for part in _within(layer) for x in (part, *vars(part).values())]
+    classes = {
+        type(x).__name__: type(x) for x in held_by if hasattr(type(x), "get_config")
+    }
     # A model within it builds its variables now: under the new name, as all others.
     with keras.saving.custom_object_scope({**classes, **held}), keras.name_scope(name):
         try:

@@ -103,11 +103,20 @@ def named(call: Call) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        kind = type(call.layer)
+        remedy = (
+            "A layer of your own needs a `get_config` with all that its `__init__` "
+            "takes, and `**kwargs` in `__init__` for the name"
+        )
+        if kind.__module__.startswith("keras."):
+            remedy = (
+                "Give a layer of Keras's own what Keras can save: a function of your "
+                "own instead of a `functools.partial`, and objects whose class has a "
+                "`get_config` with all that its `__init__` takes"
+            )
         raise ValueError(
-            f"In the tower of '{call.task}', layer '{call.path}' "
-            f"({type(call.layer).__name__}) cannot be copied. A layer of your own "
-            "needs a `get_config` with all that its `__init__` takes, and `**kwargs` "
-            f"in `__init__` for the name. Keras says: {str(error).strip()}"
+            f"In the tower of '{call.task}', layer '{call.path}' ({kind.__name__}) "
+            f"cannot be copied. {remedy}. Keras says: {str(error).strip()}"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Towers copied whole: state, frozen parts, functions, inputs, nested models."""
 
+import functools
 import warnings
 from fractions import Fraction
 
@@ -349,6 +350,30 @@ def _scale(factor):
     return lambda x: factor * x
 
 
+class _Cubes(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return ops.sum(ops.abs(x) ** 3)
+
+    def get_config(self):
+        return {}
+
+
+class _Positive(keras.constraints.Constraint):
+    def __call__(self, x):
+        return ops.relu(x)
+
+
+class _Filled(keras.initializers.Initializer):
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, shape, dtype=None):
+        return ops.full(shape, self.value, dtype)
+
+    def get_config(self):
+        return {"value": self.value}
+
+
 FUNCTIONS = {
     "a lambda": lambda: layers.Lambda(lambda x: np.float32(3) * x),
     "a closure": lambda: layers.Lambda(_scale(4.0)),
@@ -357,6 +382,10 @@ FUNCTIONS = {
     "an activation": lambda: layers.Dense(4, activation=_twice),
     "an initializer of one's own": lambda: layers.Dense(
         4, kernel_initializer=lambda shape, dtype=None: ops.ones(shape, dtype)
+    ),
+    "a regularizer of one's own": lambda: layers.Dense(4, kernel_regularizer=_Cubes()),
+    "a wrapped constraint of one's own": lambda: layers.TimeDistributed(
+        layers.Dense(3, bias_constraint=_Positive(), kernel_initializer=_Filled(0.3))
     ),
     "a wrapped model with an activation": lambda: layers.TimeDistributed(
         keras.Sequential([keras.Input((5,)), layers.Dense(3, activation=_twice)])
@@ -436,6 +465,20 @@ class _Uncopiable(layers.Layer):
 
     def call(self, x):
         return x + float(self.number)
+
+
+def test_what_a_layer_of_keras_is_given_is_said_to_be_at_fault():
+    def build():
+        leaky = functools.partial(keras.activations.leaky_relu, negative_slope=0.3)
+        return _tower([layers.Dense(3, activation=leaky, name="leaky")])
+
+    said = r"tower of 'a', layer 'leaky' \(Dense\) cannot be copied\. Give a layer of "
+    said += (
+        r"Keras's own what Keras can save: .*`functools\.partial`.*Keras says: Cannot"
+    )
+    with pytest.raises(ValueError, match=said) as caught:
+        stitch({"a": build(), "b": build()}, ["tap"])
+    assert "`**kwargs`" not in str(caught.value)
 
 
 @pytest.mark.parametrize("others", [[], [_Uncopiable(Fraction(1, 2))]])
