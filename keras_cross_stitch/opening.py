@@ -279,6 +279,11 @@ def opened_towers(towers: Any) -> dict[str, Tower]:
             f"Received: towers={towers!r}"
         )
     check_task_names(towers)
+    if "shared" in towers:
+        raise ValueError(
+            "'shared' is in the names of layers that several tasks have in common, "
+            "'shared_<layer>'; give the task another name"
+        )
     return {task: Tower(task, model, towers) for task, model in towers.items()}
 
 

@@ -1118,6 +1118,13 @@ def test_a_task_named_serving_default_is_an_error():
         check_task_names(["a", "signatures"])
 
 
+@pytest.mark.parametrize("join", ["stitch", "split"])
+def test_a_task_named_as_what_is_shared_is_an_error(join):
+    towers = {"shared": _dense_tower(2), "b": _dense_tower(2)}
+    with pytest.raises(ValueError, match=r"'shared' is in the names.*another name"):
+        stitch(towers, []) if join == "stitch" else split(towers, "one")
+
+
 def test_a_dict_of_the_tasks_is_one_tap_in_a_list():
     towers = {"a": _dense_tower(2), "b": _dense_tower(2)}
     message = r"names the units.* at=\[\{'a': 'one', 'b': 'one'\}\]"
