@@ -621,6 +621,28 @@ def test_shared_inputs_keep_the_structure_that_the_first_tower_has():
         _assert_same(together["y"], towers["y"]([named["b"], named["a"]]))
 
 
+@pytest.mark.parametrize("names", ["x", "yx"])
+def test_nested_dicts_of_inputs_stay_nested(names, tmp_path):
+    def build(outputs):
+        within = {name: keras.Input((n,), name=name) for n, name in enumerate(names, 2)}
+        q = keras.Input((4,), name="q")
+        both = layers.Concatenate()([*within.values(), q * 3.0])
+        score = layers.Dense(outputs, name="score")(layers.Dense(4, name="one")(both))
+        return keras.Model({"q": q, "p": within}, score)
+
+    towers = _towers(build, (3, 2, 2))
+    model = stitch(towers, ["one"], same_task=1.0)
+
+    _assert_outputs_are_those_apart(model, towers)
+    model.compile("sgd", loss="mse")
+    data = _data(towers["seg"])
+    logs = model.fit(data, model.predict(data, verbose=0), verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    _assert_same(loaded(data), model(data))
+
+
 def test_several_inputs_of_other_names_cannot_be_shared():
     def build(names):
         inputs = [keras.Input((5,), name=name) for name in names]
