@@ -31,7 +31,7 @@ class Joined:
     ) -> None:
         self.towers = towers
         self.inputs = inputs
-        self.same = same  # see `sharing.built_once`
+        self.same = same  # see `shared_calls.built_once`
         self.tensors: dict[str, dict[Value, Any]] = {
             task: dict(zip(tower.inputs.values(), inputs[task], strict=True))
             for task, tower in towers.items()
