@@ -126,6 +126,12 @@ class Tower:
                 )
         raise ValueError(f"The tower of '{self.task}' has no output {value}")
 
+    def full_name(self, name: str) -> str:
+        """The name with the layer's path: `"backbone/act:1"` of `"act:1"`."""
+        path, call, output = self._parsed(name)
+        which = "" if call is None else f":{call}"
+        return path + which + ("" if output is None else f":out{output}")
+
     def find(self, name: str) -> Value:
         """The output that a tap names, or a ValueError that says which there are.
 

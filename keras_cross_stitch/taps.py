@@ -41,8 +41,7 @@ def read_taps(
         by_task = names_by_task(tap, towers)
         values = _tap(by_task, towers)
         first = next(iter(by_task))
-        layer, *which = by_task[first].split(":")
-        taps.append((":".join([towers[first].path(layer), *which]), values))
+        taps.append((towers[first].full_name(by_task[first]), values))
     return taps
 
 

@@ -375,6 +375,23 @@ def test_a_call_and_an_output_are_both_named():
 # Names of taps, and taps of some tasks
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_with_a_colon_in_its_name_is_tapped(nested):
+    def build(outputs):
+        features = keras.Input((5,), name="features")
+        x = layers.Dense(4, name="conv:1")(features)
+        if nested:
+            x = keras.Model(features, x, name="inner")(features)
+        return keras.Model(features, layers.Dense(outputs, name="score")(x))
+
+    towers = {task: distinct(build(n), n) for n, task in enumerate("abc", 1)}
+    model = stitch(towers, ["inner/conv:1" if nested else "conv:1"], same_task=1.0)
+
+    unit = "cross_stitch_inner_conv_1" if nested else "cross_stitch_conv_1"
+    assert model.get_layer(unit).alpha.shape == (3, 3, 4)
+    assert_as_apart(model, towers, RNG.normal(size=(3, 5)).astype("f"))
+
+
 def test_a_tap_may_have_a_name():
     towers = two(one_activation)
 
