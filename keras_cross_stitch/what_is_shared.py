@@ -15,7 +15,7 @@ from keras_cross_stitch.cross_stitch import CrossStitch
 
 
 def sharing(
-    model: keras.Model, data: Any, batch_size: int = 32
+    model: keras.Model, data: Any, *, batch_size: int = 32
 ) -> list[dict[str, Any]]:
     """Measures what each task takes from each other one, unit by unit.
 
@@ -52,7 +52,7 @@ def sharing(
 
     Raises:
         ValueError: For a model without units, for one that is not compiled, for one
-            whose tasks have no losses of their own, or for a list of data.
+            whose tasks have no losses of their own, or for data without labels.
 
     Example:
 
@@ -80,10 +80,10 @@ def sharing(
             "`sharing` needs the losses of the tasks: compile the model first. "
             f"Received: model={model}"
         )
-    if isinstance(data, list):
+    if isinstance(data, list | dict) or hasattr(data, "shape"):
         raise ValueError(
             "`data` must be a tuple `(x, y)`, or batches such as a `tf.data.Dataset` "
-            f"or a `keras.utils.PyDataset`. Received: a list of {len(data)}"
+            f"or a `keras.utils.PyDataset`. Received: {type(data).__name__}"
         )
     x, arguments = data, {}
     if isinstance(data, tuple):

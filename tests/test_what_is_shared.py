@@ -232,8 +232,11 @@ def test_models_that_cannot_be_measured_are_refused():
         sharing(tower(), data)
     with pytest.raises(ValueError, match="compile the model first"):
         sharing(stitch({"a": tower(), "b": tower()}, at=["h1"]), data)
-    with pytest.raises(ValueError, match=r"must be a tuple .* Received: a list of 2"):
-        sharing(model, list(data))
+    for wrong, kind in ((list(data), "list"), (data[0], "ndarray"), (data[1], "dict")):
+        with pytest.raises(ValueError, match=f"must be a tuple .* Received: {kind}"):
+            sharing(model, wrong)
+    with pytest.raises(TypeError, match="2 positional arguments"):
+        sharing(model, *data)  # as `evaluate` takes them
     model.compile("sgd", {"a": "mse"})
     with pytest.raises(ValueError, match=r"a loss of its own .* Received none for \["):
         sharing(model, data)
