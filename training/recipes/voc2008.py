@@ -43,9 +43,11 @@ RECIPE = Recipe(
     ),
     units=Units(
         at=("block7_output", "block10_output", "block14_output", "fc6", "fc7"),
-        per="layer",
-        same_task=0.9,
-        alpha_multiplier=100,
+        # Tried on the last fifth of train, seed 0. Per layer, from 0.9 and at a rate of
+        # 0.5, the loss is no number after six steps from the start.
+        per="channel",
+        same_task=1.0,
+        alpha_multiplier=20,
     ),
     splits=("block7_expand_conv", "fc7"),
     best_split="block7_expand_conv",
