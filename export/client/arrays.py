@@ -7,7 +7,7 @@ import numpy as np
 _FLOATS = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}  # bits
 
 
-def of(values: Any, name: str) -> np.ndarray:
+def as_array(values: Any, name: str) -> np.ndarray:
     """An array of numbers, or of objects that are bytes for bytes and text."""
     try:
         array = np.asarray(values)
@@ -27,7 +27,7 @@ def of(values: Any, name: str) -> np.ndarray:
     return objects.reshape(array.shape)
 
 
-def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast_to(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """The array in that dtype, where that changes no value.
 
     Floats may be rounded to fewer digits. What a cast would make another kind of

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from . import all_tasks, arrays, messages, regions
+from . import all_tasks, messages, regions
+from .arrays import as_array, cast_to
 from .protocol import IMAGES, ServingError, in_words, info_in_words
 from .transports import Arrays, Grpc, Rest, Transport
 
@@ -344,7 +345,7 @@ def _encoded(image: File) -> bytes:
 
 def _named(given: Any, name: str) -> dict[str, np.ndarray]:
     given = given if isinstance(given, Mapping) else {name: given}
-    return {name: arrays.of(values, name) for name, values in given.items()}
+    return {name: as_array(values, name) for name, values in given.items()}
 
 
 def _taken(given: Any, infos: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -370,6 +371,6 @@ def _cast(array: np.ndarray, name: str, info: Any) -> np.ndarray:
         return array
     dtype = messages.numpy_dtype(info.dtype)
     try:
-        return arrays.cast(array, dtype, name)
+        return cast_to(array, dtype, name)
     except ValueError as error:
         raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from export.client import arrays, regions
+from export.client import regions
+from export.client.arrays import as_array, cast_to
 from export.client.client import pictures_in
 
 
@@ -122,7 +123,7 @@ def _as_taken(
     """In the model's dtype, where that changes no value; text as bytes."""
     dtype = np.dtype(object if spec.dtype == "string" else spec.dtype)
     try:
-        taken = arrays.cast(arrays.of(array, spec.name), dtype, spec.name)
+        taken = cast_to(as_array(array, spec.name), dtype, spec.name)
     except ValueError as error:
         raise ValueError(f"--images: {error}. Received: {path}") from error
     if taken.dtype != dtype:
