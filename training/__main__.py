@@ -68,7 +68,12 @@ Weights = Annotated[
         "Caffe's (voc2008_alexnet).",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, order and flips.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Seed of weights, order and flips, and of which images have labels."
+    ),
+]
 Dtype = Annotated[
     Literal["float32", "mixed_bfloat16"] | None,
     typer.Option(
@@ -425,6 +430,7 @@ def bench(
     data: Data = None,
     backbone: Backbone = None,
     weights: Weights = None,
+    tasks: Tasks = None,
     runs: Runs = Path("runs"),
     toy: Toy = False,
     steps: Annotated[int, typer.Option(min=3, help="Measured steps of each.")] = 30,
@@ -448,7 +454,9 @@ def bench(
         from training.runs import open_experiment
 
         experiment = open_experiment(
-            _recipe(recipe, toy, backbone=backbone, weights=weights), data, runs
+            _recipe(recipe, toy, backbone=backbone, weights=weights, tasks=tasks),
+            data,
+            runs,
         )
         if method:
             timed = benchmark.of_methods(experiment, method, steps)

@@ -36,12 +36,14 @@ from training.tasks import Scores, Task
 def check(experiment: Experiment, spelled: Iterable[str]) -> None:
     """Raises a ValueError for what would only fail once other runs are done."""
     batches.pipeline(experiment.recipe).check(experiment.builder, experiment.recipe)
-    fresh = None
+    fresh: dict[Any, methods.Towers] = {}
     for name in spelled:
         plan = methods.plan(name, experiment.recipe)
         if plan.method.join:
-            fresh = fresh or towers.build(experiment.recipe, experiment.tasks, 0)
-            plan.join(fresh)
+            kind = plan.recipe.tower
+            if kind not in fresh:
+                fresh[kind] = towers.build(plan.recipe, experiment.tasks, 0)
+            compiled(plan.join(fresh[kind]), experiment.tasks, plan.recipe, 0.1)
 
 
 def fit(

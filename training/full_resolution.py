@@ -43,6 +43,11 @@ def evaluate(
             f"data set '{recipe.data.dataset}'. What its run scored stands in "
             f"{run / 'metrics.json'}"
         )
+    if recipe.data.test_split != "test":
+        raise ValueError(
+            "Expected a run that is judged on the test images. Received: "
+            f"{run}, of '{recipe.name}', which is judged on {recipe.data.test_split}"
+        )
     ids = nyuv2.check_folder(folder)["test"]
     _, (height, width, *_) = stored_as(folder / "labels40" / f"{ids[0]}.png")
     if height % nyuv2.HEIGHT or height * nyuv2.WIDTH != width * nyuv2.HEIGHT:

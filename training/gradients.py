@@ -5,14 +5,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_cross_stitch.loss_weighting import TaskWeights
+
 
 class PCGrad(keras.Model):
     """A functional model whose `fit` leaves what of a task's gradient hurts another.
 
     What the gradient of a task has against that of another is taken out of it, for one
     other after the other, in random order (Yu et al., 2020). That is done to weights
-    that several tasks reach; all others, and what regularizers add, are left as they
-    are. A step then goes back through the network once for each task.
+    that several tasks reach; all others, those of the losses, and what regularizers
+    add, are left as they are. A step then goes back through the network once for each
+    task.
 
     Over replicas the tasks' gradients are summed first, so that a step is that of one
     device.
@@ -41,7 +44,14 @@ class PCGrad(keras.Model):
         variables = self.trainable_variables
         *gradients, decay = [tape.gradient(z, variables) for z in scaled]
         del tape
-        summed = _projected(gradients, self.optimizer.iterations)
+        of_losses = {
+            id(variable)
+            for layer in self.layers
+            if isinstance(layer, TaskWeights)
+            for variable in layer.trainable_variables
+        }
+        left = {k for k, variable in enumerate(variables) if id(variable) in of_losses}
+        summed = _projected(gradients, self.optimizer.iterations, left)
         added = [
             (d if g is None else g if d is None else g + d, variable)
             for g, d, variable in zip(summed, decay, variables, strict=True)
@@ -80,12 +90,15 @@ def pcgrad_weights(products: tf.Tensor, orders: tf.Tensor) -> tf.Tensor:
     return total
 
 
-def _projected(gradients: list[list[Any]], step: Any) -> list[Any]:
-    """One gradient a variable: the sum over tasks, of weights of several PCGrad's."""
+def _projected(gradients: list[list[Any]], step: Any, left: set[int]) -> list[Any]:
+    """One gradient a variable: the sum over tasks, of weights of several PCGrad's.
+
+    Those of the variables `left`, by number, are summed plainly.
+    """
     together = zip(*gradients, strict=True)
     by_variable = [[g for g in of_tasks if g is not None] for of_tasks in together]
-    shared = [k for k, found in enumerate(by_variable) if len(found) > 1]
-    summed = [x[0] if x else None for x in by_variable]
+    shared = [k for k, x in enumerate(by_variable) if len(x) > 1 and k not in left]
+    summed = [sum(x[1:], x[0]) if x else None for x in by_variable]
     if not shared:
         return summed
     of_shared = [

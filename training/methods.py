@@ -292,7 +292,9 @@ def _with_option(
         raise ValueError(
             f"Expected another {key} like {now!r} in '{spelled}'. Received: {text!r}"
         )
-    if key == "learning_rate" and not 0 < value < math.inf:
+    if _kind(value) == "number" and not math.isfinite(value):
+        raise ValueError(f"Expected a finite {key} in '{spelled}'. Received: {text!r}")
+    if key == "learning_rate" and not value > 0:
         raise ValueError(
             f"Expected a learning rate above 0 in '{spelled}'. Received: {text!r}"
         )

@@ -20,6 +20,7 @@ class Made(NamedTuple):
 
     recipe: str = UNKNOWN  # a digest of all that the recipe says
     dtype: str = UNKNOWN
+    data: str = UNKNOWN  # a digest of what the user's own files have, if they are read
     commit: str = UNKNOWN
     versions: str = UNKNOWN
     processor: str = UNKNOWN

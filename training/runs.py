@@ -78,6 +78,16 @@ class Experiment:
         content["tower"] |= towers.identity(self.recipe.tower)
         return provenance.digest(content)
 
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """What tells the examples from those of other files.
+
+        Unknown where none are read: the recipe tells what is rendered.
+        """
+        if not prepared.read_files(self.builder):
+            return provenance.UNKNOWN
+        return provenance.digest(self._data["examples"])
+
     def folder(self, method: str, seed: int) -> Path:
         return self.runs / self.recipe.name / method / f"seed{seed}"
 

@@ -1,5 +1,9 @@
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from training import recipes
@@ -201,6 +205,36 @@ def test_images_without_labels_are_void(pass_, task, void):
 
     share = np.mean([(target == void).all() for target in targets[task]])
     assert share == 0.5
+
+
+@pytest.mark.parametrize("every", [1, 3, 2, 4])
+def test_a_mirrored_target_is_of_the_mirrored_image(finished, every):
+    """To the pixel where each cell has a middle, and to the one beside it else."""
+
+    class Columns:  # a map of the numbers of its columns
+        feature = "x"
+        flip = staticmethod(lambda target: tf.reverse(target, [2]))
+
+        def target(self, example):
+            size = tf.shape(example["image"])
+            return tf.broadcast_to(tf.range(size[1]), size[:2])
+
+    width = 12 * every
+    examples = [{"image": np.zeros((2 * every, width, 3), np.uint8)}] * 2
+    builder = SimpleNamespace(
+        info=SimpleNamespace(features={"image": examples[0]["image"]}),
+        as_dataset=lambda **_: tf.data.Dataset.from_generator(
+            lambda: examples,
+            output_signature={"image": tf.TensorSpec(examples[0]["image"].shape)},
+        ),
+    )
+    data = dataclasses.replace(
+        finished.recipe.data, image_size=(2 * every, width), target_size=(2, 12)
+    )
+    ((_, maps),) = dense._examples(builder, "train", data, {"x": Columns()}).batch(2)
+    columns = Columns.flip(maps["x"]).numpy()[0, 0]
+    off = columns - (width - 1 - maps["x"].numpy()[0, 0])
+    assert set(off) == {0 if every % 2 else -1}
 
 
 def test_labels_on_no_image_at_all_are_refused(tiny):

@@ -554,6 +554,9 @@ def test_what_would_fail_late_is_found_before_training(finished):
         fitting.check(finished, ["split@conv9"])
     with pytest.raises(ValueError, match=r"of 64 images, .* has 16\."):
         fitting.check(with_(finished, "training", batch_size=64), ["single_task"])
+    for spelled in ("hard_sharing@dropout=1.5", "cross_stitch@alpha_multiplier=-5"):
+        with pytest.raises(ValueError, match=r"1\.5|-5"):
+            fitting.check(finished, ["single_task", spelled])
     unknown = with_(finished, "data", tasks=("segmentation", "parts:letters"))
     with pytest.raises(ValueError, match=r"no task 'letters', .*'tiny'.*: segmentatio"):
         open_experiment(unknown.recipe, None, finished.runs)

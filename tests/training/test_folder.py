@@ -97,6 +97,20 @@ def test_what_the_page_shows_trains(things, tmp_path, monkeypatch):
         assert (folder.parents[1] / f"gallery/{task}_seed0.png").exists()
 
 
+def test_other_files_are_other_data_and_what_is_rendered_needs_none(
+    things, broken, tmp_path
+):
+    def digest(kind, folder, runs):
+        return open_experiment(kind, folder, tmp_path / runs).data_digest
+
+    first = digest(recipe(), things, "a")
+    assert digest(recipe(), things, "b") == first
+    path = broken / "shapes/train/03.png"
+    cv2.imwrite(str(path), (cv2.imread(str(path), -1) + 1) % 3)
+    assert digest(recipe(), broken, "c") != first
+    assert digest(recipes.find("scenes", toy=True), None, "d") == "unknown"
+
+
 def test_toy_is_a_part_of_it_and_another_recipe_has_its_own(things, tmp_path):
     for k in range(16, 20):
         for name, end in (("images", "jpg"), ("shapes", "png"), ("colours", "png")):

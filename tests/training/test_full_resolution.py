@@ -1,5 +1,6 @@
 """NYUv2 at the size of its labels and in the official frame, against NumPy."""
 
+import dataclasses
 import json
 import re
 
@@ -133,6 +134,10 @@ def test_what_cannot_be_scored_so_is_said(run, tmp_path):
 
     with pytest.raises(ValueError, match=r"finished run, RUNS/RECIPE/METHOD/seedS"):
         runs.of_run(tmp_path)
+    on_train = recipes.change(experiment.recipe, "data", test_split="train[80%:]")
+    part = dataclasses.replace(experiment, recipe=on_train)
+    with pytest.raises(ValueError, match=r"judged on the test .* on train\[80%:\]$"):
+        full_resolution.evaluate(part, path, folder)
     other = recipes.change(experiment.recipe, "data", dataset="scenes")
     experiment.recipe = other
     message = r"of NYUv2 only, and .* 'scenes'\. What .* in .*seed0/metrics\.json$"

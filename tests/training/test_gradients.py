@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_cross_stitch import LearningRateGroups, stitch
+from keras_cross_stitch import LearningRateGroups, stitch, weigh_losses
 from training.gradients import PCGrad, pcgrad_weights
 
 
@@ -109,6 +109,43 @@ def test_a_step_projects_what_is_shared_and_leaves_the_rest(weights):
     penalty = 0.05 * np.sum(np.square(before[0]))
     of_tasks = sum(weights[task] * logs[f"{task}_loss"][0] for task in "ab")
     assert logs["loss"][0] == pytest.approx(of_tasks + penalty, rel=1e-4)
+
+
+def test_the_weights_of_the_losses_are_no_layer_that_tasks_share():
+    """Each task has its own element of log_variance, in one variable."""
+    plain = shared()
+    losses = {task: keras.losses.MeanSquaredError() for task in "ab"}
+    weighed, losses = weigh_losses(plain, losses, by="uncertainty")
+    log_variance = weighed.get_layer("uncertainty").log_variance
+    start = np.array([0.3, -0.2])
+    log_variance.assign(start)
+    # L / (2 s^2) + log s, with v = log s^2: of the layers L / (2 e^v)
+    halves = dict(zip("ab", np.exp(-start) / 2, strict=True))
+    of_tasks = gradients_of(plain, halves).values()
+    both = np.array(
+        [np.concatenate([g.numpy().ravel() for g in x[:2]]) for x in of_tasks]
+    )
+    assert both[0] @ both[1] < 0
+    answers = plain(X)
+    values = [np.mean((Y[task] - answers[task].numpy()) ** 2) for task in "ab"]
+    model = PCGrad(weighed.input, weighed.output)
+    model.compile(keras.optimizers.SGD(0.01), losses)
+    before = [v.numpy() for v in model.trainable_variables]
+
+    model.fit(X, Y, batch_size=6, verbose=0)
+
+    steps = {
+        v.path: (x - v.numpy()) / 0.01
+        for x, v in zip(before, model.trainable_variables, strict=True)
+    }
+    of_trunk = [x.ravel() for path, x in steps.items() if path.startswith("trunk/")]
+    projected = by_hand(both.astype("float64"), [[1], [0]])
+    np.testing.assert_allclose(
+        np.concatenate(of_trunk), projected, rtol=1e-3, atol=1e-3
+    )
+    expected = 0.5 - np.array(values) * np.exp(-start) / 2
+    found = steps["uncertainty/log_variance"]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_where_no_gradient_is_against_another_it_is_a_step_of_their_sum():

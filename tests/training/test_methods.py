@@ -134,13 +134,15 @@ def test_a_recipe_that_would_be_filed_under_another_is_refused(
         ("split@conv4,", "no option ''"),
         ("hard_sharing@learning_rate=-0.01", "rate above 0 in .* Received: '-0.01'"),
         ("single_task@learning_rate=0", "learning rate above 0"),
-        ("cross_stitch@learning_rate=1e400", "learning rate above 0 .*: '1e400'"),
+        ("cross_stitch@learning_rate=1e400", "finite learning_rate .*: '1e400'"),
         ("cross_stitch_from_start@weights=3", "no option 'weights'"),
         ("cross_stitch@rate=3", "no option 'rate' in .* There are: at, per, same_task"),
         ("cross_stitch@width=0.5", "no option 'width'"),  # has its towers already
         ("single_task_longer@same_task=0.5", "no option 'same_task'"),
         ("nddr@per=layer", "no option 'per' in .* There are: at, same_task"),
         ("cross_stitch@same_task=much", "like 0.9 in .* Received: 'much'"),
+        ("cross_stitch@same_task=NaN", "finite same_task in .* Received: 'NaN'"),
+        ("nddr@alpha_multiplier=Infinity", "finite alpha_multiplier"),
         ("cross_stitch@same_task=", "like 0.9 in .* Received: ''"),
         ("cross_stitch@", "no option ''"),
         ("ensemble@loss_weighting=uncertainty", "no option 'loss_weighting'"),
@@ -177,6 +179,22 @@ def test_every_recipe_has_a_toy_size_and_label_fractions(name):
     assert toy.data.label_fraction == ("segmentation", 0.25)
     assert toy.data.config == "toy"
     assert recipe.best_split in recipe.splits
+
+
+@pytest.mark.parametrize("toy", [False, True])
+def test_a_recipe_has_one_name_whichever_way_it_is_made(toy):
+    tasks = ["segmentation", "normals", "depth"]
+    recipe = recipes.find("nyuv2", toy)
+    found = {
+        recipes.with_tasks(recipes.find("nyuv2-labels10", toy), tasks),
+        recipes.with_tasks(recipes.find("nyuv2-labels010", toy), tasks),
+        recipes.with_labels(recipes.with_tasks(recipe, tasks), 10),
+    }
+
+    (one,) = found
+    size = "-toy" if toy else ""
+    assert one.name == f"nyuv2{size}-labels10-segmentation+normals+depth"
+    assert recipes.whatever_labels(one.name) == f"nyuv2{size}-{'+'.join(tasks)}"
 
 
 @pytest.mark.parametrize("name", ["scenes_detection", "voc2008", "voc2008_alexnet"])

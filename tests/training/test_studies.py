@@ -16,6 +16,7 @@ from training.study import studies
 @pytest.fixture
 def scenes(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.Experiment, "_data", {"examples": "digest"})
+    monkeypatch.setattr(runs.Experiment, "data_digest", "these files")
     return runs.Experiment(recipes.find("scenes"), None, tmp_path / "runs")
 
 
@@ -226,9 +227,9 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
     path = results / "scenes/splits.csv"
 
     assert studies.write(first, results) == [path]
-    made = f"{scenes.digest},float32,unknown,unknown,unknown"
+    made = f"{scenes.digest},float32,these files,unknown,unknown,unknown"
     assert path.read_text().splitlines()[:6] == [
-        "method,seed,task,metric,value,recipe,dtype,commit,versions,processor",
+        "method,seed,task,metric,value,recipe,dtype,data,commit,versions,processor",
         f"single_task_as_long,0,segmentation,miou,50.0,{made}",
         f"single_task_as_long,0,normals,mean_angle,20,{made}",
         f"split@conv2,0,segmentation,miou,50.0,{made}",
@@ -299,6 +300,37 @@ def test_rows_of_another_recipe_or_dtype_are_not_mixed(scenes, tmp_path, change)
     finish(second[1])
     studies.write(second, tmp_path)  # both anew
     assert len({row["recipe"] for row in rows(path)}) == 1
+
+
+def test_rows_of_other_data_are_not_mixed(scenes, tmp_path, monkeypatch):
+    planned = studies.plan(scenes, "splits", [0])
+    finish(planned[0])
+    (path,) = studies.write(planned, tmp_path / "results")
+    before = path.read_text()
+    assert rows(path)[0]["data"] == "these files"
+
+    monkeypatch.setattr(runs.Experiment, "data_digest", "others")
+    other = dataclasses.replace(scenes, runs=tmp_path / "other")
+    second = studies.plan(other, "splits", [1])
+    finish(second[0])
+    with pytest.raises(
+        ValueError, match=r"(?s)the data others.*_as_long, seed 0\. Make"
+    ):
+        studies.write(second, tmp_path / "results")
+    assert path.read_text() == before
+    path.write_text(before.replace("these files", "unknown"))  # rows of before
+    studies.write(second, tmp_path / "results")
+    assert {row["data"] for row in rows(path)} == {"unknown", "others"}
+
+
+def test_all_studies_of_a_label_fraction_are_planned_without_label_fractions(tmp_path):
+    recipe = recipes.find("scenes-labels10")
+    experiment = runs.Experiment(recipe, None, tmp_path)
+    planned = studies.plan(experiment, "all", [0])
+
+    assert {run.study for run in planned} >= {"methods", "alpha", "weightings"}
+    assert "label-fraction" not in {run.study for run in planned}
+    assert {run.experiment.recipe.name for run in planned} == {"scenes-labels10"}
 
 
 def test_a_run_of_another_recipe_is_not_written(scenes, tmp_path):

@@ -192,6 +192,8 @@ def _examples(
     """(image uint8, {task: target}) of each example, not yet in batches."""
     height, width = builder.info.features["image"].shape[:2]
     rows, columns = height // data.target_size[0], width // data.target_size[1]
+    # The middle of each cell, so that a mirrored target is of a mirrored image.
+    top, left = (rows - 1) // 2, (columns - 1) // 2
 
     def parse(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         image = example["image"]
@@ -199,7 +201,7 @@ def _examples(
             image = tf.image.resize(image, data.image_size)
             image = tf.cast(tf.round(image), "uint8")
         targets = {
-            name: task.target(example)[::rows, ::columns]
+            name: task.target(example)[top::rows, left::columns]
             for name, task in tasks.items()
         }
         return image, targets

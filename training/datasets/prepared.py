@@ -94,6 +94,11 @@ def digest(
     return dict(sorted(found.items()))
 
 
+def read_files(builder: tfds.core.DatasetBuilder) -> bool:
+    """Whether the data were prepared from files of the user's."""
+    return bool(read_json(_stamp(builder))["source"])
+
+
 def fingerprint(folder: Path) -> dict[str, list[float]]:
     """Each file's size and time of change, by its path in the folder."""
     return {

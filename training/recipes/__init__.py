@@ -185,7 +185,7 @@ def whatever_labels(name: str) -> str:
 
 def with_labels(recipe: Recipe, percent: int | str) -> Recipe:
     """The recipe with labels of its `label_fraction` task on so many per cent."""
-    if not str(percent).isdigit() or not 1 <= int(percent) <= 99:
+    if not str(percent).isdecimal() or not 1 <= int(percent) <= 99:
         raise ValueError(
             "The label fraction must be a whole number of per cent, from 1 to 99, as "
             f"in '{recipe.name.removesuffix('-toy')}-labels10'. Received: {percent!r}"
@@ -196,7 +196,11 @@ def with_labels(recipe: Recipe, percent: int | str) -> Recipe:
     if share < 1:
         raise ValueError(f"The recipe '{recipe.name}' has a label fraction already")
     changed = change(recipe, "data", label_fraction=(task, int(percent) / 100))
-    return dataclasses.replace(changed, name=f"{recipe.name}-labels{percent}")
+    parts = recipe.name.split("-")
+    # Before the names of other tasks, see `with_tasks`: one recipe, one name.
+    place = next((k for k, part in enumerate(parts) if "+" in part), len(parts))
+    parts.insert(place, f"labels{int(percent)}")
+    return dataclasses.replace(changed, name="-".join(parts))
 
 
 def with_validation(recipe: Recipe) -> Recipe:

@@ -4,6 +4,7 @@ Reads files and trains nothing; opens no model and no data set.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ COSTS = {
 def shown_costs(costs: Mapping[str, float]) -> list[str]:
     """A text for each of `COSTS`, empty for what is not known, of `Run.costs`."""
     return [
-        f"{costs[name] / unit:.3g}" if name in costs else ""
+        f"{float(f'{costs[name] / unit:.3g}'):g}" if name in costs else ""
         for name, (_, unit) in COSTS.items()
     ]
 
@@ -77,6 +78,11 @@ class Run:
             for name in (lines or [{}])[0]
             if name.endswith("_loss") and name != "val_loss"
         }
+
+    @property
+    def weighed(self) -> bool:
+        """Whether its losses are told as they were weighed in training."""
+        return bool(self.json("recipe").get("training", {}).get("loss_weighting"))
 
     @property
     def made_by(self) -> dict[str, str]:
@@ -152,8 +158,14 @@ def by_method(folder: Path, finished: bool = True) -> dict[str, list[Run]]:
             grouped.setdefault(run.method, []).append(run)
     return {
         method: sorted(runs, key=lambda run: run.seed)
-        for method, runs in sorted(grouped.items())
+        for method, runs in sorted(grouped.items(), key=lambda x: _natural(x[0]))
     }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """By which `block7` comes before `block11`."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(x) if x.isdecimal() else 0, x) for x in parts]
 
 
 def epochs_before(methods: Mapping[str, Sequence[Run]]) -> dict[str, int]:

@@ -27,6 +27,8 @@ Methods = dict[str, list[Run]]  # the finished runs of a recipe
 Picture = tuple[str, str]  # caption, data URI
 
 MEASURES = ("step", "answer")  # that `bench` times
+# Parts of what a run depends on that all methods of a recipe have alike
+_OF_ALL = ("data", "training", "tower", "units", "examples", "tasks", "proposals")
 # The metric that stands for its task in pictures; without one of these, its first.
 _HEADLINES = ("miou", "mean_angle", "mean_ap")
 
@@ -99,6 +101,7 @@ def _recipe(folder: Path, methods: Methods, page: Path) -> dict[str, Any]:
             f"{label(x.method)}, seed {x.seed}" for runs in stopped for x in runs
         ],
         "tables": tables,
+        "other_recipes": _other_recipes(methods),
         "notes": notes(tables),
         "answers": first.json("answers"),
         "gallery": [
@@ -112,6 +115,27 @@ def _recipe(folder: Path, methods: Methods, page: Path) -> dict[str, Any]:
         "classes": _classes(methods),
         "settings": _settings(methods),
     }
+
+
+def _other_recipes(methods: Methods) -> list[str]:
+    """What is not the same in all runs and should be, as "training.dtype: ...".
+
+    A method whose options change the recipe is held against its own seeds alone.
+    """
+    values: dict[tuple[str, str], dict[str, str]] = {}
+    for method, runs in methods.items():
+        for run in runs:
+            for name, value in run.settings.items():
+                part = name.partition(".")[0]
+                of_all = part in _OF_ALL and "=" not in method
+                found = values.setdefault(("" if of_all else method, name), {})
+                if part != "made_with":  # versions are told beside the rows
+                    found.setdefault(value, f"{label(method)}, seed {run.seed}")
+    return [
+        f"{name}, {', '.join(f'{value} ({run})' for value, run in found.items())}"
+        for (_, name), found in values.items()
+        if len(found) > 1
+    ]
 
 
 def _in_order(methods: Methods) -> Methods:
@@ -207,7 +231,11 @@ def _curves(methods: Methods) -> list[Picture]:
     }
     before = recorded.epochs_before(methods)
     figure = figures.learning_curves(losses, before, validation)
-    return [_picture("Training loss by epoch, a line per run", figure)]
+    caption = "Training loss by epoch, a line per run"
+    weighed = [label(method) for method, runs in methods.items() if runs[0].weighed]
+    if weighed:
+        caption += f". Weighed, so not to be held against others: {'; '.join(weighed)}"
+    return [_picture(caption, figure)]
 
 
 def _alphas(methods: Methods) -> list[Picture]:

@@ -417,7 +417,7 @@ def _marked(
 
 
 def _best(key: Key, column: dict[str, Cell], of_metric: OfMetric) -> str | None:
-    """The method that is better than its baseline and differs from all others."""
+    """The method that is better than its baseline and than all others."""
     higher = metric(key[1]).higher_is_better
     if higher is None or len(column) < 2:
         return None
@@ -428,6 +428,7 @@ def _best(key: Key, column: dict[str, Cell], of_metric: OfMetric) -> str | None:
         if method != best
     }
     apart = holm({x: known.p if known else 1.0 for x, known in others.items()})
-    difference = column[best].difference
-    gains = difference and (difference.mean > 0) == higher
+    # Means of other seeds may say what those of the same seeds do not.
+    ahead = [column[best].difference, *others.values()]
+    gains = all(known and (known.mean > 0) == higher for known in ahead)
     return best if gains and apart == set(others) else None

@@ -10,7 +10,7 @@ import numpy as np
 
 from training import methods, recipes, runs
 from training.files import Row, read_csv, read_json, write_csv
-from training.provenance import Made
+from training.provenance import UNKNOWN, Made
 from training.runs import Experiment
 from training.study import delta_m
 from training.study.results import ALL_TASKS, read_rows
@@ -229,8 +229,8 @@ def plan(
         )
     names = [study]
     if study == "all":
-        dense = hasattr(experiment.recipe.data, "label_fraction")
-        others = {"search"} if dense else {"search", "label-fraction"}
+        _, share = getattr(experiment.recipe.data, "label_fraction", (None, 0))
+        others = {"search"} if share == 1 else {"search", "label-fraction"}
         names = [x for x in STUDIES if x not in others]
     experiments = {name: _experiments(experiment, name) for name in names}
     return [
@@ -249,7 +249,7 @@ def shard(planned: Sequence[Planned], part: str) -> list[Planned]:
     work, and whoever needs what another trains waits for it the least.
     """
     k, slash, n = part.partition("/")
-    if not (slash and k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise ValueError(f"--shard must be k/n, as in 1/4. Received: {part!r}")
     starts = {run.folder: run for of in planned for run in _starts(of)}
     return list((starts | _by_folder(planned)).values())[int(k) - 1 :: int(n)]
@@ -376,29 +376,37 @@ def _merged(
 def _made_of(path: Path, planned: Sequence[Planned]) -> dict[tuple[str, int], Made]:
     """{(method, seed): what made it} of the file's runs and of those that are finished.
 
-    All are of one recipe and dtype.
+    All are of one recipe, dtype and data; of which data old rows are is not known.
     """
     known = read_rows(path) if path.exists() else []
     made = {(row.method, row.seed): by for row, by in known}
     made |= {(run.method, run.seed): _made(run) for run in planned if run.finished}
-    experiment = planned[0].experiment
-    now = experiment.digest, experiment.recipe.training.dtype
-    others = [f"{x}, seed {seed}" for (x, seed), by in made.items() if by[:2] != now]
+    now = _of_experiment(planned[0].experiment)
+    others = [
+        f"{x}, seed {seed}"
+        for (x, seed), by in made.items()
+        if by[:2] != now[:2] or by.data not in (now.data, UNKNOWN)
+    ]
     if others:
         raise ValueError(
-            f"Expected the rows of {path} to be of the recipe {now[0]} in {now[1]}, as "
-            f"those of this study. Of another are: {'; '.join(others)}. Make these "
-            "anew, all of their seeds, with another folder as --results; once they are "
-            "finished, this one takes them"
+            f"Expected the rows of {path} to be of the recipe {now.recipe} in "
+            f"{now.dtype}, on the data {now.data}, as those of this study. Of another "
+            f"are: {'; '.join(others)}. Make these anew, all of their seeds, with "
+            "another folder as --results; once they are finished, this one takes them"
         )
     return made
 
 
 def _made(run: Planned) -> Made:
-    recipe, dtype = run.experiment.digest, run.experiment.recipe.training.dtype
     path = run.folder / "made_by.json"
     by = read_json(path) if path.exists() else {}
-    return Made(recipe, dtype, **by)
+    return _of_experiment(run.experiment)._replace(**by)
+
+
+def _of_experiment(experiment: Experiment) -> Made:
+    return Made(
+        experiment.digest, experiment.recipe.training.dtype, experiment.data_digest
+    )
 
 
 def _rows(run: Planned) -> list[Row]:

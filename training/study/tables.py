@@ -136,7 +136,7 @@ def brief(
             "Cost: the multiply-adds of an answer for all tasks, as a multiple of the "
             "baseline's (those of the units are few, and not counted)."
         )
-    text = "".join(f"| {' | '.join(x)} |\n" for x in lines)
+    text = "".join(_line(line) for line in lines)
     return "\n".join(["", text, " ".join(notes), ""])
 
 
@@ -190,7 +190,13 @@ def _table(table: Table) -> str:
     if len(lines[0]) > _MOST_COLUMNS + 2:
         lines = [list(line) for line in zip(*lines, strict=True)]
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(_line(line) for line in lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    """A row in Markdown; a class may have a `|` in its name."""
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |\n"
 
 
 def _cell(cell: Cell | None) -> str:

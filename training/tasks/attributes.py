@@ -40,7 +40,7 @@ class Attributes:
             # By attribute:
             "ap": Metric("AP", "%", True),
             "objects": Metric("true objects", "", None),
-            "labels": Metric("train objects", "", None),
+            "labels": Metric("train labels", "", None),
         }
     )
 

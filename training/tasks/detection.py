@@ -39,7 +39,7 @@ class Detection:
             "ap": Metric("AP", "%", True),
             "ap_voc2008": Metric("AP as VOC 2008's devkit", "%", True),
             "objects": Metric("true objects", "", None),
-            "labels": Metric("train objects", "", None),
+            "labels": Metric("train labels", "", None),
         }
     )
 

@@ -31,7 +31,7 @@ class Segmentation:
             # By class:
             "iou": Metric("IoU", "%", True),
             "pixels": Metric("true pixels", "", None),
-            "labels": Metric("train pixels", "", None),
+            "labels": Metric("train labels", "", None),
         }
     )
 

@@ -183,6 +183,70 @@ def test_a_method_that_no_longer_exists_is_shown(runs, tmp_path):
     assert run.costs["seconds"] == 3 * 60  # what it started from is not known
 
 
+def changed(run, **parts):
+    """The run's recipe with other values in its parts."""
+    said = json.loads((run / "recipe.json").read_text())
+    for part, values in parts.items():
+        said.setdefault(part, {}).update(values)
+    (run / "recipe.json").write_text(json.dumps(said))
+
+
+def test_runs_that_are_not_of_one_recipe_are_told(runs, tmp_path):
+    def told():
+        html = write_report(tmp_path, tmp_path / "report.html").read_text()
+        return re.findall(r"not of one recipe.*?Remove", html)
+
+    folder = tmp_path / "nyuv2"
+    for method in ("single_task_as_long", "split@conv2", "split@conv4"):
+        for seed in range(2):
+            run = folder / method / f"seed{seed}"
+            shutil.copytree(runs / "nyuv2" / method / f"seed{seed}", run)
+            changed(run, training={"dtype": "float32", "loss_weighting": None})
+    weighed = folder / "split@conv4,loss_weighting=uncertainty"
+    (folder / "split@conv4").rename(weighed)
+    for seed in range(2):
+        changed(weighed / f"seed{seed}", training={"loss_weighting": "uncertainty"})
+    assert told() == []
+
+    changed(folder / "split@conv2/seed1", training={"dtype": "mixed_bfloat16"})
+    (sentence,) = told()
+    both = (
+        "float32 (single-task, as long, seed 0), mixed_bfloat16 (split at conv2, seed 1"
+    )
+    assert f"training.dtype, {both})" in sentence
+    changed(folder / "split@conv2/seed1", training={"dtype": "float32"})
+    changed(weighed / "seed1", schedule={"epochs": 99})
+    (sentence,) = told()
+    assert "schedule.epochs, 4 (" in sentence
+    assert "99 (split at conv4, loss weighting uncertainty, seed 1)" in sentence
+
+
+def test_losses_as_they_were_weighed_are_said_to_be_so(runs, tmp_path):
+    for method in ("single_task_as_long", "split@conv2"):
+        target = tmp_path / "nyuv2" / method / "seed0"
+        shutil.copytree(runs / "nyuv2" / method / "seed0", target)
+    html = write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert "Weighed" not in html
+
+    changed(target, training={"loss_weighting": "uncertainty"})
+    html = write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert "Weighed, so not to be held against others: split at conv2<" in html
+
+
+def test_layers_stand_in_their_order(runs, tmp_path):
+    order = ["block7", "block9", "block11", "block15_a", "score"]
+    for layer in reversed(order):
+        target = tmp_path / f"split@{layer}" / "seed0"
+        shutil.copytree(runs / "nyuv2" / "split@conv2" / "seed0", target)
+
+    assert list(recorded.by_method(tmp_path)) == [f"split@{x}" for x in order]
+
+
+def test_large_costs_are_numbers_that_the_table_sorts():
+    costs = {"parameters": 4_649_000, "multiply_adds": 12e12, "seconds": 74_040}
+    assert recorded.shown_costs(costs) == ["4.65", "12000", "1230"]
+
+
 def test_a_run_that_was_put_aside_is_none(runs, tmp_path):
     folder = tmp_path / "nyuv2" / "cross_stitch"
     for name in ("seed0", "seed0.bak", "seed"):

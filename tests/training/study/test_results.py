@@ -226,6 +226,22 @@ def test_a_method_with_the_best_mean_and_worse_pairs_is_not_marked():
     assert not cell.best
 
 
+def test_a_method_that_another_one_beats_on_the_same_seeds_is_not_marked():
+    """Its mean is the best by seeds that the other has not been trained with."""
+    luck = np.arange(10.0)
+    values = {
+        "single_task_as_long": 40 + 3 * luck,
+        "hard_sharing": 42 + 3 * luck + 0.01 * (luck % 2),
+        "cross_stitch_from_start": 45 + 3 * luck[:3] + 0.01 * (luck[:3] % 3),
+    }
+
+    known = cells(values)
+
+    assert known["hard_sharing"].mean > known["cross_stitch_from_start"].mean
+    assert known["hard_sharing"].certain
+    assert not any(cell.best for cell in known.values())
+
+
 @pytest.mark.parametrize(
     ("method", "baseline"),
     [

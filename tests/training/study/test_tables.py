@@ -1,3 +1,4 @@
+import re
 import runpy
 from pathlib import Path
 
@@ -158,6 +159,18 @@ def test_a_table_of_many_classes_is_turned_on_its_side():
 
     assert lines[1] == "| segmentation | single-task |"
     assert lines[3:5] == ["| seeds | 3 |", "| IoU, class 0, % ↑ | 21.00 ± 1.00 |"]
+
+
+@pytest.mark.parametrize("classes", [["a|b"], ["a|b", *"cdefghijk"]])
+def test_a_class_may_have_a_bar_in_its_name(classes):
+    text = markdown(
+        statistics(rows({"single_task": 0}, metrics=[f"iou/{x}" for x in classes]))
+    )
+    lines = [x for x in text.splitlines() if x.startswith("|")]
+
+    assert "IoU, a\\|b, % ↑" in text
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(columns) == 1
 
 
 def test_a_file_gets_its_tables_and_keeps_the_rest(results, tmp_path):
