@@ -118,7 +118,7 @@ def _recipe(folder: Path, methods: Methods, page: Path) -> dict[str, Any]:
 
 
 def _other_recipes(methods: Methods) -> list[str]:
-    """What is not the same in all runs and should be, as "training.dtype: ...".
+    """What is not the same in all runs and should be, with a run of each value.
 
     A method whose options change the recipe is held against its own seeds alone.
     """
