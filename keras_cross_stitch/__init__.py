@@ -1,7 +1,7 @@
 """Cross-stitch networks for Keras: T models that learn what to share."""
 
 from keras_cross_stitch.alpha import AlphaHistory, alpha_table, plot_alpha
-from keras_cross_stitch.cross_stitch import CrossStitch
+from keras_cross_stitch.cross_stitch import CrossStitch, OwnMapsOnly
 from keras_cross_stitch.learning_rate_groups import LearningRateGroups
 from keras_cross_stitch.loss_weighting import DynamicWeightAverage, weigh_losses
 from keras_cross_stitch.missing_labels import MaskedLoss, MaskedMetric
@@ -28,6 +28,7 @@ __all__ = [
     "LearningRateGroups",
     "MaskedLoss",
     "MaskedMetric",
+    "OwnMapsOnly",
     "RoIAlign",
     "alexnet",
     "alpha_table",

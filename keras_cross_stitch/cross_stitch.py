@@ -10,6 +10,32 @@ from keras import ops
 
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
+class OwnMapsOnly(keras.constraints.Constraint):
+    """Constrains alpha to a task's own maps: nothing is taken from other tasks.
+
+    A control, as single-task networks are. Units also scale a task's own maps, which
+    by itself can change how fast its tower learns. This constraint leaves the scaling
+    and takes the sharing away: what a cross-stitch network gains beyond it comes from
+    the other tasks.
+
+    Keras constrains after each step. So begin with `same_task=1.0`, or the first step
+    shares.
+
+    Example:
+
+    >>> unit = CrossStitch(same_task=1.0, alpha_constraint=OwnMapsOnly())
+    >>> alpha = unit.alpha_constraint(keras.ops.ones((2, 2, 16)))
+    >>> keras.ops.convert_to_numpy(alpha)[:, :, 0].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+
+    def __call__(self, w: Any) -> Any:
+        tasks = w.shape[0]
+        same = ops.eye(tasks, dtype=w.dtype)
+        return w * ops.reshape(same, (tasks, tasks) + (1,) * (len(w.shape) - 2))
+
+
+@keras.saving.register_keras_serializable("keras_cross_stitch")
 class CrossStitch(keras.layers.Layer):
     """Mixes the activation maps of T tasks linearly, with learned weights.
 
@@ -31,7 +57,8 @@ class CrossStitch(keras.layers.Layer):
             `"identity"` starts every channel at the identity: nothing is shared.
         alpha_regularizer: Regularizer of `alpha`, or `None`.
         alpha_constraint: Constraint on `alpha`, or `None`. The paper has none:
-            the rows sum to 1 only at the start.
+            the rows sum to 1 only at the start. `OwnMapsOnly()` is the control that
+            shares nothing.
         data_format: `"channels_last"` or `"channels_first"`; defaults to
             `keras.config.image_data_format()`.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.

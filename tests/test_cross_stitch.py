@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_cross_stitch import CrossStitch
+from keras_cross_stitch import CrossStitch, LearningRateGroups, OwnMapsOnly
 
 # Axes of the maps with the channels last: N, then space, then C.
 SHAPES = {
@@ -467,6 +467,37 @@ def test_a_constraint_holds_after_a_step():
     model.fit([ones, ones], [-ones, -ones], verbose=0)
 
     assert np.array(unit.alpha).min() == 0.0
+
+
+@pytest.mark.parametrize("per", ["channel", "layer"])
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_units_of_own_maps_scale_and_share_nothing(tmp_path, per, tasks):
+    random = np.random.default_rng(tasks)
+    inputs = {task: keras.Input((5, 3), name=task) for task in "abcde"[:tasks]}
+    unit = CrossStitch(per, 1.0, alpha_constraint=OwnMapsOnly(), name="unit")
+    model = keras.Model(inputs, unit(inputs))
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    model.compile(LearningRateGroups(optimizer, alpha=2), dict.fromkeys(inputs, "mse"))
+    x, y = (
+        {task: random.normal(size=(7, 5, 3)).astype("f") for task in inputs}
+        for _ in range(2)
+    )
+
+    model.fit(x, y, epochs=4, batch_size=3, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded.fit(x, y, batch_size=3, verbose=0)
+
+    alpha = keras.ops.convert_to_numpy(loaded.get_layer("unit").alpha)
+    assert isinstance(loaded.get_layer("unit").alpha_constraint, OwnMapsOnly)
+    for i in range(tasks):
+        for j in range(tasks):
+            assert np.all(alpha[i, j] == 0) == (i != j)
+    assert not np.allclose(alpha[0, 0], 1, atol=1e-3)
+    answers = loaded.predict(x, verbose=0)
+    for i, task in enumerate(inputs):
+        expected = alpha[i, i].astype("float64") * x[task]
+        np.testing.assert_allclose(answers[task], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

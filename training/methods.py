@@ -65,6 +65,19 @@ def stitched(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model
     return stitch(towers, at=units.at, per=units.per, same_task=units.same_task)
 
 
+def of_own_maps(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
+    """Units that scale each task's own maps: all of cross-stitch but the sharing."""
+    from keras_cross_stitch import OwnMapsOnly, stitch
+
+    return stitch(
+        towers,
+        at=recipe.units.at,
+        per=recipe.units.per,
+        same_task=1.0,
+        alpha_constraint=OwnMapsOnly(),
+    )
+
+
 def by_nddr(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
     """NDDR's units where the cross-stitch units stand, decayed as the towers are."""
     import keras
@@ -164,6 +177,16 @@ METHODS = {
         stitched,
         "from_start",
         parts=("units",),
+        baseline="single_task_as_long",
+    ),
+    "own_maps_from_start": Method(
+        "units that share nothing",
+        "Untrained networks with units that scale a task's own maps and take nothing "
+        "from the others: what of a gain is not sharing.",
+        of_own_maps,
+        "from_start",
+        parts=("units",),
+        without=("same_task",),
         baseline="single_task_as_long",
     ),
     "nddr_from_start": Method(

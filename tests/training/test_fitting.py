@@ -155,6 +155,13 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
     of_tasks = compiled("single_task@learning_rate_multipliers=2+0.5").optimizer
     assert of_tasks.multipliers == {"^segmentation_": 2, "^normals_": 0.5}
     assert len(nddr.losses) == len(model.losses) + 4  # two tasks at two taps
+    control = compiled("own_maps_from_start@alpha_multiplier=3")
+    assert control.optimizer.alpha == 3
+    unit = control.get_layer("cross_stitch_pool1")
+    np.testing.assert_array_equal(unit.alpha[0, 1], np.zeros(unit.alpha.shape[2]))
+    np.testing.assert_array_equal(unit.alpha[1, 1], np.ones(unit.alpha.shape[2]))
+    taken = unit.alpha_constraint(np.full(unit.alpha.shape, 2.0, "float32"))
+    assert np.sum(taken) == 2 * 2 * unit.alpha.shape[2]  # each task's own alone
 
 
 def test_of_two_tasks_of_which_one_begins_as_the_other_each_has_its_own_rate():

@@ -24,6 +24,8 @@ METRICS = {
     "delta_m": Metric("Δm", "%", True),
 }
 ALL_TASKS = "all tasks"  # what Delta_m is of
+# Who shares, chooses between these; and the control that tells what is sharing.
+_RIVALS = ("hard_sharing", "own_maps_from_start")
 LEVEL = 0.05  # at which a difference is certain
 
 Key = tuple[str, str]  # (task, metric)
@@ -96,7 +98,7 @@ class Table:
     task: str
     metrics: list[str]
     cells: dict[str, list[Cell | None]]
-    # Cross-stitch against hard sharing: a cell, as it differs, for each metric.
+    # Cross-stitch against each of `_RIVALS`: a cell, as it differs, for each metric.
     rivals: dict[tuple[str, str], list[Cell | None]]
     paper: dict[str, list[float | None]]  # the paper's values, by method
 
@@ -356,14 +358,14 @@ def _difference(key: Key, method: str, of_metric: OfMetric) -> Difference | None
 
 
 def _rivals(methods: Iterable[str]) -> list[tuple[str, str]]:
-    """Cross-stitch and hard sharing with the same options: who shares, chooses."""
+    """Cross-stitch and each of `_RIVALS` with the same options."""
     known = list(methods)
     pairs = []
     for method in known:
         name, at, options = method.partition("@")
-        rival = f"hard_sharing{at}{options}"
-        if name == "cross_stitch_from_start" and rival in known:
-            pairs.append((method, rival))
+        for rival in _RIVALS:
+            if name == "cross_stitch_from_start" and f"{rival}{at}{options}" in known:
+                pairs.append((method, f"{rival}{at}{options}"))
     return pairs
 
 

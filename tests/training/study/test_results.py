@@ -323,6 +323,20 @@ def test_a_metric_of_unknown_direction_is_refused():
         statistics(rows_of({"single_task": [1.0]}, metric="loss"))
 
 
+def test_cross_stitch_is_paired_with_the_control_that_shares_nothing():
+    values = {
+        "single_task_as_long": [20, 21, 22],
+        "own_maps_from_start": [21, 21.5, 23],
+        "cross_stitch_from_start": [22, 23.5, 25],
+    }
+    (table,) = statistics(rows_of(values))
+
+    ((pair, (cell,)),) = table.rivals.items()
+    assert pair == ("cross_stitch_from_start", "own_maps_from_start")
+    assert cell.mean == pytest.approx(5 / 3)
+    assert table.baselines["own_maps_from_start"] == "single_task_as_long"
+
+
 def test_cross_stitch_is_paired_with_hard_sharing():
     random = np.random.default_rng(0)
     with_option = "@loss_weighting=uncertainty"
