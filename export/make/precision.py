@@ -53,13 +53,12 @@ def lower(model: keras.Model, dtype: str) -> keras.Model:
     return keras.Model(lowered.input, same_dtypes)
 
 
-def _anew(
-    layer: keras.layers.Layer, known: dict[int, keras.layers.Layer]
-) -> keras.layers.Layer:
+def _anew(layer: keras.Operation, known: dict[int, keras.Operation]) -> keras.Operation:
     """The same layers in a new graph, which knows the dtypes between them.
 
     Args:
-        layer: The layer or the nested model.
+        layer: The layer, the nested model, or an operation such as `x + y`, which has
+            no dtype of its own.
         known: Dict of a layer's `id` to what stands for it, so that a layer that
             several models share stays one.
     """
@@ -74,9 +73,11 @@ def _anew(
     return known[id(layer)]
 
 
-def _is_rounded_at_each_call(layer: keras.layers.Layer) -> bool:
+def _is_rounded_at_each_call(layer: keras.Operation) -> bool:
+    if type(layer) not in _PRODUCTS:
+        return False
     smaller = layer.compute_dtype != layer.variable_dtype
-    return type(layer) in _PRODUCTS and smaller and not layer.quantization_mode
+    return smaller and not layer.quantization_mode
 
 
 def _rounded(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -97,7 +98,7 @@ def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
-def _is_graph(layer: keras.layers.Layer) -> bool:
+def _is_graph(layer: keras.Operation) -> bool:
     functional = isinstance(layer, keras.Model) and hasattr(layer, "operations")
     return functional or isinstance(layer, keras.Sequential)
 

@@ -80,6 +80,41 @@ def test_an_initializer_that_knows_no_bfloat16_is_not_asked(images):
     np.testing.assert_allclose(given, expected, atol=0.03 * expected.max())
 
 
+OPERATIONS = {
+    "add": lambda x, y: x + y,
+    "slice": lambda x, y: x[:, :4],
+    "concatenate": lambda x, y: keras.ops.concatenate([x, y], axis=1),
+    "cast": lambda x, y: keras.ops.cast(x, "float32"),
+    "where": lambda x, y: keras.ops.where(x > 0, x, y),
+    "of two": lambda x, y: keras.ops.sum(keras.ops.stack(keras.ops.split(x, 2, 1)), 0),
+    "image": lambda x, y: x * keras.ops.mean(keras.ops.abs(y), axis=-1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_operations_that_are_no_layers_stay_as_they_are(kind, nested):
+    given = keras.Input((8,), name="given")
+    x = keras.layers.Dense(8, activation="relu")(given)
+    y = OPERATIONS[kind](x, given if kind == "image" else keras.layers.Dense(8)(x))
+    if nested:
+        y = keras.Model(given, y)(given)
+    outputs = {"a": keras.layers.Dense(3)(y), "b": y, "best": keras.ops.argmax(y, -1)}
+    model = keras.Model(given, outputs)
+    examples = np.random.default_rng(0).uniform(-1, 1, (5, 8)).astype("float32")
+    expected = model.predict(examples, verbose=0)
+
+    lowered = lower(model, "bfloat16")
+
+    answers = lowered.predict(examples, verbose=0)
+    for task, answer in answers.items():
+        assert answer.dtype == expected[task].dtype
+    for task in ("a", "b"):
+        most = 0.03 * np.abs(expected[task]).max()
+        np.testing.assert_allclose(answers[task], expected[task], atol=most)
+    assert np.abs(answers["a"] - expected["a"]).max() > 0
+
+
 def test_quantized_layers_stay_as_they_are(images):
     image = keras.Input((9, 7, 3), name="image")
     x = keras.layers.Flatten()(image)
