@@ -6,7 +6,7 @@ import colorsys
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the client's wheel has no meanings
 
 _ROW = 20  # pixels, of a legend's line
 _WIDTH = 480  # pixels, at least, of a picture with boxes
+_FEW = 8  # values that are shown one by one, at most
 _BEST = 5  # classes of a picture or attributes of an object, at most
 _LIKELY = 0.5  # a score or probability to be drawn, where answers.json says none
 
@@ -68,7 +69,12 @@ def answer(
 
 def _first(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Of the first example, without the regions that were asked about."""
-    return {name: array[0] for name, array in outputs.items() if name != "rois"}
+    return {
+        # What has no batch axis is of all examples; the others stay arrays.
+        name: array[0, ...] if array.ndim else array
+        for name, array in outputs.items()
+        if name != "rois"
+    }
 
 
 def _tell(drawing: Drawing, attributes: np.ndarray, meaning: Meaning) -> None:
@@ -86,11 +92,13 @@ def draw(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
     """The answer to one image, {output name: array without a batch axis}."""
     if {"boxes", "classes", "scores", "num_detections"} <= outputs.keys():
         return _objects(outputs, meaning)
-    values = next(iter(outputs.values()))
+    name, values = next(iter(outputs.items()))
     if len(outputs) == 1 and meaning.get("kind") == "classes":
+        if values.dtype.kind in "biu":
+            return _numbered(name, values.astype("int64"), meaning)
         if values.ndim == 3:
             return _classes(values.argmax(axis=-1), meaning)
-        if values.ndim == 1:
+        if values.ndim == 1 and not _is_text(values):
             best = values.argsort()[::-1][:_BEST]
             return Drawing(rows=[(_name(i, meaning), f"{values[i]:.3f}") for i in best])
     if len(outputs) == 1 and meaning.get("kind") == "normals" and values.ndim == 3:
@@ -119,14 +127,26 @@ def _objects(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
     return Drawing(boxes=boxes, legend=[(box.text, box.colour) for box in boxes])
 
 
+def _numbered(name: str, classes: np.ndarray, meaning: Meaning) -> Drawing:
+    """Classes by their numbers, and not by a score of each."""
+    if classes.ndim == 2 or classes.shape[2:] == (1,):
+        return _classes(classes.reshape(classes.shape[:2]), meaning)
+    if classes.size > _FEW:
+        return Drawing(rows=_rows(name, {name: classes}, ""))
+    return Drawing(rows=[(name, ", ".join(_name(i, meaning) for i in classes.flat))])
+
+
 def _classes(classes: np.ndarray, meaning: Meaning) -> Drawing:
-    numbers, counts = np.unique(classes, return_counts=True)
-    colours = [_colour(i, meaning) for i in range(numbers.max() + 1)]
+    numbers, places, counts = np.unique(
+        classes, return_inverse=True, return_counts=True
+    )
+    colours = [_colour(int(number), meaning) for number in numbers]
     legend = [
-        (f"{_name(n, meaning)} {_percent(counts[i] / classes.size)}", colours[n])
-        for i, n in sorted(enumerate(numbers), key=lambda pair: -counts[pair[0]])
+        (f"{_name(numbers[i], meaning)} {_percent(counts[i] / classes.size)}", colour)
+        for i, colour in sorted(enumerate(colours), key=lambda pair: -counts[pair[0]])
     ]
-    return Drawing(np.asarray(colours, "uint8")[classes], legend=legend)
+    image = np.asarray(colours, "uint8")[places.reshape(classes.shape)]
+    return Drawing(image, legend=legend)
 
 
 def _percent(share: float) -> str:
@@ -135,12 +155,12 @@ def _percent(share: float) -> str:
 
 def _name(number: int, meaning: Meaning) -> str:
     names = meaning.get("names", [])
-    return names[number] if number < len(names) else f"class {number}"
+    return names[number] if 0 <= number < len(names) else f"class {number}"
 
 
 def _colour(number: int, meaning: Meaning) -> tuple[int, ...]:
     colours = meaning.get("colours", [])
-    return tuple(colours[number] if number < len(colours) else _hue(number))
+    return tuple(colours[number] if 0 <= number < len(colours) else _hue(number))
 
 
 def _hue(number: int) -> list[int]:
@@ -186,13 +206,32 @@ def _rows(
     name: str, outputs: Mapping[str, np.ndarray], units: str
 ) -> list[tuple[str, str]]:
     values = outputs[name]
-    if values.size <= 8:
-        numbers = " ".join(f"{value:.4g}" for value in values.ravel())
+    if _is_text(values):
+        texts = [_in_words(value) for value in values.flat[:_FEW]]
+        return [(name, ", ".join(texts + ["..."] * (values.size > _FEW)))]
+    if values.size <= _FEW:
+        numbers = " ".join(_in_words(value) for value in values.ravel())
         return [(name, f"{numbers} {units}".strip())]
     return [
-        (f"{name}, {statistic}", f"{getattr(values, statistic)():.4g} {units}".strip())
+        (
+            f"{name}, {statistic}",
+            f"{_in_words(getattr(values, statistic)())} {units}".strip(),
+        )
         for statistic in ("min", "mean", "max")
     ]
+
+
+def _is_text(values: np.ndarray) -> bool:
+    return values.dtype.kind in "OSU"
+
+
+def _in_words(value: Any) -> str:
+    """Text decoded, whole numbers and truths as they are, others in four digits."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, str | np.integer | np.bool_):
+        return str(value)
+    return f"{float(value):.4g}"
 
 
 def over(picture: Image.Image, drawing: Drawing, opacity: float = 0.6) -> Image.Image:

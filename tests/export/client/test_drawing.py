@@ -83,6 +83,71 @@ def test_what_is_not_known_is_numbers(meaning):
     assert few.map is many.map is both.map is None
 
 
+def first(array):
+    """The drawing of an answer to one picture, such as a server gives."""
+    return answer(lambda task: {task: np.asarray(array)}, "name", {})
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (np.array([b"caf\xc3\xa9"], object), "caf\u00e9"),
+        (np.array([[b"a b", b"c\xff"]], object), "a b, c\ufffd"),
+        (np.array(b"all", object), "all"),
+        (np.float32(2.5), "2.5"),
+        (np.int64(7), "7"),
+        (np.array([123456]), "123456"),
+        (np.array([False]), "False"),
+        (np.array([[True, False]]), "True False"),
+        (np.float16([[1234.5]]), "1234"),
+        (np.array([[b"x"] * 9], object), "x, x, x, x, x, x, x, x, ..."),
+    ],
+)
+def test_text_whole_numbers_truths_and_scalars_are_shown_as_they_are(array, text):
+    assert first(array).rows == [("name", text)]
+
+
+def test_many_whole_numbers_and_truths_are_told_by_their_ends():
+    numbers = first(np.arange(100000, 100010)[None]).rows
+    assert [text for _, text in numbers] == ["100000", "1e+05", "100009"]
+    truths = first([[True, *[False] * 9]]).rows
+    assert [text for _, text in truths] == ["False", "0.1", "True"]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+@pytest.mark.parametrize("shape", [(3, 2), (3, 2, 1)])
+def test_classes_by_their_numbers_are_drawn_as_those_by_scores(dtype, shape):
+    numbers = np.array([[0, 2], [2, 2], [2, 0]])
+    meaning = {**CLASSES, "colours": COLOURS}
+    scores = draw({"rooms": probabilities(numbers, count=3)}, meaning)
+    drawing = draw({"rooms": numbers.astype(dtype).reshape(shape)}, meaning)
+    np.testing.assert_array_equal(drawing.map, scores.map)
+    assert drawing.legend == scores.legend
+
+
+def test_numbers_that_no_class_has_are_drawn_too():
+    numbers = np.array([[-1, 0, 255, 2**40]])
+    drawing = draw({"rooms": numbers}, {**CLASSES, "colours": COLOURS})
+    names = [text.rsplit(" ", 1)[0] for text, _ in drawing.legend]
+    assert names == ["class -1", "wall", "class 255", f"class {2**40}"]
+    assert len({tuple(colour) for colour in drawing.map[0]}) == 4
+    mask = draw({"rooms": numbers > 0}, CLASSES)
+    assert [text for text, _ in mask.legend] == ["wall 50%", "floor 50%"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows"),
+    [
+        (np.array(2), [("kind", "lamp")]),
+        (np.array([0, 1]), [("kind", "wall, floor")]),
+        (np.array(b"lamp", object), [("kind", "lamp")]),
+        (np.array([b"lamp"], object), [("kind", "lamp")]),
+    ],
+)
+def test_the_classes_of_a_whole_image_are_named(classes, rows):
+    assert draw({"kind": classes}, CLASSES).rows == rows
+
+
 def test_a_map_lies_over_the_whole_picture_with_its_legend_below():
     picture = Image.new("RGB", (300, 90), "white")
     answer = {"rooms": probabilities([[0, 2]], count=3)}
