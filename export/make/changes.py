@@ -72,16 +72,28 @@ def changes(
 def changed_answers(before: np.ndarray, after: np.ndarray, meaning: Meaning) -> str:
     """How many classes are others, how far normals have turned, or depth moved."""
     if meaning.get("kind") == "classes":
-        other = before.argmax(axis=-1) != after.argmax(axis=-1)
+        other = _classes(before) != _classes(after)
         return f"{100 * other.mean():.2g} % other classes"
     if meaning.get("kind") == "normals":
-        cosine = (before * after).sum(axis=-1)
-        angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
-        return f"{angle.mean():.2g} degrees"
+        return f"{_degrees(before, after).mean():.2g} degrees"
     if meaning.get("kind") == "depth":
         change = np.abs(before - after).mean()
         return f"{change:.2g} {meaning.get('units', '')}".strip()
     return ""
+
+
+def _classes(answers: np.ndarray) -> np.ndarray:
+    """The classes: what is given in numbers or words, or that with the best score."""
+    return answers if answers.dtype.kind in "biuOSU" else answers.argmax(axis=-1)
+
+
+def _degrees(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The angles between vectors of any length; a right one from or to none."""
+    before, after = before.astype("float64"), after.astype("float64")
+    lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+    cosine = (before * after).sum(axis=-1) / np.where(lengths > 0, lengths, 1)
+    cosine[(before == after).all(axis=-1)] = 1
+    return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
 
 def _run(function: Callable[..., Any], inputs: Arrays) -> Arrays:
@@ -101,8 +113,8 @@ def _answers(
     before, after = both
     return {
         name: (
-            np.concatenate([batch[name] for batch in before]),
-            np.concatenate([batch[name] for batch in after]),
+            np.concatenate([np.atleast_1d(batch[name]) for batch in before]),
+            np.concatenate([np.atleast_1d(batch[name]) for batch in after]),
         )
         for name in before[0]
     }

@@ -109,12 +109,29 @@ def test_changed_answers_are_counted_by_what_they_mean():
     x, y = np.eye(3)[[0, 0]], np.eye(3)[[0, 1]]
     assert changed_answers(x, y, {"kind": "normals"}) == "45 degrees"
     far = {"kind": "depth", "units": "metres"}
+    assert changed_answers(3 * x, y / 2, {"kind": "normals"}) == "45 degrees"
+    assert changed_answers(x / 3, x / 3, {"kind": "normals"}) == "0 degrees"
+    gone = np.array([[0.0, 0, 0], [0, 0, 0]])
+    assert changed_answers(gone, gone, {"kind": "normals"}) == "0 degrees"
+    assert changed_answers(gone, x, {"kind": "normals"}) == "90 degrees"
     assert changed_answers(2 * x, 2 * y, far) == "0.67 metres"
     assert changed_answers(x, y, {"kind": "text"}) == ""
     assert changed_answers(x, y, {}) == ""
 
 
 @pytest.mark.parametrize(
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", object])
+def test_changed_classes_are_counted_where_their_numbers_are_given(dtype):
+    before = np.array([[[0, 1], [1, 1]], [[1, 0], [0, 0]]]).astype(dtype)
+    classes = {"kind": "classes"}
+    assert changed_answers(before, before, classes) == "0 % other classes"
+    after = before.copy()
+    after[1, 0, 1] = after[0, 0, 0] = 1
+    assert changed_answers(before, after, classes) == "25 % other classes"
+    of_pictures = before.ravel(), after.ravel()
+    assert changed_answers(*of_pictures, classes) == "25 % other classes"
+
+
     ("options", "message"),
     [
         ({"drop_below": 0.1}, "--drop-below measures .* on --images: give a folder"),
