@@ -20,11 +20,12 @@ from export.version import recorded
 from export.version.recorded import Arrays
 from export.version.signatures import Signature, signatures
 from export.version.timing import batch_of, interleaved
-from keras_cross_stitch import CrossStitch, export_saved_model
+from keras_cross_stitch import NDDR, CrossStitch, export_saved_model
 
 BATCHES = (1, 8, 32)
 _ALL = "serving_default"
 _UNSTITCHED = "unstitched"
+_UNITS = (CrossStitch, NDDR)  # of which `stitch` puts one at each tap
 _SECONDS = 60  # for an answer of a server
 
 
@@ -138,9 +139,15 @@ def unstitched(model: keras.Model) -> keras.Model:
     """The same towers in one model, without the units between them."""
 
     def call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if isinstance(layer, CrossStitch) else layer(*args, **kwargs)
+        return args[0] if isinstance(layer, _UNITS) else layer(*args, **kwargs)
 
     return keras.models.clone_model(
+    if not any(isinstance(layer, _UNITS) for layer in model.layers):
+        raise ValueError(
+            "--model compares with the towers without their units, and is for a model "
+            "with CrossStitch or NDDR layers of its own. Its layers: "
+            f"{[layer.name for layer in model.layers]}"
+        )
         model, clone_function=lambda layer: layer, call_function=call
     )
 

@@ -8,7 +8,8 @@ from export.preview.loaded_version import Limits
 from export.preview.served_model import ServedModel
 from export.version import timing
 from export.version.signatures import signatures
-from tests.export.conftest import running
+from keras_cross_stitch import NDDR, stitch
+from tests.export.conftest import running, tower
 
 TASKS = {"kind", "age", "normals"}
 
@@ -74,6 +75,22 @@ def test_unstitched_towers_are_the_same_without_units(model, images):
     np.testing.assert_allclose(
         plain.predict(images, verbose=0)["age"], expected, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("options", [{"unit": NDDR}, {"project": True}])
+def test_units_of_each_kind_are_left_out(options, images):
+    towers = {"kind": tower(5), "age": tower(1)}
+    plain = bench.unstitched(stitch(towers, at=["conv1", "conv2"], **options))
+    answers = plain.predict(images, verbose=0)
+    for task, alone in towers.items():
+        expected = alone.predict(images, verbose=0)
+        np.testing.assert_allclose(answers[task], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_units_is_an_error():
+    plain = stitch({"kind": tower(5), "age": tower(1)}, at=[])
+    with pytest.raises(ValueError, match=r"CrossStitch or NDDR .* Its layers: \['im"):
+        bench.unstitched(plain)
 
 
 @pytest.mark.parametrize("way", ["gRPC", "REST"])
