@@ -61,7 +61,7 @@ def export_saved_model(
             With `from_jpeg` it is rounded to whole pixel values. Inputs of text need
             a sample. Defaults to random input, the same in every export: whole
             numbers up to 255 for floats; 0 and 1 for integers, and for floats if the
-            model refuses larger ones.
+            model refuses larger ones or gives NaN for them.
         finish: Optional function of the version's folder and of the inputs that it
             was compared on, `{name in the signatures: array}`. It is called before
             the version gets its name, and may add files to `assets.extra/`. If it
@@ -478,7 +478,8 @@ def _check_equal(
                 f"Signature '{signature}' of the exported model gives another "
                 f"'{name}' than the model: {difference}. Nothing was written. Look for "
                 "a layer that is random or keeps a state when it predicts, and for NaN "
-                "weights"
+                "weights; or give inputs that the model was made for as `sample=` "
+                "(`--images`)"
             )
 
 

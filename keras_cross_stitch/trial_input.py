@@ -28,16 +28,34 @@ def first_accepted_input(
         sides = SIDES if unknown else SIDES[:1]
         # A float input may feed an Embedding; only 0 and 1 are always valid.
         trials = (_drawn(model, *x) for x in itertools.product((256, 2), sides))
+    ran: list[tuple[Any, dict[str, Any]]] = []
+    drawn = inputs is None
     for trial in trials:
         inputs = trial if inputs is None else inputs
         with contextlib.suppress(tf.errors.OpError):
-            return trial, run(trial)
+            ran.append((trial, run(trial)))
+            # Large numbers may overflow in a sound model; so it is tried with others.
+            if not drawn or not _has_nan(ran[-1][1]):
+                return ran[-1]
+    if ran:
+        return ran[0]
     # The error of a graph names no layer, that of Keras does.
     with layer_named(
         "does not accept the input to compare the models on; give inputs that it "
         "accepts as `sample=`"
     ):
         return inputs, model(inputs, training=False)
+
+
+def _has_nan(outputs: dict[str, Any]) -> bool:
+    import tensorflow as tf
+
+    return any(
+        isinstance(x, tf.Tensor)
+        and x.dtype.is_floating
+        and bool(tf.reduce_any(tf.math.is_nan(x)))
+        for x in keras.tree.flatten(outputs)
+    )
 
 
 def from_sample(sample: Any, model: keras.Model, from_jpeg: bool) -> Any:

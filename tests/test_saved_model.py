@@ -538,7 +538,8 @@ def test_a_signature_that_differs_is_an_error(model, tmp_path, monkeypatch, sign
 def test_a_model_that_gives_nan_is_an_error(tmp_path):
     model = two_tasks()
     model.get_layer("age_score").bias.assign([np.nan])
-    with pytest.raises(RuntimeError, match=r"'age'.* differ by nan.* NaN weights"):
+    message = r"'age'.* differ by nan.* NaN weights; or give .* `sample=` \(`--images`"
+    with pytest.raises(RuntimeError, match=message):
         export_saved_model(model, tmp_path)
 
 
@@ -589,6 +590,23 @@ class AboveAThousand(layers.Layer):
     def call(self, x):
         with tf.control_dependencies([tf.debugging.assert_greater(x, 1000.0)]):
             return x + 1
+
+
+@pytest.mark.parametrize("size", [8, None])
+def test_a_model_that_overflows_on_large_numbers_is_exported(tmp_path, size):
+    """Drawn input is of any size; a given sample is compared on as it is."""
+    x = keras.Input((size, 3), name="x")
+    exponential = layers.Activation("exponential")(x)
+    outputs = {"a": layers.UnitNormalization()(exponential)}
+    outputs["kind"] = keras.ops.argmax(x, axis=-1)
+    model = keras.Model(x, outputs)
+    loaded = tf.saved_model.load(str(export_saved_model(model, tmp_path)))
+    given = tf.random.uniform((4, 8, 3))
+    expected = model(given)["a"]
+    np.testing.assert_allclose(loaded.signatures["a"](x=given)["a"], expected, 1e-3)
+    sample = np.full((1, 8, 3), 200, "float32")
+    with pytest.raises(RuntimeError, match="differ by nan"):
+        export_saved_model(model, tmp_path, sample=sample)
 
 
 def vectorization():
