@@ -5,6 +5,7 @@ the library runs on the other backends without it.
 """
 
 import contextlib
+import keyword
 import logging
 import os
 import pathlib
@@ -74,9 +75,10 @@ def export_saved_model(
 
     Signatures:
         `<task>`: from the model's inputs, by their names (`_` for what is not a
-            letter or digit), with any batch size, to the task's output under the
-            task's name, or to those of its dict under their keys. All inputs are
-            dense tensors and must be given, optional ones too.
+            letter or digit; `arg_` before a name that begins with no letter, or
+            that Python has for itself, such as `in`), with any batch size, to the
+            task's output under the task's name, or to those of its dict under their
+            keys. All inputs are dense tensors and must be given, optional ones too.
         `serving_default`: the same for all tasks; the outputs of a task with a dict
             are named `<task>_<key>`.
         `<task>_from_jpeg`: from `image_bytes` `(N,)`, JPEG or PNG files as strings.
@@ -166,12 +168,6 @@ def _check_model(model: keras.Model) -> None:
     _check_unique("outputs in the signature 'serving_default'", names)
     inputs = [_served_name(x) for x in model.inputs]
     _check_unique("inputs in the signatures", inputs)
-    if "self" in inputs:  # signatures are called with inputs by their names
-        raise ValueError(
-            "An input may have any name but `self`, which Python has for itself: give "
-            "the `keras.Input` another, build the model anew and copy the weights. "
-            f"Received: {inputs}"
-        )
     _check_stateless(model)
 
 
@@ -287,7 +283,9 @@ def _signatures(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _served_name(x: Any) -> str:
     # What TensorFlow makes of an input's name, or should: it refuses some.
     name = re.sub(r"\W", "_", x.name, flags=re.ASCII)
-    return name if name[0].isalpha() else f"arg_{name}"
+    # Signatures are functions of Python, which has no arguments of some names.
+    is_argument = name[0].isalpha() and not keyword.iskeyword(name) and name != "self"
+    return name if is_argument else f"arg_{name}"
 
 
 def _specs(model: keras.Model) -> Any:
