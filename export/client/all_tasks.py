@@ -4,7 +4,14 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from .protocol import IMAGES
+
 SIGNATURE = "from_jpeg"  # of encoded images, beside each task's
+
+
+def takes_files(signature: str) -> bool:
+    """Whether a signature is one of encoded images, by its name."""
+    return signature == SIGNATURE or signature.endswith(IMAGES)
 
 
 def of_task(

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from export import NAME
-from export.client import Client, ServingError
+from export.client import Client, ServingError, all_tasks
 from export.make.inputs import load_model
 from export.version import recorded
 from export.version.recorded import Arrays
@@ -85,7 +85,7 @@ def bench(
     given = {
         signature: inputs
         for signature, inputs, _ in recorded.read(version / recorded.RECORDED)
-        if "image_bytes" not in inputs
+        if not _are_files(signature, inputs)
     }
     ways: dict[str, Callable[[str, Arrays], Arrays]] = {
         "in process": _in_process(version)
@@ -124,6 +124,11 @@ def bench(
     return Report(rows, together, stitched, costs, left_out)
 
 
+def _are_files(signature: str, inputs: Arrays) -> bool:
+    strings = all(array.dtype == object for array in inputs.values())
+    return all_tasks.takes_files(signature) and strings
+
+
 def _too_large(call: Callable[[], Any]) -> str:
     """Why a server refuses what is too large for it; empty where it answers."""
     try:
@@ -137,17 +142,17 @@ def _too_large(call: Callable[[], Any]) -> str:
 
 def unstitched(model: keras.Model) -> keras.Model:
     """The same towers in one model, without the units between them."""
-
-    def call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if isinstance(layer, _UNITS) else layer(*args, **kwargs)
-
-    return keras.models.clone_model(
     if not any(isinstance(layer, _UNITS) for layer in model.layers):
         raise ValueError(
             "--model compares with the towers without their units, and is for a model "
             "with CrossStitch or NDDR layers of its own. Its layers: "
             f"{[layer.name for layer in model.layers]}"
         )
+
+    def call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if isinstance(layer, _UNITS) else layer(*args, **kwargs)
+
+    return keras.models.clone_model(
         model, clone_function=lambda layer: layer, call_function=call
     )
 

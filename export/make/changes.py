@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from export.meanings import Meaning, Meanings
-from export.version.recorded import Arrays, relative_difference
+from export.version.recorded import Arrays, relative_difference, takes
 from export.version.signatures import Signature, signatures
 from export.version.timing import batch_of, interleaved
 
@@ -45,9 +45,9 @@ def changes(
     batch = batch_of(inputs, BATCH)
     found = {}
     for name in costs[0]:
-        if set(costs[0][name].inputs) != set(inputs):
-            continue  # takes files, and runs the same after them
         old, new = (model.signatures[name] for model in loaded)
+        if not takes(old, inputs):
+            continue  # takes files, and runs the same after them
         calls = {
             "before": functools.partial(_run, old, batch),
             "after": functools.partial(_run, new, batch),

@@ -14,6 +14,7 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from export import meanings
+from export.client import all_tasks, regions
 from export.client.protocol import (
     CODES,
     ServingError,
@@ -149,9 +150,8 @@ class LoadedVersion:
             )
         if len(set(only)) < len(only):
             raise ServingError(INVALID, f"Outputs are asked for twice: {[*only]}")
-        if arrays.keys() == {"image_bytes"}:
-            for images in arrays.values():
-                check_images(images, self._limits.pixels)
+        files = _files(signature, arrays)
+        check_images(files, self._limits.pixels)
         size = max((len(array) for array in arrays.values() if array.ndim), default=0)
         answer = _least_bytes([infos.outputs[x] for x in only or infos.outputs], size)
         if answer > self._limits.answer_bytes:
@@ -174,8 +174,15 @@ class LoadedVersion:
                 return _in_parts(run, arrays)
             return run(arrays)
         except tf.errors.OpError as error:
-            _check_whole(arrays.get("image_bytes", ()))
+            _check_whole(files)
             raise ServingError(CODES[error.error_code], error.message) from error
+
+
+def _files(signature: str, arrays: Mapping[str, np.ndarray]) -> list[bytes]:
+    """The JPEG or PNG files in a request; a model's own input may have their name."""
+    if not all_tasks.takes_files(signature):
+        return []
+    return [file for x in arrays.values() if x.dtype == object for file in x.flat]
 
 
 def _in_parts(

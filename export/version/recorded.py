@@ -152,12 +152,18 @@ def _first(inputs: Mapping[str, Any], examples: int) -> Arrays:
 
 def _given(function: Any, inputs: Arrays) -> Arrays:
     """The inputs as the signature takes them: as they are, or as files."""
-    _, specs = function.structured_input_signature
-    if set(specs) == set(inputs):
+    if takes(function, inputs):
         return inputs
     (images,) = inputs.values()
     files = [tf.io.encode_png(_as_pixels(image)).numpy() for image in images]
     return {"image_bytes": np.array(files, dtype=object)}
+
+
+def takes(function: Any, inputs: Arrays) -> bool:
+    """Whether a signature takes these arrays, and not files of them."""
+    _, specs = function.structured_input_signature
+    taken = {name: spec.dtype for name, spec in specs.items()}
+    return taken == {name: tf.as_dtype(x.dtype) for name, x in inputs.items()}
 
 
 def _as_pixels(image: np.ndarray) -> np.ndarray:

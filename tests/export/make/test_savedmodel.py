@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from export.inspect.bench import bench
 from export.make.changes import changed_answers
 from export.make.savedmodel import export
 from export.version import recorded
@@ -108,18 +109,17 @@ def test_changed_answers_are_counted_by_what_they_mean():
     assert metric == "25 % other classes"
     x, y = np.eye(3)[[0, 0]], np.eye(3)[[0, 1]]
     assert changed_answers(x, y, {"kind": "normals"}) == "45 degrees"
-    far = {"kind": "depth", "units": "metres"}
     assert changed_answers(3 * x, y / 2, {"kind": "normals"}) == "45 degrees"
     assert changed_answers(x / 3, x / 3, {"kind": "normals"}) == "0 degrees"
     gone = np.array([[0.0, 0, 0], [0, 0, 0]])
     assert changed_answers(gone, gone, {"kind": "normals"}) == "0 degrees"
     assert changed_answers(gone, x, {"kind": "normals"}) == "90 degrees"
+    far = {"kind": "depth", "units": "metres"}
     assert changed_answers(2 * x, 2 * y, far) == "0.67 metres"
     assert changed_answers(x, y, {"kind": "text"}) == ""
     assert changed_answers(x, y, {}) == ""
 
 
-@pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", object])
 def test_changed_classes_are_counted_where_their_numbers_are_given(dtype):
     before = np.array([[[0, 1], [1, 1]], [[1, 0], [0, 0]]]).astype(dtype)
@@ -132,6 +132,7 @@ def test_changed_classes_are_counted_where_their_numbers_are_given(dtype):
     assert changed_answers(*of_pictures, classes) == "25 % other classes"
 
 
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"drop_below": 0.1}, "--drop-below measures .* on --images: give a folder"),
@@ -154,6 +155,26 @@ def test_a_model_of_regions_is_compared_input_by_input(
         region_model_file, tmp_path, images=shapes_folder, dtype="bfloat16"
     )
     assert changes.keys() == {"serving_default", "detection", "attributes"}
+
+
+def test_an_image_may_have_the_name_of_files(tmp_path):
+    image = keras.Input((8, 8, 3), name="image_bytes")
+    x = keras.layers.Flatten()(keras.layers.Conv2D(2, 3)(image))
+    outputs = {"a": keras.layers.Dense(2)(x), "largest": keras.ops.max(x)}
+    keras.Model(image, outputs).save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", np.full((17, 8, 8, 3), 7, "float32"))
+    version, _, changes = export(
+        tmp_path / "model.keras",
+        tmp_path / "served",
+        from_jpeg=True,
+        images=tmp_path / "x.npy",
+        dtype="bfloat16",
+    )
+    assert changes.keys() == {"serving_default", "a", "largest"}
+    differences = recorded.differences(version, "tensorflow")
+    assert differences["a"] == differences["a_from_jpeg"] == {"a": 0}
+    timed = bench(version, rounds=2, batches=(1,)).rows
+    assert {row.signature for row in timed} == changes.keys()
 
 
 def test_a_report_that_fails_publishes_nothing(

@@ -10,13 +10,16 @@ import socket
 
 import grpc
 import httpx
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from export.preview import server
+from export.preview.loaded_version import Limits, LoadedVersion
 from export.preview.served_model import ServedModel
+from keras_cross_stitch import export_saved_model
 from tests.export.conftest import running
 
 # One process runs all that share the server.
@@ -311,6 +314,16 @@ def test_equal_outputs_in_a_filter_are_refused(stub):
     with pytest.raises(grpc.RpcError) as raised:
         stub.Predict(request)
     assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("signature", ["float32", "odd_from_jpeg"])
+def test_an_array_may_have_the_name_of_files(tmp_path, signature):
+    image = keras.Input((4, 4, 3), name="image_bytes")
+    model = keras.Model(image, {signature: keras.layers.Flatten()(image)})
+    version = LoadedVersion(export_saved_model(model, tmp_path), Limits(pixels=1))
+    x = np.ones((1, 4, 4, 3), "float32")
+    answer = version.predict(signature, {"image_bytes": x})
+    np.testing.assert_array_equal(answer[signature], x.reshape(1, -1))
 
 
 def test_an_answer_on_a_kept_connection_does_not_wait_for_acknowledgments():
