@@ -129,6 +129,10 @@ class ServedModel:
         self._check_name(spec)
         number = self._latest
         if spec.HasField("version"):
+        if not spec.name:
+            raise ServingError(
+                grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified."
+            )
             number = spec.version.value
         elif spec.HasField("version_label"):
             if spec.version_label not in self._labels:

@@ -63,6 +63,7 @@ def _answers(method: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
+            _check_spec(request)
             if method.__name__ == "Predict":
                 return await self.work.run(method, self, request)
             return method(self, request)  # at once: status waits for no prediction
@@ -74,6 +75,12 @@ def _answers(method: Callable[[Any, Any], Any]) -> Callable[..., Any]:
             await context.abort(grpc.StatusCode.INTERNAL, message)
 
     return answer
+
+
+def _check_spec(request: Any) -> None:
+    names = request.DESCRIPTOR.fields_by_name
+    if "model_spec" in names and not request.HasField("model_spec"):
+        raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -100,7 +107,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
     ) -> Any:
-        if list(request.metadata_field) != ["signature_def"]:
+        if set(request.metadata_field) != {"signature_def"}:
             raise ServingError(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "metadata_field must be 'signature_def'. Received: "

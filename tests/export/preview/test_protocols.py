@@ -324,6 +324,31 @@ def test_metadata_needs_a_field_that_there_is(stub):
     code, details = refused(stub.GetModelMetadata, request)
     assert code == "INVALID_ARGUMENT"
     assert "must be 'signature_def'. Received: ['x']" in details
+    request.metadata_field[:] = ["signature_def", "signature_def"]
+    assert stub.GetModelMetadata(request).metadata.keys() == {"signature_def"}
+
+
+def test_a_request_says_which_model_it_is_for(stub, channel):
+    status = model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus
+    nameless = "INVALID_ARGUMENT", "ModelSpec has no name specified."
+    for call, request, code in (
+        (stub.Predict, predict_pb2.PredictRequest(), nameless),
+        (
+            stub.GetModelMetadata,
+            get_model_metadata_pb2.GetModelMetadataRequest(
+                metadata_field=["signature_def"]
+            ),
+            nameless,
+        ),
+        (
+            status,
+            get_model_status_pb2.GetModelStatusRequest(),
+            ("NOT_FOUND", "Model '' not found: this server has 'cross_stitch'"),
+        ),
+    ):
+        assert refused(call, request) == ("INVALID_ARGUMENT", "Missing ModelSpec")
+        request.model_spec.version.value = 1
+        assert refused(call, request) == code
 
 
 def test_the_status_of_one_version(channel):
