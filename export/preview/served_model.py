@@ -17,7 +17,7 @@ from tensorflow_serving.apis import (
 
 from export.client.protocol import ServingError
 from export.preview.loaded_version import Limits, LoadedVersion
-from keras_cross_stitch.versions import is_number, versions
+from keras_cross_stitch.versions import is_complete, is_number, versions
 
 State = get_model_status_pb2.ModelVersionStatus
 
@@ -62,10 +62,13 @@ class ServedModel:
         self._broken: dict[int, list] = {}  # files of versions that did not load
         self._lock = threading.Lock()
         self._loaded: dict[int, LoadedVersion] = {}
-        self._latest = 0  # of those loaded
+        self._latest = -1  # of those loaded; none yet
         self.refresh()
-        if not self._latest:
+        if self._latest < 0:
             why = [x.status.error_message for x in reversed(self._states.values())]
+            if is_complete(directory):
+                above = self._directory.resolve().parent
+                why = [f"It is a version itself: give the folder above, '{above}'"]
             raise ValueError(
                 f"'{directory}' must hold versions, folders that are named 1, 2, ... "
                 f"and hold a SavedModel. {why[0] if why else 'None is there'}"
@@ -126,13 +129,13 @@ class ServedModel:
 
     def find(self, spec: model_pb2.ModelSpec) -> LoadedVersion:
         """The version that a ModelSpec asks for."""
-        self._check_name(spec)
-        number = self._latest
-        if spec.HasField("version"):
         if not spec.name:
             raise ServingError(
                 grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified."
             )
+        self._check_name(spec)
+        number = self._latest
+        if spec.HasField("version"):
             number = spec.version.value
         elif spec.HasField("version_label"):
             if spec.version_label not in self._labels:

@@ -162,6 +162,25 @@ def test_a_folder_without_a_good_version_is_an_error(folder, damage):
         ServedModel("m", directory)
 
 
+def test_a_version_is_no_folder_of_versions(folder):
+    directory, _ = folder
+    message = rf"It is a version itself: give the folder above, '{directory}'$"
+    with pytest.raises(ValueError, match=message):
+        ServedModel("m", directory / "1")
+
+
+def test_version_0_is_served(folder):
+    directory, add = folder
+    add(0)
+    shutil.rmtree(directory / "1")
+    model = ServedModel("m", directory, {"stable": 0})
+    assert served_by(model) == labelled(model, "stable") == 0
+    assert state(model, 0) == ("AVAILABLE", "")
+    add(1)
+    model.refresh()
+    assert served_by(model) == 1
+
+
 def labelled(model, label):
     return model.find(model_pb2.ModelSpec(name="m", version_label=label)).number
 
