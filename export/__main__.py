@@ -228,17 +228,19 @@ def serve(
 
         labels = _labels(label or [], versions(directory))
         tell = functools.partial(console.print, highlight=False, soft_wrap=True)
-        model = ServedModel(name, directory, labels, tell=tell)
+        # Before the model is loaded, which may take minutes.
         port, listening = server.listen(port, rest_port)
-        rest_port = listening.getsockname()[1]
-    tell(
-        f"Preview server, for development only; Ctrl+C ends it.\n"
-        f"gRPC  127.0.0.1:{port}, model '{name}'\n"
-        f"REST  http://127.0.0.1:{rest_port}/v1/models/{name}\n"
-        f"Page  http://127.0.0.1:{rest_port}/"
-    )
-    # Until SIGTERM or Ctrl+C; what is under way is answered first.
     with listening:
+        with _errors_in_a_line():
+            model = ServedModel(name, directory, labels, tell=tell)
+        rest_port = listening.getsockname()[1]
+        tell(
+            f"Preview server, for development only; Ctrl+C ends it.\n"
+            f"gRPC  127.0.0.1:{port}, model '{name}'\n"
+            f"REST  http://127.0.0.1:{rest_port}/v1/models/{name}\n"
+            f"Page  http://127.0.0.1:{rest_port}/"
+        )
+        # Until SIGTERM or Ctrl+C; what is under way is answered first.
         server.server(model, port).run(sockets=[listening])
 
 

@@ -195,8 +195,13 @@ def server(model: ServedModel, port: int) -> uvicorn.Server:
 def listen(port: int, rest_port: int) -> tuple[int, socket.socket]:
     """The port for gRPC, and the socket for REST; port 0 is any that is free.
 
-    A ValueError where one of them is taken.
+    A ValueError where one of them is taken, or both are one. Who connects to the socket
+    waits until the server runs.
     """
+    if port and port == rest_port:
+        raise ValueError(
+            f"--port, of gRPC, and --rest-port must differ. Received: {port} for both"
+        )
     # Both at once, so that they differ. gRPC would only say that it could not start.
     with _listening(port) as probe:
         listening = _listening(rest_port)

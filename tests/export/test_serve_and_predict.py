@@ -160,25 +160,66 @@ def test_what_predict_cannot_do_is_told_in_a_line(picture, grpc_address, tmp_pat
     in_one_line(run("predict", path, *at), message, code=1)
 
 
-def test_what_serve_cannot_do_is_told_in_a_line(served, server, tmp_path, free_port):
+def test_what_serve_cannot_do_is_told_in_a_line(
+    served, server, tmp_path, free_port, monkeypatch
+):
     free_port = free_port()
-    in_one_line(run("serve", tmp_path), "must hold versions")
-    in_one_line(run("serve", tmp_path / "none"), "must hold versions")
+    any_ports = ("--port", 0, "--rest-port", 0)
+    in_one_line(run("serve", tmp_path, *any_ports), "must hold versions")
+    in_one_line(run("serve", tmp_path / "none", *any_ports), "must hold versions")
     label = ("--label", "stable")
     in_one_line(run("serve", served.directory, *label), "--label must be LABEL=VERSION")
     label = ("--label", "stable=9", "--port", server[0])  # taken: it never serves
     message = f"There are: {', '.join(map(str, sorted(served.models)))}. Received: sta"
     in_one_line(run("serve", served.directory, *label), message)
+    label = ("--label", "stable=9", *any_ports)
     in_one_line(run("serve", tmp_path, *label), "must hold versions")
-    in_one_line(run("serve", served.directory, "--name", "a/b"), "any but those with")
+    name = ("--name", "a/b", *any_ports)
+    in_one_line(run("serve", served.directory, *name), "any but those with")
+    monkeypatch.setattr(
+        "export.preview.served_model.LoadedVersion",
+        lambda *_: pytest.fail("a model is loaded before its server has ports"),
+    )
     for ports in (
         ("--port", server[0]),
         ("--port", 0, "--rest-port", server[1]),
-        ("--port", free_port, "--rest-port", free_port),
         ("--port", 70_000),
     ):
         result = run("serve", served.directory, *ports)
         in_one_line(result, "cannot be used: ")
+    ports = ("--port", free_port, "--rest-port", free_port)
+    message = f"--rest-port must differ. Received: {free_port} for both"
+    in_one_line(run("serve", served.directory, *ports), message)
+
+
+def test_who_asks_before_the_model_is_loaded_is_answered_by_it_after(
+    served, free_port, monkeypatch
+):
+    """Over REST; over gRPC nobody is there until then."""
+    grpc_port, rest_port = free_port(), free_port()
+    asked, answered = [], []
+
+    def ask():
+        url = f"http://127.0.0.1:{rest_port}/v1/models/cross_stitch"
+        try:
+            answered.append(httpx.get(url, timeout=60))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl+C ends it
+
+    class Slow(LoadedVersion):
+        def __init__(self, *arguments):
+            asked.append(threading.Thread(target=ask))
+            asked[0].start()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", grpc_port))
+            super().__init__(*arguments)
+            assert not answered
+
+    monkeypatch.setattr("export.preview.served_model.LoadedVersion", Slow)
+    run("serve", served.directory, "--port", grpc_port, "--rest-port", rest_port)
+    asked[0].join()
+    (state,) = answered[0].json()["model_version_status"]
+    assert state["state"] == "AVAILABLE"
 
 
 @pytest.fixture
