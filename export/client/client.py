@@ -221,7 +221,8 @@ class Client:
                     raise ServingError(
                         grpc.StatusCode.FAILED_PRECONDITION,
                         f"'{name}' has no batch axis, so that the answers to parts of "
-                        f"{self.batch} examples cannot be joined: give `batch`",
+                        f"{self.batch} examples cannot be joined: ask at once, by "
+                        f"`Client(..., batch={count})`",
                     )
             first, last = (
                 {name: array.shape[1:] for name, array in answer.items()}
