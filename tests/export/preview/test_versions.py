@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,6 +12,7 @@ from tensorflow_serving.apis import model_pb2, prediction_log_pb2
 from export.client import ServingError
 from export.preview import rest
 from export.preview.served_model import ServedModel, State
+from keras_cross_stitch import export_saved_model
 
 # One process runs all that share the server.
 pytestmark = pytest.mark.xdist_group("serving")
@@ -275,3 +277,23 @@ def test_pictures_for_a_model_that_takes_none_are_told_how_to_export_it(folder):
     message = "with --from-jpeg, or by `export_saved_model.*from_jpeg=True"
     with pytest.raises(ServingError, match=message):
         rest._drawn(version)
+
+
+def test_the_page_shows_text_and_one_answer_for_all_examples_too(tmp_path, served):
+    image = keras.Input((8, 8, 3), name="image")
+    mean = keras.layers.GlobalAveragePooling2D()(image)
+    names = keras.layers.StringLookup(vocabulary=["café"], invert=True)
+    outputs = {
+        "name": names(keras.ops.cast(0 * mean[:, 0] + 1, "int64")),
+        "brightest": keras.ops.max(0 * mean + 7),
+        "bright": mean[:, 0] < 0,
+    }
+    model = keras.Model(image, outputs)
+    export_saved_model(model, tmp_path, from_jpeg=True)
+    body = rest._draw(ServedModel("m", tmp_path), served.png(served.pictures()[0])).body
+    rows = {x["task"]: x["rows"] for x in json.loads(body)["answers"]}
+    assert rows == {
+        "name": [["name", "café"]],
+        "brightest": [["brightest", "7"]],
+        "bright": [["bright", "False"]],
+    }
