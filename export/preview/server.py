@@ -63,7 +63,6 @@ def _answers(method: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            _check_spec(request)
             if method.__name__ == "Predict":
                 return await self.work.run(method, self, request)
             return method(self, request)  # at once: status waits for no prediction
@@ -78,8 +77,7 @@ def _answers(method: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def _check_spec(request: Any) -> None:
-    names = request.DESCRIPTOR.fields_by_name
-    if "model_spec" in names and not request.HasField("model_spec"):
+    if not request.HasField("model_spec"):
         raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, "Missing ModelSpec")
 
 
@@ -92,6 +90,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     @_answers
     def Predict(self, request: predict_pb2.PredictRequest) -> Any:
+        _check_spec(request)
         version = self.model.find(request.model_spec)
         signature = request.model_spec.signature_name or "serving_default"
         arrays = version.arrays(signature, request.inputs)
@@ -107,6 +106,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
     ) -> Any:
+        _check_spec(request)
         if set(request.metadata_field) != {"signature_def"}:
             raise ServingError(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -132,6 +132,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     def GetModelStatus(
         self, request: get_model_status_pb2.GetModelStatusRequest
     ) -> Any:
+        _check_spec(request)
         return self.model.status(request.model_spec)
 
     @_answers
