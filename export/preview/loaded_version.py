@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from export import meanings
-from export.client import all_tasks, regions
+from export.client import all_tasks
 from export.client.protocol import (
     CODES,
     ServingError,
