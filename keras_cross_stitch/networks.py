@@ -145,12 +145,16 @@ def stitch(
     taps = read_taps(at, opened)
     inputs = new_inputs(opened, shared_input)
     tapped = [value for _, tap in taps for value in tap.values()]
-    same = built_once(opened, inputs, tapped, may_be_built_once)
+
+    def may_share(call: Call, other: Call) -> bool:
+        return may_be_built_once(call, other, share_frozen)
+
+    same = built_once(opened, inputs, tapped, may_share)
     if share_frozen:
         for label, tap in taps:
             check_not_shared(label, tap, opened, same)
     same = worth_sharing(same, opened, lambda call: wanted_once(call, share_frozen))
-    warn_of_unlike_draws(opened, same, tapped)
+    warn_of_unlike_draws(opened, same, tapped, share_frozen)
     joined = Joined(opened, inputs, same)
     for n, (label, tap) in enumerate(taps):
         for task, value in tap.items():
@@ -234,7 +238,8 @@ def split(
     def may_share(call: Call, other: Call) -> bool:
         if call not in own and other not in own:
             return alike(call.layer, other.layer)
-        return call in own and other in own and may_be_built_once(call, other)
+        both = call in own and other in own
+        return both and may_be_built_once(call, other, share_frozen)
 
     same = built_once(opened, inputs, [], may_share)
     _check_alike_below(opened, own, same)

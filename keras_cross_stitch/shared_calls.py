@@ -85,8 +85,15 @@ def wanted_once(call: Call, share_frozen: bool) -> bool:
     return is_random(call.layer) or (share_frozen and has_weights)
 
 
-def may_be_built_once(call: Call, other: Call) -> bool:
+def may_be_built_once(call: Call, other: Call, share_frozen: bool) -> bool:
+    if not share_frozen and _may_be_unfrozen(call.layer):
+        return False
     return frozen_alike(call.layer, other.layer)
+
+
+def _may_be_unfrozen(layer: Any) -> bool:
+    """Whether it has weights that training changes once it is no more frozen."""
+    return bool(getattr(layer, "weights", None)) and not hasattr(layer, "adapt")
 
 
 def _read_the_same(reads: list[tuple], others: list[tuple]) -> bool:
@@ -136,13 +143,19 @@ def weights_named(call: Call) -> Iterator[None]:
 
 
 def warn_of_unlike_draws(
-    towers: Mapping[str, Tower], same: dict[Call, Call], taps: Collection[Value]
+    towers: Mapping[str, Tower],
+    same: dict[Call, Call],
+    taps: Collection[Value],
+    share_frozen: bool,
 ) -> None:
     """Warns of random layers that give every task another picture before a tap.
 
-    Only in front of what is trained: the towers' own Dropout is theirs.
+    Only in front of what is trained, or is to be: the towers' own Dropout is theirs.
     """
-    drawn = {task: _own_draws(tower, same, taps) for task, tower in towers.items()}
+    trained = _trained if share_frozen else _may_be_unfrozen
+    drawn = {
+        task: _own_draws(tower, same, taps, trained) for task, tower in towers.items()
+    }
     first, *others = drawn.values()
     alike = all(
         len(first) == len(other)
@@ -162,13 +175,16 @@ def warn_of_unlike_draws(
 
 
 def _own_draws(
-    tower: Tower, same: dict[Call, Call], taps: Collection[Value]
+    tower: Tower,
+    same: dict[Call, Call],
+    taps: Collection[Value],
+    trained: Callable[[Any], bool],
 ) -> list[Call]:
     """The random calls in front of a tap and of all that is trained, built alone."""
     untrained = set(tower.inputs.values())
     for call in tower.calls:
         reads = [x for x in call.reads if isinstance(x, Value)]
-        if untrained.issuperset(reads) and not _trained(call.layer):
+        if untrained.issuperset(reads) and not trained(call.layer):
             untrained.update(call.outputs)
     needed = set(taps)
     found = []

@@ -129,6 +129,50 @@ def test_dropout_behind_what_is_trained_is_each_tower_s_own():
     assert {"a_drop", "b_drop"} <= names(model)
 
 
+def frozen_noisy(outputs):
+    """Frozen up to `act`, with noise on the input and a Dropout behind weights."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), name="features")
+    x = layers.GaussianNoise(0.1, name="noise")(inputs)
+    x = layers.Dense(5, name="trunk", trainable=False)(x)
+    x = layers.Activation("relu", name="act")(layers.Dropout(0.5, name="drop")(x))
+    x = layers.Dense(5, name="hidden")(x)
+    return keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+
+
+@pytest.mark.filterwarnings("error:Random layers:UserWarning")
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_a_trunk_with_dropout_is_each_tower_s_own_if_it_is_to_be_unfrozen(tasks):
+    towers = {f"t{n}": frozen_noisy(n + 1) for n in range(tasks)}
+    each = {f"t{n}_{name}" for n in range(tasks) for name in ("trunk", "drop", "act")}
+
+    model = stitch(towers, ["act"], share_frozen=False)
+    above = split(towers, "trunk", share_frozen=False)
+
+    for joined in (model, above):
+        assert each < names(joined)
+        shared = {name for name in names(joined) if name.startswith("shared")}
+        assert shared == {"shared_noise"}
+    once = {"shared_noise", "shared_trunk", "shared_drop"}
+    assert once < names(stitch(towers, ["hidden"]))
+    assert once < names(split(towers, "trunk"))
+    features = RNG.normal(size=(7, 4)).astype("float32")
+    model = stitch(towers, ["hidden"], share_frozen=False, same_task=1.0)
+    for task, output in model(features).items():
+        np.testing.assert_array_equal(output, towers[task](features))
+
+
+def test_what_is_adapted_in_front_of_augmentation_is_no_trunk_to_unfreeze():
+    def build():
+        norm = layers.Normalization(name="norm", trainable=False)
+        norm.adapt(IMAGES)
+        return tower([norm, *flips()], seed=0, rescale=False)
+
+    model = stitch({"a": build(), "b": build()}, ["conv"], share_frozen=False)
+
+    assert {"shared_norm", "shared_flip", "shared_turn", "a_conv"} <= names(model)
+
+
 # Layers that only look alike
 
 
