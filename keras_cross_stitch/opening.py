@@ -40,6 +40,15 @@ class Call:
         """What it is called with, values and constants, in one list."""
         return keras.tree.flatten((self.args, self.kwargs))
 
+    @property
+    def arguments(self) -> dict:
+        """What it is called with, by parameter, given by name or by place."""
+        parameters = inspect.signature(self.layer.call).parameters.values()
+        names = [x.name for x in parameters if x.kind == x.POSITIONAL_OR_KEYWORD]
+        by_place = enumerate(self.args)
+        given = {names[n] if n < len(names) else n: x for n, x in by_place}
+        return {**given, **self.kwargs}
+
 
 @keras.saving.register_keras_serializable("keras_cross_stitch")
 class InputCast(keras.layers.Layer):

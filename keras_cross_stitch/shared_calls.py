@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_cross_stitch.copying import frozen_alike, is_random, kernels, same_draws
@@ -30,22 +31,20 @@ def built_once(
         Dict of `Call` to the one that is built for it, also of that one to itself.
     """
     same: dict[Call, Call] = {}
-    known: list[tuple] = []  # [(call, what it reads, the numbers of its outputs)]
+    known: list[tuple] = []  # [(call, its arguments, with values by their numbers)]
+    # A number is the value that had it first.
+    of_input = {id(x): Value(x) for of_task in inputs.values() for x in of_task}
     for task, tower in towers.items():
-        numbers: dict[Any, Any] = dict(
-            zip(tower.inputs.values(), inputs[task], strict=True)
-        )
+        new = [of_input[id(x)] for x in inputs[task]]
+        numbers = dict(zip(tower.inputs.values(), new, strict=True))
         free = list(known)
         for call in tower.calls:
-            reads = [
-                (numbers[x], None) if isinstance(x, Value) else (None, x)
-                for x in call.reads
-            ]
+            arguments = _numbered(call.arguments, numbers)
             with named(call):  # comparing reads a layer's config, as copying does
                 twins = [
                     entry
                     for entry in free
-                    if _read_the_same(entry[1], reads) and may_share(entry[0], call)
+                    if _same(entry[1], arguments) and may_share(entry[0], call)
                 ]
             if twins:
                 # Of twin branches, the one of the same name.
@@ -53,10 +52,10 @@ def built_once(
                 free.remove(entry)
                 same[call] = same[entry[0]] = entry[0]
             else:
-                entry = (call, reads, [object() for _ in call.outputs])
+                entry = (call, arguments)
                 known.append(entry)
-            for value, number in zip(call.outputs, entry[2], strict=True):
-                numbers[value] = object() if value in taps else number
+            for value, number in zip(call.outputs, entry[0].outputs, strict=True):
+                numbers[value] = Value(value.spec) if value in taps else number
     return same
 
 
@@ -96,12 +95,21 @@ def _may_be_unfrozen(layer: Any) -> bool:
     return bool(getattr(layer, "weights", None)) and not hasattr(layer, "adapt")
 
 
-def _read_the_same(reads: list[tuple], others: list[tuple]) -> bool:
-    """Whether both are lists of the same (number, None) and equal (None, constant)."""
-    return len(reads) == len(others) and all(
-        a is b and (a is not None or (type(x) is type(y) and np.array_equal(x, y)))
-        for (a, x), (b, y) in zip(reads, others, strict=True)
+def _numbered(arguments: dict, numbers: Mapping[Value, Value]) -> dict:
+    return keras.tree.map_structure(
+        lambda x: numbers[x] if isinstance(x, Value) else x, arguments
     )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether arguments have one structure, with the same numbers and constants."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or (not isinstance(a, Value) and np.array_equal(a, b))
 
 
 @contextlib.contextmanager

@@ -314,6 +314,87 @@ def test_layers_that_add_losses_are_each_built(kind):
     assert {"a_adds", "b_adds"} <= names(model)
 
 
+# Calls that only look alike
+
+
+class Spread(layers.Layer):
+    """Takes numbers by keyword, and tensors in a dict."""
+
+    def call(self, x, low=0.0, high=0.0):
+        if isinstance(x, dict):
+            x = x.get("plus", 0.0) - 2 * x.get("minus", 0.0)
+        return x * (1 + low) - high
+
+
+def attention(*args, **kwargs):
+    return layers.MultiHeadAttention(2, 3, name="one")(*args, **kwargs)
+
+
+def spread(*args, **kwargs):
+    return Spread(name="one")(*args, **kwargs)
+
+
+UNLIKE_CALLS = {
+    "keywords of attention": (
+        lambda x, y: attention(x, x, use_causal_mask=True),
+        lambda x, y: attention(x, x, training=True),
+    ),
+    "key for value": (
+        lambda x, y: attention(x, y, key=x),
+        lambda x, y: attention(x, value=x, key=y),
+    ),
+    "keywords": (lambda x, y: spread(x, low=2.0), lambda x, y: spread(x, high=2.0)),
+    "keys of a dict": (
+        lambda x, y: spread({"plus": x}),
+        lambda x, y: spread({"minus": x}),
+    ),
+}
+
+
+def sequences(read, outputs):
+    """What is read of the input and of its double, then a frozen layer."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((4, 6), name="x")
+    y = layers.Rescaling(2.0, offset=1.0, name="double")(x)
+    x = layers.Dense(5, name="frozen")(read(x, y))
+    tower = keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+    tower.get_layer("one").trainable = tower.get_layer("frozen").trainable = False
+    return tower
+
+
+@pytest.mark.parametrize("reads", UNLIKE_CALLS.values(), ids=UNLIKE_CALLS)
+def test_calls_with_equal_values_by_other_names_are_each_built(reads):
+    of = [sequences(read, n) for n, read in enumerate([*reads, reads[0]], 1)]
+    towers = dict(zip("abc", of, strict=True))
+
+    model = stitch(towers, [], same_task=1.0)
+
+    data = RNG.normal(size=(5, 4, 6)).astype("float32")
+    together = model(data)
+    for task, one in towers.items():
+        np.testing.assert_array_equal(together[task], one(data))
+    assert {"shared_one", "b_one", "shared_frozen", "b_frozen"} <= names(model)
+    with pytest.raises(ValueError, match="'b' has 'one' where the first has 'one'"):
+        split(towers, "score")
+
+
+def test_calls_by_name_and_by_place_are_alike():
+    reads = {
+        "a": lambda x, y: attention(x, y, x, use_causal_mask=True, training=False),
+        "b": lambda x, y: attention(
+            x, training=False, value=y, key=x, use_causal_mask=True
+        ),
+        "c": lambda x, y: attention(
+            query=x, value=y, key=x, use_causal_mask=True, training=False
+        ),
+    }
+    towers = {task: sequences(read, 2) for task, read in reads.items()}
+
+    model = stitch(towers, [])
+
+    assert {"shared_one", "shared_frozen"} <= names(model)
+
+
 # Weights that have nothing to do with each other
 
 
