@@ -283,9 +283,15 @@ def _check_alike_below(
         for task, tower in towers.items()
     }
     for task, calls in below.items():
-        above = {id(call.layer) for call in towers[task].calls if call in own}
+        above = {
+            id(weight)
+            for call in towers[task].calls
+            if call in own
+            for weight in getattr(call.layer, "weights", [])
+        }
         for call in calls:
-            if id(call.layer) in above and getattr(call.layer, "weights", None):
+            weights = getattr(call.layer, "weights", [])
+            if not above.isdisjoint(map(id, weights)):
                 raise ValueError(
                     f"The tower of '{task}' calls its layer '{call.path}' below the "
                     "split and above it, so that it cannot be shared and its own. "

@@ -3,6 +3,7 @@
 Value numbering across towers: calls of equal layers on equal inputs share one result.
 """
 
+import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -66,7 +67,8 @@ def worth_sharing(
 ) -> dict[Call, Call]:
     """Of the calls that give the same, those that are `wanted`, and what leads to them.
 
-    Layers without weights alone are not worth another name.
+    Layers without weights alone are not worth another name. A layer's calls go on
+    sharing all or none, since its weights would come apart.
     """
     kept = set()
     for tower in towers.values():
@@ -75,7 +77,42 @@ def worth_sharing(
             if call in same and (wanted(call) or not needed.isdisjoint(call.outputs)):
                 kept.add(same[call])
                 needed.update(x for x in call.reads if isinstance(x, Value))
-    return {call: first for call, first in same.items() if first in kept}
+    worth = {call: first for call, first in same.items() if first in kept}
+    torn = _torn(worth, towers)
+    if torn:
+        whole = {call: x for call, x in worth.items() if torn.isdisjoint((call, x))}
+        return worth_sharing(whole, towers, wanted)
+    return worth
+
+
+def _torn(same: Mapping[Call, Call], towers: Mapping[str, Tower]) -> set[Call]:
+    """Of the calls that give the same, those that cannot be built once after all.
+
+    They have weights in common with a call that is not, or other weights in common
+    than the call that is built for them, or read what is not built once, or are alone.
+    """
+    shared_by = collections.Counter(same.values())
+    torn = {call for call, first in same.items() if shared_by[first] == 1}
+    for tower in towers.values():
+        apart = [call for call in tower.calls if call not in same]
+        own = {id(x) for call in apart for x in _weights(call)}
+        own |= {id(x) for call in apart for x in call.outputs}
+        partner: dict[int, Any] = {}
+        taken: dict[int, Any] = {}
+        for call in tower.calls:
+            if call in same:
+                pairs = list(zip(_weights(call), _weights(same[call]), strict=True))
+                if (
+                    any(id(x) in own for x in [*_weights(call), *call.reads])
+                    or any(partner.setdefault(id(x), y) is not y for x, y in pairs)
+                    or any(taken.setdefault(id(y), x) is not x for x, y in pairs)
+                ):
+                    torn.add(call)
+    return torn
+
+
+def _weights(call: Call) -> list:
+    return getattr(call.layer, "weights", [])
 
 
 def wanted_once(call: Call, share_frozen: bool) -> bool:

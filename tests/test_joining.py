@@ -246,6 +246,91 @@ def test_a_frozen_encoder_that_is_called_twice_is_built_once():
     assert sorted(shared) == ["shared_encoder_enc", "shared_encoder_norm"]
 
 
+def frozen_tied(outputs, between=True, twice=True):
+    """A frozen encoder, called again behind what is trained, and a frozen trunk."""
+    keras.utils.set_random_seed(0)
+    encoder, *both = (
+        layers.Dense(6, name=name, trainable=False) for name in ("enc", "one", "two")
+    )
+    inputs = keras.Input((6,), name="features")
+    x = layers.Dense(6, name="trunk", trainable=False)(inputs)
+    x = layers.ReLU(name="relu")(x)
+    first, second = (encoder, encoder) if twice else both
+    x = first(x)
+    if between:
+        x = layers.Dense(6, name="mid")(x)
+    x = second(x)
+    x = layers.Dense(6, name="last")(x)
+    tower = keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+    if not twice:
+        tower.get_layer("two").set_weights(tower.get_layer("one").get_weights())
+    return tower
+
+
+def with_weights(model):
+    return {x.name for x in model.layers if x.weights}
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_a_frozen_layer_that_is_not_shared_with_all_its_calls_is_each_tower_s_own(
+    tasks,
+):
+    towers = {f"t{n}": frozen_tied(n + 1) for n in range(tasks)}
+
+    model = stitch(towers, ["mid"], same_task=1.0)
+
+    assert_as_apart(model, towers, DATA)
+    shared = {name for name in with_weights(model) if name.startswith("shared")}
+    assert shared == {"shared_trunk"}
+    encoders = {name for name in with_weights(model) if name.endswith("enc")}
+    assert encoders == {f"t{n}_enc" for n in range(tasks)}
+    assert len(model.get_layer("t0_enc")._inbound_nodes) == 2
+    above = split(towers, "trunk")
+    assert_as_apart(above, towers, DATA)
+    assert {"shared_trunk", "t0_enc", "t1_enc"} <= with_weights(above)
+    whole = {f"t{n}": frozen_tied(n + 1, between=False) for n in range(tasks)}
+    assert {"shared_trunk", "shared_enc"} <= with_weights(stitch(whole, ["last"]))
+
+
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_one_frozen_layer_and_two_equal_ones_are_not_built_once(tied_first):
+    towers = {
+        "a": frozen_tied(1, between=False, twice=tied_first),
+        "b": frozen_tied(2, between=False, twice=not tied_first),
+    }
+    tied, two = towers.values() if tied_first else reversed(towers.values())
+    two.get_layer("one").set_weights(tied.get_layer("enc").get_weights())
+    two.get_layer("two").set_weights(tied.get_layer("enc").get_weights())
+
+    model = stitch(towers, ["last"], same_task=1.0)
+
+    assert_as_apart(model, towers, DATA)
+    t, o = "ab" if tied_first else "ba"
+    assert {"shared_trunk", f"{t}_enc", f"{o}_one", f"{o}_two"} <= with_weights(model)
+
+
+def test_a_frozen_layer_within_another_and_by_itself_stays_one():
+    def build(outputs):
+        keras.utils.set_random_seed(0)
+        wrapped = layers.Dense(6, name="inner", trainable=False)
+        inputs = keras.Input((4, 6), name="features")
+        x = layers.TimeDistributed(wrapped, name="outer")(inputs)
+        x = layers.Dense(6, name="mid")(x)
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(wrapped(x)))
+
+    towers = {"a": build(1), "b": build(2)}
+    for tower in towers.values():
+        tower.get_layer("outer").trainable = False
+    data = RNG.normal(size=(3, 4, 6)).astype("float32")
+
+    model = stitch(towers, ["mid"], same_task=1.0)
+
+    assert_as_apart(model, towers, data)
+    assert model.get_layer("a_outer").layer is model.get_layer("a_inner")
+    with pytest.raises(ValueError, match="'a' calls its layer 'outer' below the split"):
+        split(towers, "inner")
+
+
 def test_a_split_shares_a_layer_with_all_of_its_calls():
     towers = two(siamese)
     model = split(towers, "score")
