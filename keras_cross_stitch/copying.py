@@ -21,6 +21,7 @@ def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
         # Keras warns that a lambda cannot be saved, which is not done here.
         warnings.simplefilter("ignore")
         config = _unbuilt(layer.get_config())
+    config = _with_policies(config, _policies(layer, name))
     held: dict[str, Any] = {}
     config = _with_held(config, layer, held, copies)
     # Of the layers, and of what they hold: regularizers, initializers, constraints.
@@ -37,13 +38,14 @@ def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
             # Keras itself keeps what a layer was constructed with.
             if getattr(layer, "_auto_config", None) is None:
                 raise
-            copy = _from_config(layer, {**layer._auto_config.config, "name": name})
+            config = _with_policies(layer._auto_config.config, _policies(layer, name))
+            copy = _from_config(layer, {**config, "name": name})
     if copy.name != name:
         copy.name = name
     # The config of a layer of one's own may leave it out.
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and copy.dtype_policy.name != policy.name:
-        copy.dtype_policy = policy
+        copy.dtype_policy = _with_policies(policy, _policies(layer, name))
     _build_as(layer, copy)
     return copy
 
@@ -119,6 +121,31 @@ def _unbuilt(config: Any) -> Any:
     if isinstance(config, dict):
         return {k: _unbuilt(x) for k, x in config.items() if k != "build_config"}
     return config
+
+
+def _policies(layer: Any, name: str) -> dict[str, Any]:
+    """{path in a copy of that name: policy}, of what has a map of policies by path."""
+    policies = {}
+    for part in _within(layer):
+        policy = part.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap) and part.path:
+            below = f"{part.path}/".removeprefix(f"{layer.path}/")
+            policies[f"{name}/{below}".rstrip("/")] = policy[part.path]
+    return policies
+
+
+def _with_policies(config: Any, policies: dict[str, Any]) -> Any:
+    """The config, where maps have the copy's paths: by its own it would find none."""
+    kind = keras.dtype_policies.DTypePolicyMap
+    if isinstance(config, kind):
+        return kind(config.default_policy.name, dict(policies))
+    if isinstance(config, list):
+        return [_with_policies(x, policies) for x in config]
+    if not isinstance(config, dict) or not policies:
+        return config
+    if config.get("class_name") == kind.__name__:
+        return kind(config["config"]["default_policy"], dict(policies))
+    return {key: _with_policies(x, policies) for key, x in config.items()}
 
 
 def _with_held(
@@ -213,7 +240,10 @@ def _kind(layer: Any, apart_from: frozenset[str]) -> tuple:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in `copy_layer`
-        return nameless(layer.get_config()), len(_functions(layer))
+        config = nameless(layer.get_config())
+    # A map of policies has them by the layers' names.
+    dtypes = [(x.compute_dtype, x.variable_dtype) for x in _within(layer)]
+    return config, dtypes, len(_functions(layer))
 
 
 def _is_reference(x: list | tuple, key: str) -> bool:

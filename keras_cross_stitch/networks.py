@@ -345,7 +345,9 @@ def _unit(
         # An operator has no policy, and Keras's own may be another than the tower's.
         half = value.spec.dtype in ("float16", "bfloat16")
         policy = f"mixed_{value.spec.dtype}" if half else value.spec.dtype
-    elif policy is not None and policy.quantization_mode:
+    elif isinstance(policy, keras.dtype_policies.DTypePolicyMap) and call:
+        policy = policy[call.layer.path]
+    if isinstance(policy, keras.DTypePolicy) and policy.quantization_mode:
         # "int8_from_float32": the unit is not quantized.
         policy = policy.name.split("_from_")[1]
     kind = "cross_stitch" if unit is CrossStitch else unit.__name__.lower()

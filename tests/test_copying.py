@@ -302,6 +302,88 @@ def test_quantized_towers_are_stitched_by_units_that_are_not(mode):
     assert model.get_layer("a_tap").dtype_policy.quantization_mode == mode
 
 
+# Policies by path
+
+
+def _by_path(outputs):
+    """A tower of layers in bfloat16 and float64, as a map of policies by path says."""
+    keras.utils.set_random_seed(0)
+    policies = keras.dtype_policies.DTypePolicyMap("float32")
+    policies["first"] = "mixed_bfloat16"
+    policies["attention/(query|value)"] = "mixed_bfloat16"
+    policies["each/inner"] = "float64"
+    policies["tap"] = "bfloat16"
+    inputs = keras.Input((4, 6), name="features")
+    x = layers.Dense(6, dtype=policies, name="first")(inputs)
+    x = layers.MultiHeadAttention(2, 3, dtype=policies, name="attention")(x, x)
+    inner = layers.Dense(5, dtype=policies, name="inner")
+    x = layers.TimeDistributed(inner, name="each")(x)
+    x = layers.Dense(6, dtype=policies, name="tap")(x)
+    return keras.Model(inputs, layers.Dense(outputs, dtype="float32", name="score")(x))
+
+
+def _dtypes(layer):
+    return [(x.compute_dtype, x.variable_dtype) for x in layer._flatten_layers()]
+
+
+@pytest.mark.parametrize("join", ["stitch", "split"])
+def test_policies_by_path_hold_for_the_copies(join, tmp_path):
+    towers = {task: _by_path(n) for n, task in enumerate("abc", 1)}
+
+    model = _joined(towers, join)
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for joined in (model, loaded):
+        for task, tower in towers.items():
+            for layer in tower.layers[1:]:
+                if joined is loaded and layer.name == "each":
+                    continue  # Keras builds what is within by itself, by another path
+                names = [f"{task}_{layer.name}", f"shared_{layer.name}"]
+                (copy,) = [x for x in joined.layers if x.name in names]
+                assert _dtypes(copy) == _dtypes(layer)
+        if join == "stitch":
+            unit = joined.get_layer("cross_stitch_tap")
+            assert (unit.compute_dtype, unit.variable_dtype) == ("bfloat16",) * 2
+    assert _dtypes(towers["a"].get_layer("attention"))[1][0] == "bfloat16"
+    assert towers["a"].get_layer("each").layer.dtype == "float64"
+    data = RNG.normal(size=(3, 4, 6)).astype("float32")
+    _assert_as_apart(model, towers, data)
+
+
+def test_layers_of_one_map_and_other_paths_are_not_alike():
+    policies = keras.dtype_policies.DTypePolicyMap("float32")
+    policies["half"] = "mixed_bfloat16"
+
+    def build(name):
+        keras.utils.set_random_seed(0)
+        dense = layers.Dense(6, dtype=policies, name=name, trainable=False)
+        return _tower([dense])
+
+    towers = {"a": build("whole"), "b": build("half"), "c": build("full")}
+
+    model = _joined(towers)
+
+    assert {"shared_whole", "b_half"} <= _names(model)
+    assert model.get_layer("b_half").compute_dtype == "bfloat16"
+    _assert_as_apart(model, towers, FEATURES)
+
+
+def test_a_layer_whose_config_has_no_dtype_gets_its_map():
+    policies = keras.dtype_policies.DTypePolicyMap("float32")
+    policies["first"] = "mixed_bfloat16"
+    towers = {
+        "a": _tower([_Forgetful(3, dtype=policies, name="first")]),
+        "b": _tower([]),
+    }
+    assert towers["a"].layers[1].compute_dtype == "bfloat16"
+
+    model = _joined(towers)
+
+    assert model.get_layer("a_first").compute_dtype == "bfloat16"
+    _assert_as_apart(model, towers, FEATURES)
+
+
 # Functions, and layers of one's own
 
 
