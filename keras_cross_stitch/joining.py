@@ -37,7 +37,12 @@ class Joined:
             for task, tower in towers.items()
         }
         self.read: set[Value] = set()
-        self.layers = {x.name: "an input" for xs in inputs.values() for x in xs}
+        self.layers: dict[str, str] = {}
+        claimed: dict[int, str] = {}
+        for task, xs in inputs.items():
+            for x in xs:
+                if claimed.setdefault(id(x), task) == task:
+                    self.claim(x.name, f"an input of the tower of '{task}'")
         self._outputs: dict[Call, list] = {}  # {call: what its copy gives}
         # {"shared" or a task: {layer: its copy}}, those within layers included.
         self._copies: dict[str, dict[Any, Any]] = {"shared": {}}
@@ -149,11 +154,12 @@ class Joined:
 
 def new_inputs(towers: Mapping[str, Tower], shared_input: bool) -> dict[str, list]:
     """New inputs of the model: {task: list of `keras.Input`}."""
+    if shared_input:
+        names = _input_names(towers)
+    else:
+        names = {task: _input_names({task: x})[task] for task, x in towers.items()}
     layers = {
-        task: {
-            name: layer
-            for name, layer in zip(_input_names(tower), tower.inputs, strict=True)
-        }
+        task: dict(zip(names[task], tower.inputs, strict=True))
         for task, tower in towers.items()
     }
     if not shared_input:
@@ -188,19 +194,41 @@ def new_inputs(towers: Mapping[str, Tower], shared_input: bool) -> dict[str, lis
     return {task: [shared[key] for key in spec] for task, spec in specs.items()}
 
 
-def _input_names(tower: Tower) -> list[str]:
-    """The inputs' names, fixed where Keras made them up: it would count them on."""
-    made_up = r"(keras_tensor|input_layer|input)(_\d+)?"
+def _input_names(towers: Mapping[str, Tower]) -> dict[str, list[str]]:
+    """The names of the inputs that towers have in common, those made up numbered."""
+    own = {task: _own_names(tower) for task, tower in towers.items()}
+    numbered = {
+        task: own[task] if _by_key(tower) else _numbered(own[task])
+        for task, tower in towers.items()
+    }
+    first = next(iter(own))
+    if any(set(names) != set(own[first]) for names in own.values()):
+        return numbered  # Keras counts on: what belongs together is at the same place
+    new = dict(zip(own[first], numbered[first], strict=True))
+    if set(new) == set(new.values()):
+        return own  # "input_2" and "input_1" would change places
+    return {task: [new[name] for name in names] for task, names in own.items()}
+
+
+def _by_key(tower: Tower) -> bool:
+    """Whether it is called with a dict, whose keys need not be the inputs' names."""
     structure = tower.input_structure
-    if isinstance(structure, dict) and len(structure) == len(tower.inputs):
-        # By its keys the model is called; the names may be others.
-        return [str(key) for key in sorted(structure)]
-    several = len(tower.inputs) > 1
+    return isinstance(structure, dict) and len(structure) == len(tower.inputs)
+
+
+def _own_names(tower: Tower) -> list[str]:
+    if _by_key(tower):
+        return [str(key) for key in sorted(tower.input_structure)]
+    return [layer.output.name for layer in tower.inputs]
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """The names, fixed where Keras made them up: it would count them on."""
+    made_up = r"(keras_tensor|input_layer|input)(_\d+)?"
+    several = len(names) > 1
     return [
-        (f"input_{k}" if several else "input")
-        if re.fullmatch(made_up, layer.output.name)
-        else layer.output.name
-        for k, layer in enumerate(tower.inputs, 1)
+        (f"input_{k}" if several else "input") if re.fullmatch(made_up, name) else name
+        for k, name in enumerate(names, 1)
     ]
 
 

@@ -630,6 +630,96 @@ def test_several_inputs_without_names_are_counted():
         np.testing.assert_array_equal(together[task], tower(data))
 
 
+def _of_two(names, swapped=False):
+    """Called with two inputs, of which it takes the second from the first."""
+    inputs = [keras.Input((5,), name=name) for name in names]
+    one, two = inputs[::-1] if swapped else inputs
+    x = layers.Dense(3, name="tap")(layers.Concatenate(name="both")([one, two]))
+    return keras.Model(inputs, layers.Dense(2, name="score")(x))
+
+
+ONE_TWO, TWO_ONE = ["input_1", "input_2"], ["input_2", "input_1"]
+NUMBERED = {
+    "in another order": [(ONE_TWO, False), (TWO_ONE, True)],
+    "the second first": [(TWO_ONE, True), (ONE_TWO, False)],
+    "of three": [(ONE_TWO, False), (ONE_TWO, False), (TWO_ONE, True)],
+    "all of another order": [(TWO_ONE, True), (TWO_ONE, True)],
+    "of both orders": [(TWO_ONE, n % 2 == 0) for n in range(5)],
+}
+
+
+@pytest.mark.parametrize("shared_input", [True, False])
+@pytest.mark.parametrize("kinds", NUMBERED.values(), ids=NUMBERED)
+def test_inputs_that_have_numbers_keep_them(kinds, shared_input):
+    towers = {task: _of_two(*kind) for task, kind in zip("abcde", kinds, strict=False)}
+
+    model = stitch(towers, ["tap"], same_task=1.0, shared_input=shared_input)
+
+    data = {"input_1": FEATURES, "input_2": FEATURES[::-1] + 1}
+    given = data
+    if not shared_input:
+        given = {f"{task}_{x}": data[x] for task in towers for x in data}
+    together = model(given)
+    for task, tower in towers.items():
+        np.testing.assert_array_equal(together[task], tower(data))
+
+
+def test_made_up_names_of_one_set_of_inputs_belong_together():
+    inputs = [keras.Input((5,)), keras.Input((5,))]
+    x = layers.Dense(3, name="tap")(layers.Concatenate()(inputs))
+    towers = {"a": keras.Model(inputs, x), "b": keras.Model(inputs[::-1], x)}
+
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    assert [x.name for x in model.input] == ONE_TWO
+    together = model([FEATURES, FEATURES[::-1]])
+    np.testing.assert_array_equal(together["a"], together["b"])
+    expected = towers["b"]([FEATURES[::-1], FEATURES])
+    np.testing.assert_array_equal(together["b"], expected)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(["input_3", "input_4"], ["input_1", "input_2"]), (["input_5", "input_4"],) * 2],
+)
+def test_numbers_that_were_counted_on_are_those_of_the_places(names):
+    towers = {task: _of_two(x) for task, x in zip("ab", names, strict=True)}
+
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    assert [x.name for x in model.input] == ONE_TWO
+    together = model([FEATURES, FEATURES[::-1]])
+    for task, tower in towers.items():
+        expected = tower([FEATURES, FEATURES[::-1]])
+        np.testing.assert_array_equal(together[task], expected)
+
+
+def test_keys_of_inputs_stay_though_they_are_numbers():
+    def build(keys):
+        inputs = {key: keras.Input((5,), name=key) for key in keys}
+        x = layers.Concatenate()([inputs[key] for key in keys])
+        return keras.Model(inputs, layers.Dense(3, name="tap")(x))
+
+    towers = {task: build(["input_2", "input_7"]) for task in "ab"}
+
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    data = {"input_2": FEATURES, "input_7": FEATURES[::-1]}
+    together = model(data)
+    for task, tower in towers.items():
+        np.testing.assert_array_equal(together[task], tower(data))
+
+
+def test_inputs_whose_names_collide_are_an_error():
+    towers = {"a": _of_two(["b_c", "d"]), "a_b": _of_two(["c", "e"])}
+
+    with pytest.raises(
+        ValueError,
+        match=r"'a_b_c': an input of the tower of 'a', and an input .*'a_b'\. Give a",
+    ):
+        stitch(towers, ["tap"], shared_input=False)
+
+
 def test_optional_and_sparse_inputs_stay_so():
     @keras.saving.register_keras_serializable("test_copying")
     class Either(layers.Layer):
