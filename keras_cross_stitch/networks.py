@@ -27,6 +27,7 @@ from keras_cross_stitch.shared_calls import (
 from keras_cross_stitch.taps import (
     check_not_shared,
     data_formats,
+    default_data_format,
     names_by_task,
     read_taps,
     which_fit,
@@ -380,7 +381,8 @@ def _data_format(
             "`data_format`, or say that of what is tapped: "
             "`stitch(..., data_format='channels_last')`"
         )
+    found = found or {default_data_format(len(next(iter(tap.values())).shape))}
     # A layer of somebody's own need not know of it, unless it matters.
-    if found <= {keras.config.image_data_format()}:
+    if found == {keras.config.image_data_format()}:
         return {}
     return {"data_format": found.pop()}

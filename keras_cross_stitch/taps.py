@@ -245,10 +245,16 @@ def data_formats(tower: Tower, rank: int) -> set[str]:
     }
 
 
+def default_data_format(rank: int) -> str:
+    """Where maps of that rank have their channels, if no layer says it."""
+    # Keras's own is that of images: LSTM, attention and Dense have features last.
+    return "channels_last" if rank == 3 else keras.config.image_data_format()
+
+
 def _channel_axis(tower: Tower, value: Value) -> int:
     """As the unit at the value has it."""
     rank = len(value.shape)
-    formats = data_formats(tower, rank) or {keras.config.image_data_format()}
+    formats = data_formats(tower, rank) or {default_data_format(rank)}
     return 1 if rank > 2 and formats == {"channels_first"} else -1
 
 

@@ -142,6 +142,61 @@ def test_taps_are_the_same_wherever_the_channels_are(project):
     assert first[0].reason.startswith("the end of (21, 32, 24)")
 
 
+@pytest.fixture
+def images_have_channels_first():
+    keras.config.set_image_data_format("channels_first")
+    yield
+    keras.config.set_image_data_format("channels_last")
+
+
+def attention(outputs, units=6):
+    inputs = keras.Input((5, 4), name="steps")
+    x = layers.Dense(units, name="wide")(inputs)
+    x = layers.MultiHeadAttention(2, 3, name="attention")(x, x)
+    x = layers.GRU(units, return_sequences=True, name="gru")(x)
+    return keras.Model(inputs, layers.Dense(outputs, name="score")(x[:, -1]))
+
+
+@pytest.mark.usefixtures("images_have_channels_first")
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_sequences_have_their_features_last_whatever_images_have(tasks):
+    towers = {f"t{n}": attention(n + 1) for n in range(tasks)}
+
+    model = stitch(towers, ["wide", "attention", "gru"], same_task=1.0)
+
+    for name in ("wide", "attention", "gru"):
+        unit = model.get_layer(f"cross_stitch_{name}")
+        assert unit.data_format == "channels_last"
+        assert tuple(unit.alpha.shape) == (tasks, tasks, 6)
+    steps = np.random.default_rng(0).normal(size=(3, 5, 4)).astype("float32")
+    for task, output in model(steps).items():
+        np.testing.assert_allclose(output, towers[task](steps), rtol=1e-5)
+    (tap,) = [x for x in common_taps(towers) if x["t0"] == "gru"]
+    assert set(tap.values()) == {"gru"}
+
+    # Mixed as Eq. 1 says, by hand.
+    alpha = np.random.default_rng(1).normal(size=(tasks, tasks, 6))
+    model.get_layer("cross_stitch_gru").alpha.assign(alpha)
+    maps = [
+        keras.Model(x.input, x.get_layer("gru").output)(steps) for x in towers.values()
+    ]
+    mixed = np.einsum("ijc,jntc->intc", alpha, np.stack(maps))
+    for n, (task, output) in enumerate(model(steps).items()):
+        expected = towers[task].get_layer("score")(mixed[n, :, -1].astype("float32"))
+        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("images_have_channels_first")
+def test_sequences_are_projected_by_their_features_whatever_images_have():
+    towers = {"a": attention(1, 6), "b": attention(2, 4)}
+
+    taps = common_taps(towers, project=True)
+    model = stitch(towers, taps, project=True, same_task=1.0)
+
+    unit = next(x for x in model.layers if x.name.startswith("cross_stitch"))
+    assert unit.data_format == "channels_last"
+
+
 def test_towers_with_channels_at_other_places_do_not_fit():
     def tower(data_format):
         x = image = keras.Input((6, 6, 6), name="image")
