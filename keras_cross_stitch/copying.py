@@ -220,7 +220,7 @@ def alike(layer: Any, other: Any, apart_from: frozenset[str] = frozenset()) -> b
 def _kind(layer: Any, apart_from: frozenset[str]) -> tuple:
     """What a layer is, whatever it and the layers in it are called."""
     names = [x.name for x in _within(layer)] or [layer.name]
-    random = [x.name for x in _random(layer)]
+    random = [x.name for x in _within(layer) if _seeds(x)]
 
     def nameless(x: Any, key: str = "config") -> Any:
         if isinstance(x, dict):
@@ -334,9 +334,21 @@ def is_random(layer: Any) -> bool:
 
 
 def _random(layer: Any) -> list:
-    """The layer, and those within it, that have a seed's state, which is no weight."""
-    parts = _within(layer)
-    return [part for part in parts if len(part.variables) != len(part.weights)]
+    """The layer, and those within it, that draw by a generator of Keras's."""
+    parts = list(_within(layer))
+    idle = set().union(*(_seeds(part) for part in parts if _drops_nothing(part)))
+    return [part for part in parts if _seeds(part) - idle]
+
+
+def _seeds(layer: Any) -> set[int]:
+    """The states of the generators in a layer: its variables that are no weights."""
+    return set(map(id, layer.variables)) - set(map(id, layer.weights))
+
+
+def _drops_nothing(layer: Any) -> bool:
+    """Whether it is a recurrent layer or cell without dropout: it has a generator."""
+    rates = {getattr(layer, key, None) for key in ("dropout", "recurrent_dropout")}
+    return type(layer).__module__.startswith("keras.") and rates == {0}
 
 
 def kernels(layer: Any) -> list[np.ndarray]:

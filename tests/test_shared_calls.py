@@ -1,5 +1,7 @@
 """What of several towers is built once, and what they should have in common."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -127,6 +129,90 @@ def test_dropout_behind_what_is_trained_is_each_tower_s_own():
     model = stitch({"a": build(), "b": build()}, ["conv"])
 
     assert {"a_drop", "b_drop"} <= names(model)
+
+
+class Jitters(layers.Layer):
+    """Generators of its own, in a list and within a layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [layers.GaussianNoise(0.1)]
+        self.generators = [keras.random.SeedGenerator(3)]
+
+    def call(self, x, training=False):
+        x = self.parts[0](x, training=training)
+        return x + keras.random.normal((1,), seed=self.generators[0]) * training
+
+
+class Generator(Jitters):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [layers.Identity()]
+
+
+RECURRENT = {
+    "LSTM": (False, lambda: layers.LSTM(3, return_sequences=True)),
+    "stateful": (False, lambda: layers.GRU(3, stateful=True, return_sequences=True)),
+    "both ways": (
+        False,
+        lambda: layers.Bidirectional(layers.SimpleRNN(3, return_sequences=True)),
+    ),
+    "cells": (
+        False,
+        lambda: layers.RNN(
+            [layers.LSTMCell(3), layers.GRUCell(3)], return_sequences=True
+        ),
+    ),
+    "dropout": (True, lambda: layers.LSTM(3, dropout=0.1, return_sequences=True)),
+    "dropout between steps": (
+        True,
+        lambda: layers.Bidirectional(
+            layers.GRU(3, recurrent_dropout=0.1, return_sequences=True)
+        ),
+    ),
+    "one cell with dropout": (
+        True,
+        lambda: layers.RNN(
+            [layers.LSTMCell(3), layers.GRUCell(3, dropout=0.2)], return_sequences=True
+        ),
+    ),
+    "a generator in a list": (True, Generator),
+    "a layer in a list": (True, Jitters),
+}
+
+
+@pytest.mark.parametrize(("random", "make"), RECURRENT.values(), ids=RECURRENT)
+def test_what_drops_nothing_is_not_random(random, make):
+    def build(outputs):
+        x = inputs = keras.Input(batch_shape=(3, 5, 4), name="steps")
+        x = layers.Rescaling(outputs)(x)  # in which the towers differ
+        memory = make()
+        x = layers.Dense(3, name="tap")(memory(x))
+        memory.trainable = False
+        return keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+
+    towers = {"a": build(1), "b": build(2)}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stitch(towers, ["tap"], same_task=1.0)
+
+    said = [x for x in caught if str(x.message).startswith("Random layers in front")]
+    assert len(said) == random
+
+
+def test_the_seed_of_what_drops_nothing_says_nothing():
+    def build(seed):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((5, 4), name="steps")
+        memory = layers.LSTM(3, seed=seed, return_sequences=True, name="memory")
+        x = layers.Dense(3, name="tap")(memory(inputs))
+        memory.trainable = False
+        return keras.Model(inputs, x)
+
+    model = stitch({"a": build(1), "b": build(2)}, ["tap"])
+
+    assert "shared_memory" in names(model)
 
 
 def frozen_noisy(outputs):
