@@ -178,11 +178,19 @@ def weights_named(call: Call) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        kind = type(call.layer)
+        remedy = "make all that it needs in `__init__` and `build`"
+        if kind.__module__.startswith("keras."):
+            remedy = (
+                "if it was given LoRA after it was built, save the tower and load it, "
+                "which merges LoRA into the weights; if it was quantized, join the "
+                "towers as they were before; a layer of your own within it must make "
+                "all that it needs in `__init__` and `build`"
+            )
         raise ValueError(
-            f"In the tower of '{call.task}', layer '{call.path}' "
-            f"({type(call.layer).__name__}) has other layers or weights than its copy, "
-            "which is made from its `get_config` and built by the calls of the tower: "
-            "make all that it needs in `__init__` and `build`. Keras says: "
+            f"In the tower of '{call.task}', layer '{call.path}' ({kind.__name__}) has "
+            "other layers or weights than its copy, which is made from its "
+            f"`get_config` and built by the calls of the tower: {remedy}. Keras says: "
             f"{str(error).strip()}"
         ) from error
 

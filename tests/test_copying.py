@@ -302,6 +302,33 @@ def test_quantized_towers_are_stitched_by_units_that_are_not(mode):
     assert model.get_layer("a_tap").dtype_policy.quantization_mode == mode
 
 
+def test_lora_within_attention_is_merged_by_saving_and_loading(tmp_path):
+    def build(outputs):
+        inputs = keras.Input((4, 6), name="features")
+        attention = layers.MultiHeadAttention(2, 3, name="tap")
+        x = attention(inputs, inputs)
+        tower = keras.Model(inputs, layers.Dense(outputs, name="score")(x))
+        attention._query_dense.enable_lora(2)
+        attention._value_dense.enable_lora(3)
+        for weight in tower.trainable_weights:
+            weight.assign(RNG.normal(size=weight.shape))
+        return tower
+
+    towers = {"a": build(1), "b": build(2)}
+    said = r"'a', layer 'tap' \(MultiHeadAttention\).*LoRA.*save the tower and load it"
+    with pytest.raises(ValueError, match=said):
+        _joined(towers)
+
+    loaded = {}
+    for task, tower in towers.items():
+        tower.save(tmp_path / f"{task}.keras")
+        loaded[task] = keras.saving.load_model(tmp_path / f"{task}.keras")
+    data = RNG.normal(size=(3, 4, 6)).astype("float32")
+    together = _joined(loaded)(data)
+    for task, tower in towers.items():
+        np.testing.assert_allclose(together[task], tower(data), rtol=1e-4, atol=1e-4)
+
+
 # Policies by path
 
 
