@@ -77,7 +77,8 @@ def stitch(
         share_frozen: Whether layers that compute the same in several towers, now
             and after training, are built once. These are frozen layers, and layers
             without weights, of one kind and with equal weights, that read the same
-            tensors. The frozen trunk of a common backbone is an example. Equal
+            tensors. The frozen trunk of a common backbone is an example. A frozen
+            layer that is called more than once is, if all of its calls are. Equal
             random layers that read the same tensors, such as the towers'
             augmentation, are always built once, so that all tasks see the same
             picture.
@@ -88,8 +89,8 @@ def stitch(
             that such maps are projected and resized, too.
         unit: Class of the units: `CrossStitch`, `NDDR`, or a layer of yours that
             takes a dict of task name to map and gives another. It is called with
-            `name` and `dtype`, and with `data_format` if that of the towers is not
-            Keras's.
+            `name` and `dtype`, and with `data_format` if that of the towers, or of
+            sequences, whose features are last, is not Keras's.
         name: String, the model's name.
         **arguments: Arguments of every unit, such as `per` or `same_task`.
 
@@ -102,7 +103,8 @@ def stitch(
         class in front, such as `nddr_<layer>`. Several shared inputs stay in the
         list or dict that the first tower takes. Inputs keep their names. Those
         without a name of their own are called `input` (`input_1`, `input_2` ... if
-        there are several), so that every export has the same names.
+        there are several, unless they are called so in another order), so that every
+        export has the same names.
 
     Raises:
         ValueError: For an unknown layer, taps out of order, unequal shapes at a
