@@ -1,6 +1,7 @@
 """The documentation site is built strictly, and fetches nothing."""
 
 import csv
+import inspect
 import os
 import re
 import subprocess
@@ -44,7 +45,9 @@ def test_every_public_name_has_its_place_in_the_api(site):
     for name in keras_cross_stitch.__all__:
         assert f'id="keras_cross_stitch.{name}"' in page, name
         head = page.split(f'id="keras_cross_stitch.{name}"')[1]
-        assert "doc-signature" in head.split("doc-contents")[0], name
+        known = getattr(keras_cross_stitch, name)
+        if not inspect.isclass(known) or "__init__" in vars(known):
+            assert "doc-signature" in head.split("doc-contents")[0], name
     assert "&gt;&gt;&gt;" not in re.sub("<code.*?</code>", "", page, flags=re.S)
 
 

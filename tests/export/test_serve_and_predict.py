@@ -192,34 +192,24 @@ def test_what_serve_cannot_do_is_told_in_a_line(
     in_one_line(run("serve", served.directory, *ports), message)
 
 
-def test_who_asks_before_the_model_is_loaded_is_answered_by_it_after(
-    served, free_port, monkeypatch
-):
-    """Over REST; over gRPC nobody is there until then."""
+def test_rest_has_its_port_before_the_model_is_loaded(served, free_port, monkeypatch):
+    """Who connects waits in the queue; over gRPC nobody is there until then."""
     grpc_port, rest_port = free_port(), free_port()
-    asked, answered = [], []
+    connected = []
 
-    def ask():
-        url = f"http://127.0.0.1:{rest_port}/v1/models/cross_stitch"
-        try:
-            answered.append(httpx.get(url, timeout=60))
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl+C ends it
+    def load(*_):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", grpc_port))
+        socket.create_connection(("127.0.0.1", rest_port), timeout=20).close()
+        connected.append(rest_port)
+        raise ValueError("so far and no further")
 
-    class Slow(LoadedVersion):
-        def __init__(self, *arguments):
-            asked.append(threading.Thread(target=ask))
-            asked[0].start()
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", grpc_port))
-            super().__init__(*arguments)
-            assert not answered
-
-    monkeypatch.setattr("export.preview.served_model.LoadedVersion", Slow)
-    run("serve", served.directory, "--port", grpc_port, "--rest-port", rest_port)
-    asked[0].join()
-    (state,) = answered[0].json()["model_version_status"]
-    assert state["state"] == "AVAILABLE"
+    monkeypatch.setattr("export.preview.served_model.LoadedVersion", load)
+    result = run(
+        "serve", served.directory, "--port", grpc_port, "--rest-port", rest_port
+    )
+    assert connected == [rest_port]
+    assert "so far and no further" in result.stderr
 
 
 @pytest.fixture
