@@ -52,7 +52,8 @@ RECIPE = Recipe(
     splits=("block7_expand_conv", "fc7"),
     best_split="block7_expand_conv",
     training=Training(batch_size=8, momentum=0.9, loss_weighting=None, dtype="float32"),
-    # Chosen on the last fifth of the train images, by detection alone.
-    single_task=Schedule(epochs=10, learning_rate=0.005),
-    finetuning=Schedule(epochs=4, learning_rate=0.0025),
+    # Chosen on the last fifth of train, seed 0, as the best of the baseline's: at half
+    # the epochs detection has eight points less.
+    single_task=Schedule(epochs=20, learning_rate=0.01),
+    finetuning=Schedule(epochs=8, learning_rate=0.005),
 )
