@@ -85,7 +85,7 @@ def test_predict_says_how_maps_are_drawn_and_how_a_server_is_started(
 ):
     monkeypatch.setenv("COLUMNS", "300")
     assert "Without it, maps are printed as numbers" in run("predict", "--help").output
-    at = ("--task", "normals", "--timeout", 0.3, "--address")
+    at = ("--task", "normals", "--timeout", 2, "--address")
     for address in (f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"):
         result = run("predict", picture[0], *at, address)
         in_one_line(result, "UNAVAILABLE: ", code=1)
