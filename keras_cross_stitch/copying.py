@@ -211,7 +211,7 @@ def alike(layer: Any, other: Any, apart_from: frozenset[str] = frozenset()) -> b
     if type(layer) is not type(other):
         return False
     kinds = [_kind(x, apart_from) for x in (layer, other)]
-    return _equal(*kinds) and all(
+    return equal(*kinds) and all(
         _same_function(a, b)
         for a, b in zip(_functions(layer), _functions(other), strict=True)
     )
@@ -273,13 +273,13 @@ def _same_function(a: types.FunctionType, b: types.FunctionType) -> bool:
     cells = [[c.cell_contents for c in f.__closure__ or ()] for f in (a, b)]
     return (
         a.__code__ == b.__code__
-        and _equal(a.__defaults__, b.__defaults__)
-        and _equal(a.__kwdefaults__, b.__kwdefaults__)
-        and _equal(*cells)
+        and equal(a.__defaults__, b.__defaults__)
+        and equal(a.__kwdefaults__, b.__kwdefaults__)
+        and equal(*cells)
     )
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two values are, arrays and tensors among them; False where in doubt."""
     if a is b:
         return True
@@ -288,9 +288,9 @@ def _equal(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(equal, a, b))
     try:
         if hasattr(a, "shape"):
             return np.array_equal(*map(keras.ops.convert_to_numpy, (a, b)))

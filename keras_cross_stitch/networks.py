@@ -290,11 +290,10 @@ def _check_alike_below(
             id(weight)
             for call in towers[task].calls
             if call in own
-            for weight in getattr(call.layer, "weights", [])
+            for weight in call.weights
         }
         for call in calls:
-            weights = getattr(call.layer, "weights", [])
-            if not above.isdisjoint(map(id, weights)):
+            if not above.isdisjoint(map(id, call.weights)):
                 raise ValueError(
                     f"The tower of '{task}' calls its layer '{call.path}' below the "
                     "split and above it, so that it cannot be shared and its own. "
@@ -323,7 +322,7 @@ def _used_otherwise(calls: list[Call], same: Mapping[Call, Call]) -> str | None:
     partner: dict[int, Any] = {}
     taken: dict[int, Any] = {}
     for call in calls:
-        if getattr(call.layer, "weights", None):
+        if call.weights:
             first = same[call].layer
             one = partner.setdefault(id(call.layer), first)
             other = taken.setdefault(id(first), call.layer)

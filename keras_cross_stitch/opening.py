@@ -41,6 +41,11 @@ class Call:
         return keras.tree.flatten((self.args, self.kwargs))
 
     @property
+    def weights(self) -> list:
+        """Those of its layer; an operation has none."""
+        return getattr(self.layer, "weights", [])
+
+    @property
     def arguments(self) -> dict:
         """What it is called with, by parameter, given by name or by place."""
         parameters = inspect.signature(self.layer.call).parameters.values()

@@ -12,7 +12,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_cross_stitch.copying import frozen_alike, is_random, kernels, same_draws
+from keras_cross_stitch.copying import (
+    equal,
+    frozen_alike,
+    is_random,
+    kernels,
+    same_draws,
+)
 from keras_cross_stitch.opening import Call, Tower, Value
 
 
@@ -45,7 +51,7 @@ def built_once(
                 twins = [
                     entry
                     for entry in free
-                    if _same(entry[1], arguments) and may_share(entry[0], call)
+                    if equal(entry[1], arguments) and may_share(entry[0], call)
                 ]
             if twins:
                 # Of twin branches, the one of the same name.
@@ -95,15 +101,15 @@ def _torn(same: Mapping[Call, Call], towers: Mapping[str, Tower]) -> set[Call]:
     torn = {call for call, first in same.items() if shared_by[first] == 1}
     for tower in towers.values():
         apart = [call for call in tower.calls if call not in same]
-        own = {id(x) for call in apart for x in _weights(call)}
+        own = {id(x) for call in apart for x in call.weights}
         own |= {id(x) for call in apart for x in call.outputs}
         partner: dict[int, Any] = {}
         taken: dict[int, Any] = {}
         for call in tower.calls:
             if call in same:
-                pairs = list(zip(_weights(call), _weights(same[call]), strict=True))
+                pairs = list(zip(call.weights, same[call].weights, strict=True))
                 if (
-                    any(id(x) in own for x in [*_weights(call), *call.reads])
+                    any(id(x) in own for x in [*call.weights, *call.reads])
                     or any(partner.setdefault(id(x), y) is not y for x, y in pairs)
                     or any(taken.setdefault(id(y), x) is not x for x, y in pairs)
                 ):
@@ -111,14 +117,9 @@ def _torn(same: Mapping[Call, Call], towers: Mapping[str, Tower]) -> set[Call]:
     return torn
 
 
-def _weights(call: Call) -> list:
-    return getattr(call.layer, "weights", [])
-
-
 def wanted_once(call: Call, share_frozen: bool) -> bool:
     """Whether a call is worth building once: it costs, or all must draw the same."""
-    has_weights = bool(getattr(call.layer, "weights", None))
-    return is_random(call.layer) or (share_frozen and has_weights)
+    return is_random(call.layer) or (share_frozen and bool(call.weights))
 
 
 def may_be_built_once(call: Call, other: Call, share_frozen: bool) -> bool:
@@ -133,20 +134,10 @@ def _may_be_unfrozen(layer: Any) -> bool:
 
 
 def _numbered(arguments: dict, numbers: Mapping[Value, Value]) -> dict:
+    """The arguments, with a number for each value and its type for each constant."""
     return keras.tree.map_structure(
-        lambda x: numbers[x] if isinstance(x, Value) else x, arguments
+        lambda x: id(numbers[x]) if isinstance(x, Value) else (type(x), x), arguments
     )
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether arguments have one structure, with the same numbers and constants."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a is b or (not isinstance(a, Value) and np.array_equal(a, b))
 
 
 @contextlib.contextmanager

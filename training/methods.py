@@ -58,24 +58,23 @@ def side_by_side(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.M
     return stitch(towers, at=())
 
 
-def stitched(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
+def stitched(
+    towers: Towers, recipe: recipes.Recipe, layer: str, **arguments: Any
+) -> "keras.Model":
     from keras_cross_stitch import stitch
 
     units = recipe.units
-    return stitch(towers, at=units.at, per=units.per, same_task=units.same_task)
+    return stitch(
+        towers, at=units.at, per=units.per, same_task=units.same_task, **arguments
+    )
 
 
 def of_own_maps(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
     """Units that scale each task's own maps: all of cross-stitch but the sharing."""
-    from keras_cross_stitch import OwnMapsOnly, stitch
+    from keras_cross_stitch import OwnMapsOnly
 
-    return stitch(
-        towers,
-        at=recipe.units.at,
-        per=recipe.units.per,
-        same_task=1.0,
-        alpha_constraint=OwnMapsOnly(),
-    )
+    apart = recipes.change(recipe, "units", same_task=1.0)
+    return stitched(towers, apart, layer, alpha_constraint=OwnMapsOnly())
 
 
 def by_nddr(towers: Towers, recipe: recipes.Recipe, layer: str) -> "keras.Model":
