@@ -464,6 +464,27 @@ def test_calls_with_equal_values_by_other_names_are_each_built(reads):
         split(towers, "score")
 
 
+@pytest.mark.parametrize("tasks", ["ab", "abc"])
+def test_a_whole_number_is_no_fraction(tasks):
+    """In int8 100 * 2 is -56, and 100 * 2.0 is 200."""
+
+    def doubled(by):
+        keras.utils.set_random_seed(0)
+        x = keras.Input((3,), dtype="int8", name="x")
+        frozen = layers.Dense(5, name="frozen", trainable=False)
+        return keras.Model(x, layers.Dense(2, name="score")(frozen(x * by)))
+
+    towers = {task: doubled(by) for task, by in zip(tasks, (2, 2.0, 2), strict=False)}
+    model = stitch(towers, [])
+
+    data = np.array([[100, -7, 3], [1, 99, -90]], "int8")
+    together = model(data)
+    for task, one in towers.items():
+        np.testing.assert_array_equal(together[task], one(data))
+    assert not np.allclose(together["a"], together["b"])
+    assert ("shared_frozen" in names(model)) == (tasks == "abc")  # of a and c
+
+
 def test_calls_by_name_and_by_place_are_alike():
     reads = {
         "a": lambda x, y: attention(x, y, x, use_causal_mask=True, training=False),
