@@ -5,6 +5,7 @@ Value numbering across towers: calls of equal layers on equal inputs share one r
 
 import collections
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -38,9 +39,9 @@ def built_once(
         Dict of `Call` to the one that is built for it, also of that one to itself.
     """
     same: dict[Call, Call] = {}
-    known: list[tuple] = []  # [(call, its arguments, with values by their numbers)]
-    # A number is the value that had it first.
-    of_input = {id(x): Value(x) for of_task in inputs.values() for x in of_task}
+    known: list[tuple] = []  # [(call, its arguments by number, its outputs' numbers)]
+    count = itertools.count()
+    of_input = {id(x): next(count) for of_task in inputs.values() for x in of_task}
     for task, tower in towers.items():
         new = [of_input[id(x)] for x in inputs[task]]
         numbers = dict(zip(tower.inputs.values(), new, strict=True))
@@ -59,10 +60,10 @@ def built_once(
                 free.remove(entry)
                 same[call] = same[entry[0]] = entry[0]
             else:
-                entry = (call, arguments)
+                entry = (call, arguments, [next(count) for _ in call.outputs])
                 known.append(entry)
-            for value, number in zip(call.outputs, entry[0].outputs, strict=True):
-                numbers[value] = Value(value.spec) if value in taps else number
+            for value, number in zip(call.outputs, entry[2], strict=True):
+                numbers[value] = next(count) if value in taps else number
     return same
 
 
@@ -133,10 +134,10 @@ def _may_be_unfrozen(layer: Any) -> bool:
     return bool(getattr(layer, "weights", None)) and not hasattr(layer, "adapt")
 
 
-def _numbered(arguments: dict, numbers: Mapping[Value, Value]) -> dict:
+def _numbered(arguments: dict, numbers: Mapping[Value, int]) -> dict:
     """The arguments, with a number for each value and its type for each constant."""
     return keras.tree.map_structure(
-        lambda x: id(numbers[x]) if isinstance(x, Value) else (type(x), x), arguments
+        lambda x: numbers[x] if isinstance(x, Value) else (type(x), x), arguments
     )
 
 

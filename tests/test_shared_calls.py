@@ -502,6 +502,16 @@ def test_calls_by_name_and_by_place_are_alike():
     assert {"shared_one", "shared_frozen"} <= names(model)
 
 
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_behind_a_tap_each_task_goes_on_with_maps_of_its_own(tasks):
+    """Many times: numbers that were addresses were given twice, by chance."""
+    towers = {f"t{k}": tower([], seed=0) for k in range(tasks)}
+
+    for _ in range(15):
+        model = stitch(towers, ["conv", "pool"])
+        assert {f"t{k}_pool" for k in range(tasks)} <= names(model)
+
+
 # Weights that have nothing to do with each other
 
 
