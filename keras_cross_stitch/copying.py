@@ -270,9 +270,14 @@ def _same_function(a: types.FunctionType, b: types.FunctionType) -> bool:
     """The same one, or made anew by the same code with the same values."""
     if a is b:
         return True
-    cells = [[c.cell_contents for c in f.__closure__ or ()] for f in (a, b)]
+    empty = types.CellType()
+    cells = [
+        [c if c == empty else c.cell_contents for c in f.__closure__ or ()]
+        for f in (a, b)
+    ]
     return (
         a.__code__ == b.__code__
+        and a.__globals__ is b.__globals__  # two modules may name two things alike
         and equal(a.__defaults__, b.__defaults__)
         and equal(a.__kwdefaults__, b.__kwdefaults__)
         and equal(*cells)

@@ -1,5 +1,6 @@
 """What of several towers is built once, and what they should have in common."""
 
+import functools
 import warnings
 
 import keras
@@ -289,6 +290,24 @@ def scaled_by(factor):
     return scaled
 
 
+@functools.cache
+def of_a_module(factor):
+    """As by `from my_module import scaled`, where each module has its own FACTOR."""
+    module = {"FACTOR": factor}
+    exec("def scaled(x):\n    return FACTOR * x", module)
+    return module["scaled"]
+
+
+def with_an_empty_cell(n):
+    if n:
+        forgotten = 1.0
+
+    def scaled(x, *, factor=n + 1.0):
+        return factor * x if factor else forgotten * x
+
+    return scaled
+
+
 class Fourier(layers.Layer):
     """Random, but by a seed that is no generator's."""
 
@@ -309,6 +328,12 @@ UNLIKE = {
     ),
     "a seed among its arguments": lambda n: layers.Lambda(
         lambda x, seed: (1.0 + seed) * x, arguments={"seed": n}, name="one"
+    ),
+    "what the module of its function holds": lambda n: layers.Activation(
+        of_a_module(n + 1.0), name="one"
+    ),
+    "a variable that is not there": lambda n: layers.Lambda(
+        with_an_empty_cell(n), name="one"
     ),
     "a default by keyword": lambda n: layers.Lambda(scaled_by(n + 1.0), name="one"),
     "an array": lambda n: layers.Lambda(scaled_by(np.arange(3.0) + n), name="one"),
