@@ -1,9 +1,10 @@
 """A learning rate multiplier per group of variables, for any Keras optimizer."""
 
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -125,27 +126,10 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         if self.built:
             return
         self._multiplier_of = self._match(variables)
-        inner = self.inner_optimizer
-        inner.build(variables)
-        # Set on the instance, from which the inner optimizer's own `apply` calls them.
-        inner.update_step = self._update_at_own_rate
-        inner._apply_weight_decay = lambda variables: None  # each update decays
-        if hasattr(inner, "_parallel_update_step"):
-            # PyTorch's variant never calls `update_step`; the class it varies does.
-            keras_class = getattr(keras.optimizers, type(inner).__name__)
-            inner._backend_update_step = functools.partial(
-                keras_class._backend_update_step, inner
-            )
+        self.inner_optimizer.build(variables)
         # Not the base class's `build`, which would make a second moving average.
         self._trainable_variables = variables[:]
-        self._find_decay()
         self.built = True
-
-    def _find_decay(self) -> None:
-        self._decay_of = {
-            self._var_key(v): _weight_decay(self.inner_optimizer, v)
-            for v in self._trainable_variables
-        }
 
     def _match(self, variables: list[keras.Variable]) -> dict[Any, float]:
         """The multiplier of each variable, by the variable's key."""
@@ -198,7 +182,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
             inner.assign_sub(
                 variable, variable * ops.cast(rate * decay, variable.dtype)
             )
-        # Call the class's `update_step`: the instance's may be another wrapper's.
+        # The class's `update_step`: the instance's is this.
         type(inner).update_step(inner, gradient, variable, rate)
 
     def apply(
@@ -211,8 +195,33 @@ class LearningRateGroups(keras.optimizers.Optimizer):
         if not self.built:
             self.build(trainable_variables or [])
         # Now, since what is decayed, and how much, may have changed since the build.
-        self._find_decay()
-        self.inner_optimizer.apply(grads, trainable_variables)
+        self._decay_of = {
+            self._var_key(v): _weight_decay(self.inner_optimizer, v)
+            for v in self._trainable_variables
+        }
+        with self._in_charge():
+            self.inner_optimizer.apply(grads, trainable_variables)
+
+    @contextlib.contextmanager
+    def _in_charge(self) -> Iterator[None]:
+        """The inner optimizer's `apply` calls these; used by itself, it has its own."""
+        inner = self.inner_optimizer
+        methods = {
+            "update_step": self._update_at_own_rate,
+            "_apply_weight_decay": lambda variables: None,  # each update decays
+        }
+        if hasattr(inner, "_parallel_update_step"):
+            # PyTorch's variant never calls `update_step`; the class it varies does.
+            keras_class = getattr(keras.optimizers, type(inner).__name__)
+            methods["_backend_update_step"] = functools.partial(
+                keras_class._backend_update_step, inner
+            )
+        vars(inner).update(methods)
+        try:
+            yield
+        finally:
+            for name in methods:
+                vars(inner).pop(name, None)  # replicas, which are threads, all do it
 
     # All that follows belongs to the inner optimizer.
 

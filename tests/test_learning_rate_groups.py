@@ -389,13 +389,18 @@ def test_execution_modes(mode):
     assert_weights(model, expected([RATE] * 3))
 
 
-def test_a_second_wrapper_does_not_multiply_a_second_time():
+def test_each_wrapper_and_the_optimizer_itself_have_their_own_rates():
     sgd = keras.optimizers.SGD(RATE, momentum=0.9)
-    model = new_model()
-    for _ in range(2):
-        model.compile(LearningRateGroups(sgd, MULTIPLIERS), loss="mse")
+    model, weights = new_model(), list(WEIGHTS)
+    rules = [SGD() for _ in weights]
+    first, second = (LearningRateGroups(sgd, x) for x in (MULTIPLIERS, {"first": 50}))
+    for optimizer in (first, second, sgd, first):
+        model.compile(optimizer, loss="mse")
         fit(model, 1)
-    assert_weights(model, expected([RATE] * 2))
+        for i, gradient in enumerate(gradients(weights)):
+            factor = {first: MULTIPLIER[i], second: 50 if i < 2 else 1, sgd: 1}
+            weights[i] = weights[i] + rules[i].step(gradient, RATE * factor[optimizer])
+    assert_weights(model, weights)
 
 
 # The units are a group that needs no pattern.
