@@ -256,6 +256,8 @@ def _rows(model: keras.Model) -> tuple[list[str], list[Any]]:
         open_row = {}
 
     for layer in model.layers:
+        if isinstance(layer, keras.layers.InputLayer):
+            continue  # its name may begin as a task's layers' do
         if isinstance(layer, CrossStitch | NDDR):
             close()
             rows.append(layer)

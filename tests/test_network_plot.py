@@ -123,6 +123,20 @@ def test_units_of_some_tasks_leave_the_others_alone():
     plot_network(model)
 
 
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_inputs_are_no_layers_of_a_tower(inputs):
+    def tower(units):
+        xs = [keras.Input((2,), name=f"x{k}") for k in range(inputs)]
+        x = keras.layers.Dense(4, name="first")(sum(xs))
+        return keras.Model(xs, keras.layers.Dense(units, name="score")(x))
+
+    towers = {task: tower(k) for k, task in enumerate(("kind", "kind_b", "age"), 1)}
+    table = network_table(stitch(towers, ["first"], shared_input=False))
+
+    stages = [line for line in table.splitlines() if " … " in line or "layer" in line]
+    assert [line.split(" (")[1][:2] for line in stages] == ["1 "] * 6
+
+
 def test_units_that_project_say_so():
     towers = {"kind": tower(5), "age": tower(1)}
     at = [{"kind": "stem", "age": "block_1_conv"}, {"kind": "pool", "age": "score"}]
