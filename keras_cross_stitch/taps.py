@@ -28,7 +28,7 @@ def read_taps(
                 f"not be those of all tasks. For one tap of all tasks: at=[{at!r}]"
             )
         return [
-            (str(name), _tap(names_by_task(tap, towers), towers))
+            (str(name), _found(names_by_task(tap, towers), towers))
             for name, tap in at.items()
         ]
     if isinstance(at, str) or not isinstance(at, Sequence):
@@ -39,7 +39,7 @@ def read_taps(
     taps = []
     for tap in at:
         by_task = names_by_task(tap, towers)
-        values = _tap(by_task, towers)
+        values = _found(by_task, towers)
         first = next(iter(by_task))
         taps.append((towers[first].full_name(by_task[first]), values))
     return taps
@@ -60,15 +60,8 @@ def names_by_task(
     return {task: tap[task] for task in towers if task in tap}
 
 
-def _tap(names: Mapping[str, str], towers: Mapping[str, Tower]) -> dict[str, Value]:
-    values = {task: towers[task].find(name) for task, name in names.items()}
-    for task, value in values.items():
-        if towers[task].call_of(value) is None:
-            raise ValueError(
-                f"In the tower of '{task}', '{names[task]}' is an input, which cannot "
-                "be a tap"
-            )
-    return values
+def _found(names: Mapping[str, str], towers: Mapping[str, Tower]) -> dict[str, Value]:
+    return {task: towers[task].find(name) for task, name in names.items()}
 
 
 def check_not_shared(
@@ -78,8 +71,7 @@ def check_not_shared(
     same: Mapping[Call, Call],
 ) -> None:
     """Raises where all towers of a tap give the same: there is nothing to mix."""
-    calls = [towers[task].call_of(value) for task, value in tap.items()]
-    firsts = {same.get(call) for call in calls if call is not None}
+    firsts = {same.get(towers[task].call_of(value)) for task, value in tap.items()}
     if len(firsts) == 1 and None not in firsts:
         raise ValueError(
             f"At the tap '{label}', the towers of {list(tap)} give the same: up to "
@@ -105,8 +97,8 @@ def which_fit(
 
     def fits(tower: Tower, value: Value) -> bool:
         if project:
-            channels = value.shape[_channel_axis(tower, value)]
-            return len(value.shape) == rank and channels is not None
+            axis = _channel_axis(tower, value)
+            return len(value.shape) == rank and value.shape[axis] is not None
         return value.shape[1:] == shape
 
     fitting = {
@@ -325,7 +317,7 @@ def _ancestors(calls: Sequence[Call]) -> tuple[list[int], list[int]]:
     before: list[int] = []
     earliest: list[int] = []
     for n, call in enumerate(calls):
-        read = [giver.get(x, -1) for x in call.reads if isinstance(x, Value)]
+        read = [giver.get(x, -1) for x in call.reads]
         bits = 1 << n
         for m in read:
             bits |= before[m] if m >= 0 else 0

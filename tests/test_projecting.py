@@ -359,6 +359,23 @@ def test_taps_that_cannot_be_projected_name_towers_layers_and_which_would_do():
         stitch(apart, [{"kind": "conv1", "age": "pool"}], project=True)
 
 
+def test_a_tower_may_have_values_without_axes_beside_its_maps():
+    def tower(units):
+        x = keras.Input((7,), name="x")
+        y = keras.layers.Dense(5, name="first")(x)
+        y = y / keras.ops.max(keras.ops.abs(y))
+        return keras.Model(x, keras.layers.Dense(units, name="score")(y))
+
+    image = keras.Input((7,), name="x")
+    maps = keras.layers.Reshape((7, 1), name="maps")(image)
+    other = keras.Model(image, keras.layers.Flatten()(maps))
+
+    towers = {"a": tower(2), "b": tower(3), "c": other}
+
+    with pytest.raises(ValueError, match=r"tower of 'b': \['first', .*'score'\]; 'c'"):
+        stitch(towers, [{"a": "first", "b": "first", "c": "maps"}], project=True)
+
+
 @pytest.mark.parametrize(("tap", "helps"), [("conv1", True), ("pool", False)])
 def test_projection_is_a_remedy_where_it_helps(tap, helps):
     with pytest.raises(ValueError, match="Tapped are") as caught:
