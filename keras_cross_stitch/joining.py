@@ -59,10 +59,10 @@ class Joined:
         for call in reversed(self.towers[task].calls):
             if any(x in needed and x not in tensors for x in call.outputs):
                 todo.append(call)
-                needed.update(x for x in call.reads if isinstance(x, Value))
+                needed.update(call.reads)
         for call in reversed(todo):
             tensors |= zip(call.outputs, self._build(call), strict=True)
-            self.read.update(x for x in call.reads if isinstance(x, Value))
+            self.read.update(call.reads)
         return [tensors[x] for x in values]
 
     def _build(self, call: Call) -> list:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -206,7 +206,7 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     def _in_charge(self) -> Iterator[None]:
         """The inner optimizer's `apply` calls these; used by itself, it has its own."""
         inner = self.inner_optimizer
-        methods = {
+        methods: dict[str, Callable[..., Any]] = {
             "update_step": self._update_at_own_rate,
             "_apply_weight_decay": lambda variables: None,  # each update decays
         }

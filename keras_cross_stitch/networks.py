@@ -265,12 +265,12 @@ def _depending(tower: Tower, name: str) -> list[Call]:
     """The calls of a layer, or within a nested model, and all that depend on them."""
     path = tower.path(name)
     calls: list[Call] = []
-    values: set[Any] = set()
+    values: set[Value] = set()
     for call in tower.calls:
         if (
             call.path == path
             or call.path.startswith(f"{path}/")
-            or not values.isdisjoint(x for x in call.reads if isinstance(x, Value))
+            or not values.isdisjoint(call.reads)
         ):
             calls.append(call)
             values.update(call.outputs)
@@ -342,12 +342,12 @@ def _unit(
     """The unit of a tap, with the dtype of the first tower's layer."""
     task, value = next(iter(tap.items()))
     call = joined.towers[task].call_of(value)
-    policy = getattr(call and call.layer, "dtype_policy", None)
+    policy = getattr(call.layer, "dtype_policy", None)
     if policy is None and "float" in value.spec.dtype:
         # An operator has no policy, and Keras's own may be another than the tower's.
         half = value.spec.dtype in ("float16", "bfloat16")
         policy = f"mixed_{value.spec.dtype}" if half else value.spec.dtype
-    elif isinstance(policy, keras.dtype_policies.DTypePolicyMap) and call:
+    elif isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         policy = policy[call.layer.path]
     if isinstance(policy, keras.DTypePolicy) and policy.quantization_mode:
         # "int8_from_float32": the unit is not quantized.

@@ -36,9 +36,10 @@ class Call:
     outputs: tuple[Value, ...]
 
     @property
-    def reads(self) -> list:
-        """What it is called with, values and constants, in one list."""
-        return keras.tree.flatten((self.args, self.kwargs))
+    def reads(self) -> list[Value]:
+        """The values that it is called with."""
+        given = keras.tree.flatten((self.args, self.kwargs))
+        return [x for x in given if isinstance(x, Value)]
 
     @property
     def weights(self) -> list:
@@ -123,22 +124,25 @@ class Tower:
         self._open(graph, "", {}, scope)
         self.output = _named_output(task, graph, scope)
 
-    def call_of(self, value: Value) -> Call | None:
-        """The call that gives a value; None for an input."""
-        return next((call for call in self.calls if value in call.outputs), None)
+    def call_of(self, value: Value) -> Call:
+        """The call that gives a value which is no input."""
+        return next(call for call in self.calls if value in call.outputs)
 
     def name_of(self, value: Value) -> str:
         """The name by which `find` finds a layer's output."""
-        call = self.call_of(value)
-        path = call.path if call else ""
-        for k, values in enumerate(self.outputs.get(path, [])):
-            if value in values:
-                several = len(self.outputs[path]) > 1, len(values) > 1
-                which = f":{k}" if several[0] else ""
-                return (
-                    path + which + (f":out{values.index(value)}" if several[1] else "")
-                )
-        raise ValueError(f"The tower of '{self.task}' has no output {value}")
+        names = self._names(self.call_of(value).path)
+        return next(name for name, x in names.items() if x is value)
+
+    def _names(self, path: str) -> dict[str, Value]:
+        """The outputs of a layer, or nested model, by their names."""
+        by_call = self.outputs[path]
+        return {
+            path
+            + (f":{k}" if len(by_call) > 1 else "")
+            + (f":out{n}" if len(values) > 1 else ""): value
+            for k, values in enumerate(by_call)
+            for n, value in enumerate(values)
+        }
 
     def full_name(self, name: str) -> str:
         """The name with the layer's path: `"backbone/act:1"` of `"act:1"`."""
@@ -162,14 +166,14 @@ class Tower:
             if call in (None, k) and output in (None, n)
         ]
         if len(found) == 1:
-            return found[0][2]
-        names = {
-            path
-            + (f":{k}" if len(by_call) > 1 else "")
-            + (f":out{n}" if len(values) > 1 else ""): value.shape
-            for k, values in enumerate(by_call)
-            for n, value in enumerate(values)
-        }
+            ((_, _, value),) = found
+            if value in self.inputs.values():  # a nested model may hand it on
+                raise ValueError(
+                    f"In the tower of '{self.task}', '{name}' is an input, which "
+                    "cannot be a tap"
+                )
+            return value
+        names = {x: value.shape for x, value in self._names(path).items()}
         what = "is called more than once" if len(by_call) > 1 else "has several outputs"
         if len(names) == 1:
             what = "has one output"
@@ -405,13 +409,8 @@ def _cannot_be_opened(task: str, model: Any, towers: Mapping[str, Any]) -> str:
     inputs = _inputs_like(_known_inputs(model, towers))
     if inputs is None:
         return f"{said}. Build it, so that its inputs are known, and try again"
-    try:
-        keras.Model(inputs, model.call(inputs))
-    except Exception as error:
-        why = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        return f"{said}. Its `call` cannot be traced either: {why[0]}"
     return (
-        f"{said}. Its `call` can be traced, and these two lines make a tower of it:\n\n"
+        f"{said}. If its `call` can be traced, these two lines make a tower of it:\n\n"
         f"    inputs = {_as_code(inputs)}\n"
         f'    towers["{task}"] = keras.Model(inputs, towers["{task}"].call(inputs))\n'
     )

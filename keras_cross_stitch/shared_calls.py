@@ -79,11 +79,11 @@ def worth_sharing(
     """
     kept = set()
     for tower in towers.values():
-        needed: set[Any] = set()
+        needed: set[Value] = set()
         for call in reversed(tower.calls):
             if call in same and (wanted(call) or not needed.isdisjoint(call.outputs)):
                 kept.add(same[call])
-                needed.update(x for x in call.reads if isinstance(x, Value))
+                needed.update(call.reads)
     worth = {call: first for call, first in same.items() if first in kept}
     torn = _torn(worth, towers)
     if torn:
@@ -228,14 +228,13 @@ def _own_draws(
     """The random calls in front of a tap and of all that is trained, built alone."""
     untrained = set(tower.inputs.values())
     for call in tower.calls:
-        reads = [x for x in call.reads if isinstance(x, Value)]
-        if untrained.issuperset(reads) and not trained(call.layer):
+        if untrained.issuperset(call.reads) and not trained(call.layer):
             untrained.update(call.outputs)
     needed = set(taps)
     found = []
     for call in reversed(tower.calls):
         if not needed.isdisjoint(call.outputs):
-            needed.update(x for x in call.reads if isinstance(x, Value))
+            needed.update(call.reads)
             if untrained.issuperset(call.outputs) and call not in same:
                 found.extend([call] if is_random(call.layer) else [])
     return found[::-1]
@@ -269,7 +268,7 @@ def _kernels_before(tower: Tower, value: Value) -> list[np.ndarray]:
     seen: list[Any] = []
     for call in reversed(tower.calls):
         if not needed.isdisjoint(call.outputs):
-            needed.update(x for x in call.reads if isinstance(x, Value))
+            needed.update(call.reads)
             if call.layer not in seen:
                 found.extend(kernels(call.layer))
                 seen.append(call.layer)
