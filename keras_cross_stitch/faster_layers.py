@@ -4,9 +4,8 @@ Only what `call` does is exchanged: the layers, their weights and a saved file s
 Keras's. TensorFlow is imported inside the functions, as in the export.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -41,15 +40,10 @@ def exchange(layers: Iterable[Any]) -> list[Any]:
     return exchanged
 
 
-@contextlib.contextmanager
-def exchanged(layers: Iterable[Any]) -> Iterator[list[Any]]:
-    """`exchange` for a while."""
-    changed = exchange(layers)
-    try:
-        yield changed
-    finally:
-        for layer in changed:
-            vars(layer).pop("call", None)  # another thread may have done so
+def put_back(layers: Iterable[Any]) -> None:
+    """Lets exchanged layers call Keras's own operations again."""
+    for layer in layers:
+        vars(layer).pop("call", None)  # another thread may have done so
 
 
 def _is_normalization_of_maps(layer: Any) -> bool:

@@ -1,7 +1,7 @@
 """A model to a SavedModel with one signature per task; does not serve it.
 
-The only module that needs TensorFlow; it is imported inside the functions, so that
-the library runs on the other backends without it.
+TensorFlow is imported inside the functions, so that the library runs on the other
+backends without it.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import logging
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import keras
 import numpy as np
 
 from keras_cross_stitch import versions
-from keras_cross_stitch.faster_layers import exchanged
+from keras_cross_stitch.faster_layers import exchange, put_back
 from keras_cross_stitch.opening import check_task_names
 from keras_cross_stitch.trial_input import (
     first_accepted_input,
@@ -132,8 +131,8 @@ def export_saved_model(
     if from_jpeg:
         _check_takes_images(model)
     inputs = None if sample is None else from_sample(sample, model, from_jpeg)
-    local = _local(directory)
-    with _unfinished(local, version) as temporary:
+    local = versions.local(directory)
+    with versions.unfinished(local, version) as temporary:
         run = _traced(model, model)
         inputs, outputs = first_accepted_input(run, model, inputs)
         _check_dense(outputs)
@@ -210,52 +209,6 @@ def _check_takes_images(model: keras.Model) -> None:
             )
 
 
-def _local(directory: str | os.PathLike) -> pathlib.Path:
-    # A remote store has no rename in one step, and pathlib would make a folder "gs:".
-    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(directory)):
-        raise ValueError(
-            "`directory` must be a local folder. Export to one, and copy the version "
-            "that was written to where it is served (`gcloud storage cp -r`, `aws s3 "
-            f"cp --recursive`). Received: directory='{directory}'"
-        )
-    try:
-        path = pathlib.Path(directory).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{error} Received: directory='{directory}'") from error
-    if set(path.as_posix()) & set("*?[]\\"):
-        raise ValueError(
-            "`directory` must not contain any of * ? [ ] \\, since TensorFlow reads "
-            f"them as a pattern when it loads. Received: directory='{directory}'"
-        )
-    return path
-
-
-@contextlib.contextmanager
-def _unfinished(directory: pathlib.Path, version: int | None) -> Iterator[pathlib.Path]:
-    """Gives a path to write to, in the directory; where that fails, nothing is left."""
-    created = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if version is not None:
-                versions.check_free(directory, version)
-            # TensorFlow Serving passes over names that are not numbers.
-            folder = tempfile.TemporaryDirectory(prefix=".export-", dir=directory)
-        except OSError as error:
-            raise ValueError(
-                "`directory` must be a folder that can be written to. Received: "
-                f"directory='{directory}' ({error.strerror})"
-            ) from error
-        with folder:
-            # One deeper, since only its owner may enter a temporary directory.
-            yield pathlib.Path(folder.name) / "model"
-    except BaseException:
-        for parent in created:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-
-
 def _together(outputs: Mapping[str, Any]) -> dict[str, list[str]]:
     """The names in `serving_default` of each task's outputs, in their order."""
     return {
@@ -320,19 +273,20 @@ def _by_faster_layers(
     allows: the rest is for what TensorFlow rounds in another place when it loads.
     """
     # In a smaller dtype they round in other places.
-    layers = [x for x in _layers(model) if x.compute_dtype == "float32"]
-    with exchanged(layers) as changed:
-        faster = _traced(model, model) if changed else run
-        same = True
+    changed = exchange(x for x in _layers(model) if x.compute_dtype == "float32")
+    try:
         if changed:
+            faster = _traced(model, model)
             pairs = zip(
                 *map(keras.tree.flatten, (faster(inputs), outputs)), strict=True
             )
-            same = not any(_difference(x, y, _TOLERANCE / 2) for x, y in pairs)
-        if same:
-            yield faster
-    if not same:
+            if any(_difference(x, y, _TOLERANCE / 2) for x, y in pairs):
+                put_back(changed)
+            else:
+                run = faster
         yield run
+    finally:
+        put_back(changed)
 
 
 def _check_dense(outputs: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ Needs TensorFlow, as the export does, and imports it inside the functions.
 """
 
 import contextlib
-import itertools
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,30 +20,35 @@ def first_accepted_input(
     """Input to compare on, drawn where none is given, and the model's outputs."""
     import tensorflow as tf
 
-    trials: Iterable = [inputs]
-    if inputs is None:
-        _check_drawable(model)
-        unknown = any(None in x.shape[1:] for x in model.inputs)
-        sides = SIDES if unknown else SIDES[:1]
-        # A float input may feed an Embedding; only 0 and 1 are always valid.
-        trials = (_drawn(model, *x) for x in itertools.product((256, 2), sides))
-    ran: list[tuple[Any, dict[str, Any]]] = []
     drawn = inputs is None
+    trials: Iterable = _draws(model) if drawn else [inputs]
+    ran: list[tuple[Any, dict[str, Any]]] = []
     for trial in trials:
-        inputs = trial if inputs is None else inputs
         with contextlib.suppress(tf.errors.OpError):
-            ran.append((trial, run(trial)))
+            outputs = run(trial)
             # Large numbers may overflow in a sound model; so it is tried with others.
-            if not drawn or not _has_nan(ran[-1][1]):
-                return ran[-1]
+            if not drawn or not _has_nan(outputs):
+                return trial, outputs
+            ran.append((trial, outputs))
     if ran:
         return ran[0]
+    first = next(iter(_draws(model))) if drawn else inputs
     # The error of a graph names no layer, that of Keras does.
     with layer_named(
         "does not accept the input to compare the models on; give inputs that it "
         "accepts as `sample=`"
     ):
-        return inputs, model(inputs, training=False)
+        return first, model(first, training=False)
+
+
+def _draws(model: keras.Model) -> Iterator[Any]:
+    """Random inputs, the likeliest first."""
+    _check_drawable(model)
+    unknown = any(None in x.shape[1:] for x in model.inputs)
+    # A float input may feed an Embedding; only 0 and 1 are always valid.
+    for high in (256, 2):
+        for side in SIDES if unknown else SIDES[:1]:
+            yield _drawn(model, high, side)
 
 
 def _has_nan(outputs: dict[str, Any]) -> bool:

@@ -1,7 +1,11 @@
 """What a version of a served model is, and how a new one gets its number."""
 
+import contextlib
 import os
 import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
 
 
 def versions(directory: str | os.PathLike) -> dict[int, pathlib.Path]:
@@ -41,6 +45,53 @@ def check_free(directory: str | os.PathLike, number: int) -> None:
             f"'{directory}' already has version {number}: remove it, or leave out "
             f"`version` for the next one, {next_number(directory)}"
         )
+
+
+def local(directory: str | os.PathLike) -> pathlib.Path:
+    """The path of a served model's folder, where versions can be written and read."""
+    # A remote store has no rename in one step, and pathlib would make a folder "gs:".
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(directory)):
+        raise ValueError(
+            "`directory` must be a local folder. Export to one, and copy the version "
+            "that was written to where it is served (`gcloud storage cp -r`, `aws s3 "
+            f"cp --recursive`). Received: directory='{directory}'"
+        )
+    try:
+        path = pathlib.Path(directory).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error} Received: directory='{directory}'") from error
+    if set(path.as_posix()) & set("*?[]\\"):
+        raise ValueError(
+            "`directory` must not contain any of * ? [ ] \\, since TensorFlow reads "
+            f"them as a pattern when it loads. Received: directory='{directory}'"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def unfinished(directory: pathlib.Path, version: int | None) -> Iterator[pathlib.Path]:
+    """Gives a path to write to, in the directory; where that fails, nothing is left."""
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if version is not None:
+                check_free(directory, version)
+            # TensorFlow Serving passes over names that are not numbers.
+            folder = tempfile.TemporaryDirectory(prefix=".export-", dir=directory)
+        except OSError as error:
+            raise ValueError(
+                "`directory` must be a folder that can be written to. Received: "
+                f"directory='{directory}' ({error.strerror})"
+            ) from error
+        with folder:
+            # One deeper, since only its owner may enter a temporary directory.
+            yield pathlib.Path(folder.name) / "model"
+    except BaseException:
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def publish(
