@@ -43,9 +43,10 @@ def weigh_losses(
 
     The new model computes what the given one does, and shares its layers. It has one
     layer more, named as `by`, which holds the weights. So they are trained, saved,
-    loaded and copied as other weights are. In a copy of the model, the losses take the
-    weights of the copy. The losses in the logs (`<task>_loss`) are the weighted ones.
-    They can fall below 0 and say little, so monitor a metric.
+    loaded and copied as other weights are. The losses take the weights of the copy
+    that was called last: in a loop of your own, take the losses of one copy before you
+    call another. The losses in the logs (`<task>_loss`) are the weighted ones. They can
+    fall below 0 and say little, so monitor a metric.
 
     Both formulas are for losses of 0 or more. A cosine similarity, which is at least
     -1, counts as `1 + L_i`. Sample weights count as if an example stood so many times
