@@ -21,7 +21,6 @@ from keras_cross_stitch.shared_calls import (
     may_be_built_once,
     wanted_once,
     warn_of_unlike_draws,
-    warn_of_unrelated_towers,
     worth_sharing,
 )
 from keras_cross_stitch.taps import (
@@ -32,6 +31,7 @@ from keras_cross_stitch.taps import (
     read_taps,
     which_fit,
 )
+from keras_cross_stitch.unrelated_towers import warn_of_unrelated_towers
 
 
 def stitch(
@@ -213,8 +213,8 @@ def split(
 
     Raises:
         ValueError: For an unknown layer, towers that differ below `at`, a layer
-            that is used twice or cannot be copied, an invalid task name, or inputs
-            that differ.
+            that is used below `at` and above it or cannot be copied, an invalid task
+            name, or inputs that differ.
 
     Example:
 
@@ -244,11 +244,12 @@ def split(
         both = call in own and other in own
         return both and may_be_built_once(call, other, share_frozen)
 
-    same = built_once(opened, inputs, [], may_share)
-    _check_alike_below(opened, own, same)
     same = worth_sharing(
-        same, opened, lambda call: call not in own or wanted_once(call, share_frozen)
+        built_once(opened, inputs, [], may_share),
+        opened,
+        lambda call: call not in own or wanted_once(call, share_frozen),
     )
+    _check_alike_below(opened, own, same)
     return Joined(opened, inputs, same).model(name)
 
 
@@ -305,8 +306,6 @@ def _check_alike_below(
         matched = {same.get(call) for call in calls}
         extra = next((x.path for x in calls if same.get(x) not in below[first]), None)
         missed = next((x.path for x in below[first] if x not in matched), None)
-        if not extra and not missed:
-            extra = missed = _used_otherwise(calls, same)
         if extra or missed:
             raise ValueError(
                 "The towers must have the same layers up to where they split. The "
@@ -315,20 +314,6 @@ def _check_alike_below(
                 "with other inputs. Split at that layer or below it, or `stitch()` the "
                 "towers"
             )
-
-
-def _used_otherwise(calls: list[Call], same: Mapping[Call, Call]) -> str | None:
-    """A layer that one tower calls more than once where the other has several."""
-    partner: dict[int, Any] = {}
-    taken: dict[int, Any] = {}
-    for call in calls:
-        if call.weights:
-            first = same[call].layer
-            one = partner.setdefault(id(call.layer), first)
-            other = taken.setdefault(id(first), call.layer)
-            if one is not first or other is not call.layer:
-                return call.path
-    return None
 
 
 def _unit(

@@ -1,4 +1,4 @@
-"""What of several towers is built once, and what they should have in common.
+"""What of several towers is built once.
 
 Value numbering across towers: calls of equal layers on equal inputs share one result.
 """
@@ -11,13 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_cross_stitch.copying import (
     equal,
     frozen_alike,
     is_random,
-    kernels,
     same_draws,
 )
 from keras_cross_stitch.opening import Call, Tower, Value
@@ -144,46 +142,44 @@ def _numbered(arguments: dict, numbers: Mapping[Value, int]) -> dict:
 @contextlib.contextmanager
 def named(call: Call) -> Iterator[None]:
     """Turns what Keras says of a layer that cannot be copied into one that names it."""
-    try:
+    with _named(
+        call,
+        "cannot be copied",
+        "A layer of your own needs a `get_config` with all that its `__init__` takes, "
+        "and `**kwargs` in `__init__` for the name",
+        "Give a layer of Keras's own what Keras can save: a function of your own "
+        "instead of a `functools.partial`, and objects whose class has a `get_config` "
+        "with all that its `__init__` takes",
+    ):
         yield
-    except Exception as error:
-        kind = type(call.layer)
-        remedy = (
-            "A layer of your own needs a `get_config` with all that its `__init__` "
-            "takes, and `**kwargs` in `__init__` for the name"
-        )
-        if kind.__module__.startswith("keras."):
-            remedy = (
-                "Give a layer of Keras's own what Keras can save: a function of your "
-                "own instead of a `functools.partial`, and objects whose class has a "
-                "`get_config` with all that its `__init__` takes"
-            )
-        raise ValueError(
-            f"In the tower of '{call.task}', layer '{call.path}' ({kind.__name__}) "
-            f"cannot be copied. {remedy}. Keras says: {str(error).strip()}"
-        ) from error
 
 
 @contextlib.contextmanager
 def weights_named(call: Call) -> Iterator[None]:
     """Turns what Keras says of weights that do not fit into what names the layer."""
+    with _named(
+        call,
+        "has other layers or weights than its copy, which is made from its "
+        "`get_config` and built by the calls of the tower",
+        "Make all that it needs in `__init__` and `build`",
+        "If it was given LoRA after it was built, save the tower and load it, which "
+        "merges LoRA into the weights; if it was quantized, join the towers as they "
+        "were before; a layer of your own within it must make all that it needs in "
+        "`__init__` and `build`",
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _named(call: Call, problem: str, of_yours: str, of_keras: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         kind = type(call.layer)
-        remedy = "make all that it needs in `__init__` and `build`"
-        if kind.__module__.startswith("keras."):
-            remedy = (
-                "if it was given LoRA after it was built, save the tower and load it, "
-                "which merges LoRA into the weights; if it was quantized, join the "
-                "towers as they were before; a layer of your own within it must make "
-                "all that it needs in `__init__` and `build`"
-            )
+        remedy = of_keras if kind.__module__.startswith("keras.") else of_yours
         raise ValueError(
-            f"In the tower of '{call.task}', layer '{call.path}' ({kind.__name__}) has "
-            "other layers or weights than its copy, which is made from its "
-            f"`get_config` and built by the calls of the tower: {remedy}. Keras says: "
-            f"{str(error).strip()}"
+            f"In the tower of '{call.task}', layer '{call.path}' ({kind.__name__}) "
+            f"{problem}. {remedy}. Keras says: {str(error).strip()}"
         ) from error
 
 
@@ -242,81 +238,3 @@ def _own_draws(
 
 def _trained(layer: Any) -> bool:
     return bool(getattr(layer, "trainable_weights", None))
-
-
-def unrelated(
-    towers: Mapping[str, Tower], tap: Mapping[str, Value]
-) -> tuple[str, str] | None:
-    """Two tasks whose towers have no weights in common up to a tap, if there are any.
-
-    Channel k of one tower's map means what channel k of the other's does where both
-    came from one start. Their kernels are then more like each other channel by
-    channel than one channel is like the next.
-    """
-    found = {task: _kernels_before(towers[task], x) for task, x in tap.items()}
-    tasks = list(found)
-    for n, a in enumerate(tasks):
-        for b in tasks[n + 1 :]:
-            if (found[a] or found[b]) and not _related(found[a], found[b]):
-                return a, b
-    return None
-
-
-def _kernels_before(tower: Tower, value: Value) -> list[np.ndarray]:
-    needed = {value}
-    found: list[np.ndarray] = []
-    seen: list[Any] = []
-    for call in reversed(tower.calls):
-        if not needed.isdisjoint(call.outputs):
-            needed.update(call.reads)
-            if call.layer not in seen:
-                found.extend(kernels(call.layer))
-                seen.append(call.layer)
-    return found[::-1]
-
-
-def _related(kernels: list[np.ndarray], others: list[np.ndarray]) -> bool:
-    """Whether kernels are alike: plainly so, or by 4 standard deviations of chance."""
-    scores, excesses = [], []
-    for a, b in zip(kernels, others, strict=False):
-        if a.shape != b.shape:
-            break
-        if np.array_equal(a, b):
-            return True
-        excess, by_chance = _likeness(a, b)
-        excesses.append(excess)
-        scores.append(excess / by_chance)
-    return bool(scores) and (
-        sum(scores) > 4 * len(scores) ** 0.5 or sum(excesses) > 0.5 * len(excesses)
-    )
-
-
-def _likeness(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """By how much the cosine of equal channels is above that of unequal ones.
-
-    And the standard deviation that it would have by chance.
-    """
-    a, b = (x.reshape(-1, x.shape[-1]).astype("float64") for x in (a, b))
-    a, b = (x / np.maximum(np.linalg.norm(x, axis=0), 1e-12) for x in (a, b))
-    cosines = a.T @ b  # (C, C)
-    channels = len(cosines)
-    unequal = cosines[~np.eye(channels, dtype=bool)]
-    mean, deviation = (unequal.mean(), unequal.std()) if channels > 2 else (0.0, 0.0)
-    by_chance = max(deviation, len(a) ** -0.5) / channels**0.5
-    return float(np.diag(cosines).mean() - mean), float(by_chance)
-
-
-def warn_of_unrelated_towers(
-    towers: Mapping[str, Tower], tap: Mapping[str, Value], name: str
-) -> None:
-    """Warns where a unit starts with maps of which channel k means two things."""
-    pair = unrelated(towers, tap)
-    if pair is not None:
-        warnings.warn(
-            f"The towers of '{pair[0]}' and '{pair[1]}' have unrelated weights in "
-            f"front of the first tap, '{name}', so that channel k of one has nothing "
-            "to do with channel k of the other, and what a task takes from the other "
-            "at the start is noise. Start all towers from the same weights, or start "
-            "with nothing shared: `stitch(..., same_task=1.0)`",
-            stacklevel=3,
-        )
