@@ -21,7 +21,8 @@ def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
         # Keras warns that a lambda cannot be saved, which is not done here.
         warnings.simplefilter("ignore")
         config = _unbuilt(layer.get_config())
-    config = _with_policies(config, _policies(layer, name))
+    policies = _policies(layer, name)
+    config = _with_policies(config, policies)
     held: dict[str, Any] = {}
     config = _with_held(config, layer, held, copies)
     # Of the layers, and of what they hold: regularizers, initializers, constraints.
@@ -38,14 +39,13 @@ def copy_layer(layer: Any, name: str, copies: Mapping[Any, Any]) -> Any:
             # Keras itself keeps what a layer was constructed with.
             if getattr(layer, "_auto_config", None) is None:
                 raise
-            config = _with_policies(layer._auto_config.config, _policies(layer, name))
+            config = _with_policies(layer._auto_config.config, policies)
             copy = _from_config(layer, {**config, "name": name})
-    if copy.name != name:
-        copy.name = name
+    copy.name = name
     # The config of a layer of one's own may leave it out.
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and copy.dtype_policy.name != policy.name:
-        copy.dtype_policy = _with_policies(policy, _policies(layer, name))
+        copy.dtype_policy = _with_policies(policy, policies)
     _build_as(layer, copy)
     return copy
 
@@ -230,7 +230,8 @@ def _kind(layer: Any, apart_from: frozenset[str]) -> tuple:
                 if x.get("name") in names:
                     left_out.add("name")
                     # A layer that draws nothing of Keras's may use its seed at will.
-                    left_out -= set() if x["name"] in random else {"seed"}
+                    if x["name"] not in random:
+                        left_out.discard("seed")
             return {k: nameless(v, k) for k, v in x.items() if k not in left_out}
         if isinstance(x, list | tuple):
             if _is_reference(x, key) and x[0] in names:

@@ -268,9 +268,7 @@ class CrossStitch(keras.layers.Layer):
             **super().get_config(),
             "per": self.per,
             "same_task": self.same_task,
-            "alpha_initializer": keras.initializers.serialize(self.alpha_initializer)
-            if self.alpha_initializer
-            else None,
+            "alpha_initializer": keras.initializers.serialize(self.alpha_initializer),
             "alpha_regularizer": keras.regularizers.serialize(self.alpha_regularizer),
             "alpha_constraint": keras.constraints.serialize(self.alpha_constraint),
             "data_format": self.data_format,

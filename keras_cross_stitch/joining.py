@@ -125,14 +125,10 @@ class Joined:
         first = self.inputs[task]
         if len(flat) == 1:
             return first[0]
-        structure = tower.input_structure
-        by_key = isinstance(structure, dict) and not any(
-            map(keras.tree.is_nested, structure.values())
-        )
-        if len(flat) > len(first) or by_key:
+        if len(flat) > len(first):
             return flat
         # All towers read the same: the model takes it as the first tower does.
-        return keras.tree.pack_sequence_as(structure, first)
+        return keras.tree.pack_sequence_as(tower.input_structure, first)
 
     def _check_what_is_tied(self) -> None:
         """Raises where weights that two layers have in common are no more so."""
