@@ -62,9 +62,8 @@ class ServedModel:
         self._broken: dict[int, list] = {}  # files of versions that did not load
         self._lock = threading.Lock()
         self._loaded: dict[int, LoadedVersion] = {}
-        self._latest = -1  # of those loaded; none yet
         self.refresh()
-        if self._latest < 0:
+        if max(self._loaded, default=-1) <= max(self._broken, default=-1):
             why = [x.status.error_message for x in reversed(self._states.values())]
             if is_complete(directory):
                 above = self._directory.resolve().parent
@@ -85,9 +84,9 @@ class ServedModel:
             wanted = found.keys() & {newest, *self._labels.values()}
             for number in sorted(wanted - self._loaded.keys()):
                 self._load(number, found[number])
-            if newest in self._loaded:
-                self._latest = newest
-            for number in self._loaded.keys() - wanted - {self._latest}:
+            if newest not in self._loaded:
+                wanted |= {max(self._loaded, default=newest)}  # serves on
+            for number in self._loaded.keys() - wanted:
                 self._loaded = {n: x for n, x in self._loaded.items() if n != number}
                 self._set_state(number, State.END)
 
@@ -134,7 +133,8 @@ class ServedModel:
                 grpc.StatusCode.INVALID_ARGUMENT, "ModelSpec has no name specified."
             )
         self._check_name(spec)
-        number = self._latest
+        loaded = self._loaded  # once: a refresh may replace it meanwhile
+        number = max(loaded)
         if spec.HasField("version"):
             number = spec.version.value
         elif spec.HasField("version_label"):
@@ -145,7 +145,6 @@ class ServedModel:
                     f"'{self.name}' has: {sorted(self._labels)}",
                 )
             number = self._labels[spec.version_label]
-        loaded = self._loaded
         if number not in loaded:
             raise ServingError(
                 grpc.StatusCode.NOT_FOUND,

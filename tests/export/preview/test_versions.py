@@ -67,6 +67,22 @@ def test_a_removed_version_gives_way_to_the_one_before(folder):
     assert state(model, 2) == ("END", "")
 
 
+def test_a_request_is_answered_while_the_version_changes(folder):
+    directory, add = folder
+    model = ServedModel("m", directory)
+    add(2)
+
+    class Asking:
+        name = "m"
+
+        def HasField(self, field):
+            model.refresh()
+            return False
+
+    assert model.find(Asking()).number == 1
+    assert model.find(Asking()).number == 2
+
+
 def test_a_folder_that_goes_away_is_served_on(folder):
     directory, _ = folder
     model = ServedModel("m", directory)
@@ -162,6 +178,13 @@ def test_a_folder_without_a_good_version_is_an_error(folder, damage):
     message = "None is there" if damage is shutil.rmtree else "Version 1 could not be"
     with pytest.raises(ValueError, match=f"must hold versions, .* {message}"):
         ServedModel("m", directory)
+
+
+def test_a_labelled_version_is_not_enough_where_the_latest_is_broken(folder):
+    directory, add = folder
+    no_graph(add(2))
+    with pytest.raises(ValueError, match="Version 2 could not be loaded"):
+        ServedModel("m", directory, {"stable": 1})
 
 
 def test_a_version_is_no_folder_of_versions(folder):
