@@ -5,11 +5,11 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from export import meanings
 from export.client import regions
@@ -136,7 +136,8 @@ def _add(
     about = {
         "dtype": dtype,
         "tolerance": _TOLERANCES[dtype],
-        "versions": {name: metadata.version(name) for name in ("keras", "tensorflow")},
+        # Not of their distributions, which may be keras-nightly or tensorflow-cpu.
+        "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
     }
     (extra / "export.json").write_text(json.dumps(about, indent=2))
     recorded.record(version, given, warmup)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 
 import keras
@@ -65,6 +66,21 @@ def test_how_it_was_made_goes_with_the_version(version):
     about = json.loads((version / "assets.extra" / "export.json").read_text())
     assert about["dtype"] == "float32"
     assert about["versions"]["keras"] == keras.__version__
+
+
+def test_distributions_may_have_other_names(tmp_path, monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)  # but keras-nightly, tensorflow-cpu
+
+    monkeypatch.setattr(metadata, "version", version)
+    x = keras.Input((4,), name="x")
+    keras.Model(x, {"a": keras.layers.Dense(2)(x)}).save(tmp_path / "model.keras")
+    written, _, _ = export(tmp_path / "model.keras", tmp_path / "served")
+    about = json.loads((written / "assets.extra" / "export.json").read_text())
+    assert about["versions"] == {
+        "keras": keras.__version__,
+        "tensorflow": tf.__version__,
+    }
 
 
 def test_a_tower_that_is_not_needed_is_gone_from_the_signatures(cheaper, version):
