@@ -25,4 +25,4 @@ def of_task(
         names: Of the outputs of the task's own signature.
     """
     alone = [*names] == [task] and task in outputs
-    return {name: outputs[task if alone else f"{task}_{name}"] for name in names}
+    return {x: outputs[task if alone else f"{task}_{x}"] for x in sorted(names)}

@@ -107,7 +107,7 @@ def draw(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
         return _numbers(values[..., 0], meaning)
     units = meaning.get("units", "")
     return Drawing(
-        rows=[row for name in outputs for row in _rows(name, outputs, units)]
+        rows=[row for name in sorted(outputs) for row in _rows(name, outputs, units)]
     )
 
 

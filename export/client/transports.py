@@ -72,7 +72,9 @@ class Grpc:
         method = "PredictionService/Predict"
         response = self._ask(method, request, messages.PredictResponse, deadline)
         with _odd_answers_told():
-            return {name: messages.to_array(x) for name, x in response.outputs.items()}
+            # Sorted: a message's maps are in another order in each process.
+            outputs = sorted(response.outputs.items())
+            return {name: messages.to_array(x) for name, x in outputs}
 
     def signatures(self, deadline: float) -> dict[str, Any]:
         request = messages.GetModelMetadataRequest(
@@ -84,7 +86,7 @@ class Grpc:
         with _odd_answers_told():
             packed = response.metadata["signature_def"].value
             signatures = messages.SignatureDefMap.FromString(packed)
-        return dict(signatures.signature_def)
+        return dict(sorted(signatures.signature_def.items()))
 
     def status(self, deadline: float) -> Any:
         request = messages.GetModelStatusRequest(model_spec=self._spec)
@@ -129,14 +131,14 @@ class Rest:
                 answer = {next(iter(outputs)): answer}
             elif not named or answer.keys() != outputs.keys():
                 raise _others_answered(sorted(answer) if named else "one, unnamed")
-            return {name: _output(answer[name], outputs[name]) for name in answer}
+            return {x: _output(answer[x], outputs[x]) for x in sorted(answer)}
 
     def signatures(self, deadline: float) -> dict[str, Any]:
         with _odd_answers_told():
             metadata = self._ask("GET", "/metadata", deadline)["metadata"]
             signatures = messages.SignatureDefMap()
             json_format.ParseDict(metadata["signature_def"], signatures, True)
-        return dict(signatures.signature_def)
+        return dict(sorted(signatures.signature_def.items()))
 
     def status(self, deadline: float) -> Any:
         with _odd_answers_told():

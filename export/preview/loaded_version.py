@@ -119,7 +119,8 @@ class LoadedVersion:
             for name, (dtype, shape) in described.items()
         )
         if not as_taken:
-            received = (f"{n}: {in_words(*what)}" for n, what in described.items())
+            sent = sorted(described.items())
+            received = (f"{name}: {in_words(*what)}" for name, what in sent)
             raise ServingError(
                 INVALID,
                 f"Signature '{signature}' takes {info_in_words(inputs)}, N at least 1. "

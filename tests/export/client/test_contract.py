@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from export.client import Client, ServingError
+from export.client import Client, ServingError, all_tasks, transports
 from export.client.client import _cast
-from export.client.messages import CLASSES
+from export.client.messages import CLASSES, to_tensor
 from export.preview.served_model import ServedModel
 
 # One process runs all that share the server.
@@ -338,6 +338,40 @@ def test_outputs_of_the_known_form_are_read():
     both = {"a": info(FLOAT, -1), "b": info(INT, -1, 2)}
     answer = answered({"a": [1.0], "b": [[2, 3]]}, both)
     assert (answer["a"].tolist(), answer["b"].tolist()) == ([1.0], [[2, 3]])
+
+
+NAMES = sorted("abcdefgh")  # by chance, they are hardly ever in this order
+
+
+@pytest.mark.parametrize("way", ["Grpc", "Rest"])
+def test_outputs_and_signatures_are_in_the_order_of_names(way, monkeypatch):
+    """In the messages they are in an order that is another in each process."""
+    signatures = CLASSES["SignatureDefMap"]()
+    predicted = CLASSES["PredictResponse"]()
+    for name in reversed(NAMES):
+        signatures.signature_def[name].outputs[name].dtype = FLOAT
+        predicted.outputs[name].CopyFrom(to_tensor(np.zeros(1, "float32")))
+    metadata = CLASSES["GetModelMetadataResponse"]()
+    metadata.metadata["signature_def"].value = signatures.SerializeToString()
+    as_json = {name: {} for name in reversed(NAMES)}
+    answers = {
+        "Grpc": [predicted, metadata],
+        "Rest": [
+            {"outputs": {name: [0.0] for name in as_json}},
+            {"metadata": {"signature_def": {"signature_def": as_json}}},
+        ],
+    }[way]
+    kind = getattr(transports, way)
+    monkeypatch.setattr(kind, "_ask", lambda *_: answers.pop(0))
+    transport = kind("http://127.0.0.1:1", CLASSES["ModelSpec"](name="m"))
+    known = {name: info(FLOAT, -1) for name in NAMES}
+    assert list(transport.predict("x", {}, known, 1)) == NAMES
+    assert list(transport.signatures(1)) == NAMES
+
+
+def test_a_tasks_outputs_are_in_the_order_of_names():
+    outputs = {f"task_{name}": np.zeros(1) for name in NAMES}
+    assert list(all_tasks.of_task("task", outputs, NAMES[::-1])) == NAMES
 
 
 def saved(path, outputs):

@@ -76,7 +76,7 @@ def test_normals_have_the_customary_colours(normal, colour):
 def test_what_is_not_known_is_numbers(meaning):
     few = draw({"age": np.array([[30.5, 2]])}, {**meaning, "units": "years"})
     many = draw({"depth": np.arange(9.0).reshape(3, 3)}, {**meaning, "units": "m"})
-    both = draw({"a": np.array(1.0), "b": np.array(2.0)}, meaning)
+    both = draw({"b": np.array(2.0), "a": np.array(1.0)}, meaning)
     assert few.rows == [("age", "30.5 2 years")]
     assert [value for _, value in many.rows] == ["0 m", "4 m", "8 m"]
     assert both.rows == [("a", "1"), ("b", "2")]

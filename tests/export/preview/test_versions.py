@@ -206,6 +206,14 @@ def test_version_0_is_served(folder):
     assert served_by(model) == 1
 
 
+def test_what_was_sent_is_told_in_the_order_of_names(folder):
+    version = ServedModel("m", folder[0]).find(SPEC)
+    sent = {name: np.float32(0) for name in "dbac"}
+    message = r"Received: a: float32 \(\), b: .*, c: .*, d: float32 \(\)$"
+    with pytest.raises(ServingError, match=message):
+        version.predict("normals", sent)
+
+
 def labelled(model, label):
     return model.find(model_pb2.ModelSpec(name="m", version_label=label)).number
 
