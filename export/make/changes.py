@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from export.meanings import Meaning, Meanings
-from export.version.recorded import Arrays, relative_difference, takes
-from export.version.signatures import Signature, signatures
+from export.version.recorded import Arrays, relative_difference, run, takes
+from export.version.signatures import Signature, described
 from export.version.timing import batch_of, interleaved
 
 _ROUNDS = 20
@@ -40,23 +40,22 @@ def changes(
         inputs: {input name: array with a batch axis}.
         answers: What the tasks' answers mean.
     """
-    costs = signatures(before), signatures(after)
     loaded = tf.saved_model.load(str(before)), tf.saved_model.load(str(after))
     batch = batch_of(inputs, BATCH)
     found = {}
-    for name in costs[0]:
+    for name in sorted(loaded[0].signatures):
         old, new = (model.signatures[name] for model in loaded)
         if not takes(old, inputs):
             continue  # takes files, and runs the same after them
         calls = {
-            "before": functools.partial(_run, old, batch),
-            "after": functools.partial(_run, new, batch),
+            "before": functools.partial(run, old, batch),
+            "after": functools.partial(run, new, batch),
         }
         seconds = interleaved(calls, _ROUNDS)
         pairs = _answers(old, new, inputs)
         found[name] = Change(
-            costs[0][name],
-            costs[1][name],
+            described(old),
+            described(new),
             float(np.median(seconds["before"])),
             float(np.median(seconds["after"])),
             max(relative_difference(y, x) for x, y in pairs.values()),
@@ -96,11 +95,6 @@ def _degrees(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
 
-def _run(function: Callable[..., Any], inputs: Arrays) -> Arrays:
-    tensors = {name: tf.constant(array) for name, array in inputs.items()}
-    return {name: output.numpy() for name, output in function(**tensors).items()}
-
-
 def _answers(
     old: Callable[..., Any], new: Callable[..., Any], inputs: Arrays
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -109,7 +103,7 @@ def _answers(
         {name: array[i : i + BATCH] for name, array in inputs.items()}
         for i in range(0, len(next(iter(inputs.values()))), BATCH)
     ]
-    both = [[_run(function, batch) for batch in batches] for function in (old, new)]
+    both = [[run(function, batch) for batch in batches] for function in (old, new)]
     before, after = both
     return {
         name: (

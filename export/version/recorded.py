@@ -34,7 +34,7 @@ def record(version: pathlib.Path, inputs: Mapping[str, Any], warmup: int = 0) ->
     predictions, requests = [], []
     for signature, function in loaded.signatures.items():
         given = _given(function, _first(inputs, EXAMPLES))
-        outputs = _run(function, given)
+        outputs = run(function, given)
         sampled = {name: _some(output) for name, output in outputs.items()}
         predictions.append(_log(signature, given, sampled))
         given = _given(function, _first(inputs, warmup))
@@ -67,14 +67,14 @@ def read(path: pathlib.Path) -> list[tuple[str, Arrays, Arrays]]:
 
 def differences(version: pathlib.Path, engine: str) -> dict[str, dict[str, float]]:
     """{signature: {output: the largest difference, relative to the largest value}}."""
-    run = {"tensorflow": _tensorflow, "openvino": _openvino}[engine](version)
+    ask = {"tensorflow": _tensorflow, "openvino": _openvino}[engine](version)
     return {
         signature: {
             name: _difference(outputs.get(name), recorded.get(name))
             for name in sorted({*outputs, *recorded})
         }
         for signature, inputs, recorded in read(version / RECORDED)
-        if (outputs := run(signature, inputs)) is not None
+        if (outputs := ask(signature, inputs)) is not None
     }
 
 
@@ -109,25 +109,26 @@ def _some(output: np.ndarray) -> np.ndarray:
     return output.ravel()[np.arange(_VALUES) * 1_000_003 % output.size]
 
 
-_Run = Callable[[str, Arrays], Arrays | None]  # of a signature; None: cannot
+_Ask = Callable[[str, Arrays], Arrays | None]  # a signature; None: cannot
 
 
-def _tensorflow(version: pathlib.Path) -> _Run:
+def _tensorflow(version: pathlib.Path) -> _Ask:
     loaded = tf.saved_model.load(str(version))
 
-    def run(signature: str, inputs: Arrays) -> Arrays:
+    def ask(signature: str, inputs: Arrays) -> Arrays:
         function = loaded.signatures.get(signature)
-        return {} if function is None else _run(function, inputs)
+        return {} if function is None else run(function, inputs)
 
-    return run
+    return ask
 
 
-def _run(function: Callable[..., Any], inputs: Arrays) -> Arrays:
+def run(function: Callable[..., Any], inputs: Arrays) -> Arrays:
+    """What a signature's function, in memory, answers to {name: array}."""
     tensors = {name: tf.constant(array) for name, array in inputs.items()}
     return {name: output.numpy() for name, output in function(**tensors).items()}
 
 
-def _openvino(version: pathlib.Path) -> _Run:
+def _openvino(version: pathlib.Path) -> _Ask:
     import openvino
 
     # In float32: where the CPU has bfloat16, OpenVINO takes that if not told.
@@ -137,13 +138,13 @@ def _openvino(version: pathlib.Path) -> _Run:
         {"INFERENCE_PRECISION_HINT": "f32"},
     )
 
-    def run(signature: str, inputs: Arrays) -> Arrays | None:
+    def ask(signature: str, inputs: Arrays) -> Arrays | None:
         if signature != "serving_default":  # the only one that OpenVINO reads
             return None
         outputs = compiled(inputs).to_dict()
         return {port.get_any_name(): array for port, array in outputs.items()}
 
-    return run
+    return ask
 
 
 def _first(inputs: Mapping[str, Any], examples: int) -> Arrays:

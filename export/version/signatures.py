@@ -61,12 +61,13 @@ def signatures(version: pathlib.Path) -> dict[str, Signature]:
             f"'{version}' is no SavedModel that TensorFlow can load: {error}"
         ) from error
     return {
-        name: _described(function)
+        name: described(function)
         for name, function in sorted(loaded.signatures.items())
     }
 
 
-def _described(function: tf.types.experimental.ConcreteFunction) -> Signature:
+def described(function: tf.types.experimental.ConcreteFunction) -> Signature:
+    """The `Signature` of a signature's function, in memory."""
     graph = function.graph.as_graph_def()
     called = [node for body in graph.library.function for node in body.node_def]
     _, inputs = function.structured_input_signature
