@@ -1,5 +1,6 @@
 """Arrays in the dtype that a model takes, where that changes no value."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,21 @@ def as_array(values: Any, name: str) -> np.ndarray:
             )
         objects[place] = value
     return objects.reshape(array.shape)
+
+
+def flattened(values: Any) -> tuple[list[int], list[Any]]:
+    """The shape of nested lists, and their values in order."""
+    shape: list[int] = []
+    flat = [values]
+    while flat and isinstance(flat[0], list):
+        size = len(flat[0])
+        if any(not isinstance(x, list) or len(x) != size for x in flat):
+            raise ValueError(f"its lists at depth {len(shape)} differ in length")
+        shape.append(size)
+        flat = list(itertools.chain.from_iterable(flat))
+    if any(isinstance(x, list) for x in flat):
+        raise ValueError(f"there are lists and values at depth {len(shape)}")
+    return shape, flat
 
 
 def cast_to(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """How the client's questions travel: over gRPC or REST, one class each.
 
-Both are given and give arrays: strings are objects that are bytes.
+Both are given and give arrays: strings are objects that are bytes. Each question has a
+deadline, as `time.monotonic` tells the time; `predict` is told the signature's outputs,
+{name: TensorInfo}.
 """
 
 import base64
@@ -10,7 +12,7 @@ import ssl
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import httpcore
@@ -19,6 +21,7 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from . import messages
+from .arrays import flattened
 from .protocol import HTTP_STATUS, ServingError, fits, in_words
 
 Arrays = dict[str, np.ndarray]
@@ -32,19 +35,6 @@ _CODE = {
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     502: grpc.StatusCode.UNAVAILABLE,  # of a gateway, behind which nobody answers
 }
-
-
-class Transport(Protocol):
-    """Each question has a deadline, as `time.monotonic` tells the time."""
-
-    def predict(
-        self, signature: str, arrays: Arrays, outputs: Any, deadline: float
-    ) -> Arrays:
-        """The answer; outputs are those of the signature, {name: TensorInfo}."""
-
-    def signatures(self, deadline: float) -> dict[str, Any]: ...
-    def status(self, deadline: float) -> Any: ...
-    def close(self) -> None: ...
 
 
 class Grpc:
@@ -178,6 +168,9 @@ class Rest:
         raise ServingError(code, str(message))
 
 
+Transport = Grpc | Rest
+
+
 class _UntilDeadline(httpcore.NetworkBackend):
     """Connections whose timeouts are moments, as `time.monotonic` tells them.
 
@@ -253,17 +246,14 @@ def _odd_answers_told() -> Iterator[None]:
     """An answer that is not TF Serving's is told as such."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _odd(error) from error
-    except (DecodeError, json_format.ParseError) as error:
-        raise _odd(error) from error
-
-
-def _odd(error: Exception) -> ServingError:
-    return ServingError(
-        grpc.StatusCode.UNKNOWN,
-        f"The answer is none of TF Serving's: {type(error).__name__}, {error}",
-    )
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError),
+        *(DecodeError, json_format.ParseError),
+    ) as error:
+        raise ServingError(
+            grpc.StatusCode.UNKNOWN,
+            f"The answer is none of TF Serving's: {type(error).__name__}, {error}",
+        ) from error
 
 
 def _quoted(name: str) -> str:
@@ -276,9 +266,11 @@ def _as_json(array: np.ndarray) -> Any:
         raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, message)
     if array.dtype != object:
         return array.tolist()
-    return _mapped(
-        lambda value: {"b64": base64.b64encode(value).decode()}, array.tolist()
-    )
+    return np.vectorize(_encoded, otypes=[object])(array).tolist()
+
+
+def _encoded(value: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(value).decode()}
 
 
 # Of a dtype, the kinds that its JSON is read as: TF Serving writes the float 1 as 1.0.
@@ -299,30 +291,13 @@ def _output(values: Any, info: Any) -> np.ndarray:
 
 
 def _strings(values: Any) -> np.ndarray:
-    leaves: list[bytes] = []
-
-    def shape(value: Any) -> tuple[int, ...]:
-        if not isinstance(value, list):
-            leaves.append(_bytes(value))
-            return ()
-        inner = [shape(x) for x in value]
-        if any(x != inner[0] for x in inner):
-            raise ValueError("rows of strings have unequal lengths")
-        return (len(value), *(inner[0] if inner else ()))
-
-    size = shape(values)
-    array = np.empty(len(leaves), object)
-    array[:] = leaves
-    return array.reshape(size)
+    shape, flat = flattened(values)
+    array = np.empty(len(flat), object)
+    array[:] = [_bytes(value) for value in flat]
+    return array.reshape(shape)
 
 
 def _bytes(value: str | Mapping[str, str]) -> bytes:
     if isinstance(value, str):
         return value.encode()
     return base64.b64decode(value["b64"])
-
-
-def _mapped(function: Callable[[Any], Any], values: Any) -> Any:
-    if isinstance(values, list):
-        return [_mapped(function, x) for x in values]
-    return function(values)

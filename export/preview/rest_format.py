@@ -5,7 +5,6 @@ Serving's json_tensor.cc.
 """
 
 import base64
-import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import grpc
 import numpy as np
 import tensorflow as tf
 
+from export.client.arrays import flattened
 from export.client.protocol import ServingError
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -115,7 +115,7 @@ def _of_the_only_input(values: Any, infos: Mapping[str, Any]) -> dict[str, Any]:
 def _array(name: str, values: Any, number: int) -> np.ndarray:
     dtype = tf.as_dtype(number)
     try:
-        shape, flat = _flat(values)
+        shape, flat = flattened(values)
         if dtype == tf.string:
             array = np.empty(len(flat), object)
             array[:] = [_bytes(value) for value in flat]
@@ -126,21 +126,6 @@ def _array(name: str, values: Any, number: int) -> np.ndarray:
         raise ServingError(
             INVALID, f"Input '{name}' must be of type {dtype.name}: {error}"
         ) from error
-
-
-def _flat(values: Any) -> tuple[list[int], list[Any]]:
-    """The shape of nested lists, and their values in order."""
-    shape: list[int] = []
-    flat = [values]
-    while flat and isinstance(flat[0], list):
-        size = len(flat[0])
-        if any(not isinstance(x, list) or len(x) != size for x in flat):
-            raise ValueError(f"its lists at depth {len(shape)} differ in length")
-        shape.append(size)
-        flat = list(itertools.chain.from_iterable(flat))
-    if any(isinstance(x, list) for x in flat):
-        raise ValueError(f"there are lists and values at depth {len(shape)}")
-    return shape, flat
 
 
 def _numbers(flat: list[Any], dtype: tf.DType) -> np.ndarray:
