@@ -97,6 +97,15 @@ class Grpc:
 
 class Rest:
     def __init__(self, address: str, spec: Any):
+        try:
+            host = httpcore.URL(address).host
+        except ValueError:  # such as a port that is no number
+            host = b""
+        if not host:
+            raise ValueError(
+                "`address` must be http://HOST:PORT for REST, such as "
+                f"http://localhost:8501. Received: {address}"
+            )
         self._pool = httpcore.ConnectionPool(network_backend=_UntilDeadline())
         self._url = f"{address.rstrip('/')}/v1/models/{_quoted(spec.name)}"
         if spec.HasField("version"):

@@ -228,6 +228,16 @@ def test_an_address_without_a_port_is_refused(address):
         Client(address)
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["http://localhost:85x1", "http://localhost:99999", "http://", "https://:8501"],
+)
+def test_an_address_that_is_no_url_is_refused(address):
+    message = f"must be http://HOST:PORT for REST, .* Received: {address}$"
+    with pytest.raises(ValueError, match=message):
+        Client(address)
+
+
 def test_version_and_label_exclude_each_other():
     with pytest.raises(ValueError, match="Give `version` or `label`, not both"):
         Client("127.0.0.1:1", version=1, label="stable")
