@@ -3,7 +3,7 @@
 import pathlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -134,29 +134,14 @@ class Client:
             else:
                 files = [_encoded(file) for file in _files(images)]
                 infos = self._signatures(deadline)
-                if task in infos and regions.taken_by(infos[task].inputs):
-                    before = time.monotonic()
-                    pictures = regions.Pictures.read(files, infos[task].inputs, rois)
-                    given = pictures.inputs
-                    deadline += time.monotonic() - before
-                elif rois is not None:
-                    raise ValueError(
-                        f"'{task}' must take `image` and `rois` to be given `rois`"
-                    )
-                else:
-                    signature = _of_files(task)
-                    given = np.array(files, dtype=object)
-            sent = _named(given, "images")
+                before = time.monotonic()
+                signature, given, pictures = _prepared(task, files, infos, rois)
+                deadline += time.monotonic() - before  # a search waits for no server
+            sent = _named(given)
             infos = self._signatures(deadline)
-            if signature not in infos:
-                why = f"There is no signature '{signature}'"
-                if task in infos:
-                    why += (
-                        ", which takes files: export the model with --from-jpeg, or "
-                        "by `export_saved_model(..., from_jpeg=True)`, or send arrays"
-                    )
-                raise ServingError(grpc.StatusCode.NOT_FOUND, why)
-            sent = _taken(given, infos[signature].inputs)
+            _check_known(signature, task, infos)
+            if not isinstance(given, Mapping):
+                sent = _renamed(sent, infos[signature].inputs)
             if empty := [name for name, x in sent.items() if x.ndim and not len(x)]:
                 raise ServingError(
                     grpc.StatusCode.INVALID_ARGUMENT,
@@ -331,6 +316,18 @@ def _files(images: Any) -> Sequence[File]:
     return images
 
 
+def _prepared(
+    task: str, files: list[bytes], infos: Mapping[str, Any], rois: Any
+) -> tuple[str, Any, regions.Pictures | None]:
+    """The signature to ask about files, what it is given, and pictures with regions."""
+    if task in infos and regions.taken_by(infos[task].inputs):
+        pictures = regions.Pictures.read(files, infos[task].inputs, rois)
+        return task, pictures.inputs, pictures
+    if rois is not None:
+        raise ValueError(f"'{task}' must take `image` and `rois` to be given `rois`")
+    return _of_files(task), np.array(files, dtype=object), None
+
+
 def _of_files(task: str) -> str:
     """The signature that takes what `task` takes, as encoded images."""
     if task == "serving_default":
@@ -344,18 +341,27 @@ def _encoded(image: File) -> bytes:
     return image if isinstance(image, bytes) else pathlib.Path(image).read_bytes()
 
 
-def _named(given: Any, name: str) -> dict[str, np.ndarray]:
-    given = given if isinstance(given, Mapping) else {name: given}
+def _named(given: Any) -> dict[str, np.ndarray]:
+    given = given if isinstance(given, Mapping) else {"images": given}
     return {name: as_array(values, name) for name, values in given.items()}
 
 
-def _taken(given: Any, infos: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays by the names that the signature has for them."""
-    if isinstance(given, Mapping):
-        return _named(given, "")
-    if len(infos) != 1:
+def _renamed(sent: dict[str, np.ndarray], inputs: Iterable[str]) -> Arrays:
+    """The only array, by the name that the signature has for it."""
+    if len(names := [*inputs]) != 1:
         raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, "Give {input name: array}")
-    return _named(given, next(iter(infos)))
+    return dict(zip(names, sent.values(), strict=True))
+
+
+def _check_known(signature: str, task: str, infos: Mapping[str, Any]) -> None:
+    if signature not in infos:
+        why = f"There is no signature '{signature}'"
+        if task in infos:
+            why += (
+                ", which takes files: export the model with --from-jpeg, or by "
+                "`export_saved_model(..., from_jpeg=True)`, or send arrays"
+            )
+        raise ServingError(grpc.StatusCode.NOT_FOUND, why)
 
 
 def _in_words(arrays: Mapping[str, np.ndarray]) -> str:
