@@ -51,7 +51,7 @@ def load_images(path: pathlib.Path, model: keras.Model) -> list[np.ndarray]:
         read = _read_folder(path, specs)
         given = {name: _pixels(array, specs[name]) for name, array in read.items()}
     elif path.suffix == ".npy" and path.is_file():
-        given = {name: np.load(path, allow_pickle=False) for name in specs}
+        given = {name: _read_array(path) for name in specs}
     else:
         raise ValueError(
             f"--images must be a folder of JPEG or PNG files, or a .npy file. "
@@ -60,6 +60,18 @@ def load_images(path: pathlib.Path, model: keras.Model) -> list[np.ndarray]:
     for name, spec in specs.items():
         _check_shape(given[name], spec, path)
     return [_as_taken(given[name], spec, path) for name, spec in specs.items()]
+
+
+def _read_array(path: pathlib.Path) -> np.ndarray:
+    try:
+        # np.load would take an .npz too, whatever its name is.
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(
+            "--images must be an array of numbers or text, as `numpy.save` writes it. "
+            f"Received: {path} ({error})"
+        ) from error
 
 
 def _read_folder(

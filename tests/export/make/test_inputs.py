@@ -88,6 +88,32 @@ def test_an_array_of_another_shape_is_an_error(tmp_path, shape):
         load_images(tmp_path / "x.npy", takes((4, 5)))
 
 
+def no_bytes(file):
+    pass
+
+
+def several(file):
+    np.savez(file, x=np.zeros((3, 4, 5)))
+
+
+def half(file):
+    np.save(file, np.zeros((3, 4, 5)))
+    file.truncate(200)
+
+
+def objects(file):
+    np.save(file, np.array([None]), allow_pickle=True)
+
+
+@pytest.mark.parametrize("write", [no_bytes, several, half, objects])
+def test_a_file_that_is_no_array_is_an_error_that_names_it(tmp_path, write):
+    with open(tmp_path / "x.npy", "wb") as file:
+        write(file)
+    message = r"--images must be an array .* `numpy\.save` .* Received: .*x\.npy \("
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path / "x.npy", takes((4, 5)))
+
+
 def test_what_is_no_image_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / "a.jpg").write_text("not an image")
     with pytest.raises(ValueError, match=r"a\.jpg is no JPEG or PNG image"):
