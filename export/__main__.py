@@ -47,7 +47,8 @@ console = Console(markup=False, emoji=False)
 
 def path(text: str | Path) -> Path:
     """What every path is read by: a shell leaves the ~ of --output=~/there as it is."""
-    return Path(text).expanduser()
+    # A ~ without such a user stays, where Path.expanduser() raises a RuntimeError.
+    return Path(os.path.expanduser(text))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -37,7 +37,8 @@ app.add_typer(prepare_app, name="prepare")
 
 def path(text: str | Path) -> Path:
     """What every path is read by: a shell leaves the ~ of --runs=~/runs as it is."""
-    return Path(text).expanduser()
+    # A ~ without such a user stays, where Path.expanduser() raises a RuntimeError.
+    return Path(os.path.expanduser(text))
 
 
 RecipeName = Annotated[

@@ -246,3 +246,4 @@ def test_every_path_begins_at_home_where_it_says_so(monkeypatch, tmp_path):
     assert {hint.__metadata__[0].parser for hint in hints} == {path}
     monkeypatch.setenv("HOME", str(tmp_path))
     assert path("~/there") == tmp_path / "there"
+    assert path("~no_such_user/there") == Path("~no_such_user/there")

@@ -516,6 +516,8 @@ def test_every_path_begins_at_home_where_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     result = training("report", "~/runs")
     assert f"no finished run in {tmp_path}/runs" in result.stderr
+    result = training("report", "~no_such_user/runs")
+    assert "no finished run in ~no_such_user/runs" in result.stderr
 
 
 def test_what_is_missing_is_listed_without_the_backbone(tmp_path, monkeypatch):
