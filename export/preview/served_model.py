@@ -77,9 +77,9 @@ class ServedModel:
         """Loads what is new, and drops what is wanted no more."""
         with self._lock:
             found = versions(self._directory)
+            self._tell_of_links()
             if not found:
                 return  # away for a moment, perhaps: what is loaded is served on
-            self._tell_of_links()
             newest = max(found)
             wanted = found.keys() & {newest, *self._labels.values()}
             for number in sorted(wanted - self._loaded.keys()):
@@ -92,7 +92,7 @@ class ServedModel:
 
     def _load(self, number: int, path: pathlib.Path) -> None:
         # Tried again when its files change: it may have been half copied.
-        files = [(file, file.stat().st_mtime_ns) for file in sorted(path.rglob("*"))]
+        files = [(file, _changed_at(file)) for file in sorted(path.rglob("*"))]
         if self._broken.get(number) == files:
             return
         self._set_state(number, State.LOADING)
@@ -107,8 +107,11 @@ class ServedModel:
         self._set_state(number, State.AVAILABLE)
 
     def _tell_of_links(self) -> None:
+        if not self._directory.is_dir():
+            return
         for path in self._directory.iterdir():
-            if is_number(path) and path.is_symlink() and not path.exists():
+            dangling = is_number(path) and path.is_symlink() and not path.exists()
+            if dangling and int(path.name) not in self._loaded:
                 what = f"is a link to what is not there: {path.readlink()}"
                 self._set_state(int(path.name), State.END, what)
 
@@ -202,3 +205,10 @@ class ServedModel:
         return get_model_status_pb2.GetModelStatusResponse(
             model_version_status=[states[x] for x in sorted(states, reverse=True)]
         )
+
+
+def _changed_at(file: pathlib.Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:  # a link to what is not there, or gone meanwhile
+        return 0

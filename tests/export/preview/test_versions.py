@@ -109,6 +109,12 @@ def half_the_variables(version):
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
 
 
+def a_link_to_nowhere(version):
+    (data,) = version.glob("variables/variables.data*")
+    data.unlink()
+    data.symlink_to(version / "nowhere")
+
+
 def empty_folder(version):
     shutil.rmtree(version)
     version.mkdir()
@@ -121,6 +127,7 @@ def empty_folder(version):
         half_a_graph,
         no_variables,
         half_the_variables,
+        a_link_to_nowhere,
         empty_folder,
     ],
 )
@@ -185,6 +192,23 @@ def test_a_labelled_version_is_not_enough_where_the_latest_is_broken(folder):
     no_graph(add(2))
     with pytest.raises(ValueError, match="Version 2 could not be loaded"):
         ServedModel("m", directory, {"stable": 1})
+
+
+def test_a_link_that_no_version_needs_does_no_harm(folder):
+    directory, _ = folder
+    (directory / "1" / "notes").symlink_to(directory / "nowhere")
+    assert served_by(ServedModel("m", directory)) == 1
+
+
+def test_a_folder_of_a_link_to_nowhere_alone_is_told_so(folder):
+    directory, _ = folder
+    model = ServedModel("m", directory)
+    shutil.rmtree(directory / "1")
+    (directory / "1").symlink_to(directory / "nowhere")
+    with pytest.raises(ValueError, match="Version 1 is a link to what is not there"):
+        ServedModel("m", directory)
+    model.refresh()  # what is loaded is served on
+    assert (served_by(model), state(model, 1)) == (1, ("AVAILABLE", ""))
 
 
 def test_a_version_is_no_folder_of_versions(folder):
