@@ -368,12 +368,14 @@ def _answers(client: "Client", directory: Path) -> "Meanings":
     from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
     from export import meanings
+    from export.client import drawing
     from keras_cross_stitch.versions import versions
 
     found = versions(directory)
     for state in client.status().model_version_status:
         if state.state == ModelVersionStatus.AVAILABLE and state.version in found:
-            return meanings.of_version(found[state.version])
+            answers = meanings.of_version(found[state.version])
+            return drawing.served(answers, client.signatures())
     raise ValueError(f"{directory} does not hold the version that {client.address} has")
 
 

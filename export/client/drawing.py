@@ -5,11 +5,13 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .protocol import IMAGES
 
 if TYPE_CHECKING:  # the client's wheel has no meanings
     from export.meanings import Meaning, Meanings
@@ -38,6 +40,15 @@ class Drawing:
     boxes: list[Box] = dataclasses.field(default_factory=list)
     legend: list[tuple[str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
+def served(answers: Meanings, signatures: Container[str]) -> Meanings:
+    """Without tasks that these signatures lack, which nothing could be asked about."""
+    return {
+        task: meaning
+        for task, meaning in answers.items()
+        if task in signatures or task + IMAGES in signatures
+    }
 
 
 def drawn_with(task: str, answers: Meanings) -> str:

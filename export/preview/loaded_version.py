@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from export import meanings
-from export.client import all_tasks
+from export.client import all_tasks, drawing
 from export.client.protocol import (
     CODES,
     ServingError,
@@ -71,10 +71,10 @@ class LoadedVersion:
 
     @property
     def answers(self) -> Meanings:
-        """What the answers mean; a ServingError where that cannot be read."""
+        """What the tasks' answers mean; a ServingError where that cannot be read."""
         if isinstance(self._answers, str):
             raise ServingError(grpc.StatusCode.FAILED_PRECONDITION, self._answers)
-        return self._answers
+        return drawing.served(self._answers, self.signature_defs)
 
     def signature(self, name: str) -> meta_graph_pb2.SignatureDef:
         """The SignatureDef of that name."""

@@ -93,6 +93,23 @@ def test_predict_says_how_maps_are_drawn_and_how_a_server_is_started(
     in_one_line(run("predict", picture[0], *at, "localhost"), "must be HOST:PORT")
 
 
+def test_tasks_that_only_answers_json_has_are_left_out(
+    served, picture, grpc_address, tmp_path
+):
+    shutil.copytree(
+        served.directory / str(served.latest),
+        tmp_path / "served" / str(served.latest),
+        ignore=shutil.ignore_patterns("variables"),
+    )
+    (path,) = tmp_path.glob("served/*/assets.extra/answers.json")
+    answers = {"gone": {"kind": "detection"}, "normals": {"kind": "attributes"}}
+    path.write_text(json.dumps(answers))
+    at = ("--address", grpc_address, "--task", "normals", "--output", tmp_path)
+    result = run("predict", picture[0], *at, "--model", tmp_path / "served")
+    assert result.exit_code == 0, result.output
+    assert "normals, mean" in result.output
+
+
 def test_a_bad_picture_is_named_and_the_others_are_answered(
     served, picture, grpc_address, tmp_path
 ):

@@ -318,6 +318,18 @@ def test_a_version_knows_what_its_answers_mean(folder):
     assert ServedModel("m", directory).find(SPEC).answers == answers
 
 
+def test_tasks_that_only_answers_json_has_are_left_out(folder, served):
+    directory, _ = folder
+    answers = {"gone": {"kind": "detection"}, "normals": {"kind": "attributes"}}
+    path = directory / "1/assets.extra/answers.json"
+    path.write_text(json.dumps(answers))
+    model = ServedModel("m", directory)
+    assert model.find(SPEC).answers == {"normals": {"kind": "attributes"}}
+    body = rest._draw(model, served.png(served.pictures()[0])).body
+    drawn = [x["task"] for x in json.loads(body)["answers"]]
+    assert drawn == ["normals", "segmentation"]
+
+
 def test_answers_that_cannot_be_read_are_told_where_they_are_needed(folder):
     directory, _ = folder
     (directory / "1/assets.extra/answers.json").write_text("{")
