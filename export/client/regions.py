@@ -77,12 +77,17 @@ class Pictures:
         """An answer with its boxes, and the regions, in pixels of each picture."""
         with_regions = {ROIS: self.inputs[ROIS], **outputs}
         return {
-            name: self._back(array) if name.endswith((ROIS, "boxes")) else array
+            name: self._back(array) if _are_boxes(name) else array
             for name, array in with_regions.items()
         }
 
     def _back(self, boxes: np.ndarray) -> np.ndarray:
         return np.clip(boxes / self._scales, 0, self._borders).astype("float32")
+
+
+def _are_boxes(output: str) -> bool:
+    """By the name, before which `serving_default` puts the task's."""
+    return output in (ROIS, "boxes") or output.endswith("_boxes")
 
 
 def _tensorflow() -> Any:

@@ -47,10 +47,12 @@ def test_boxes_come_back_in_pixels_of_each_picture():
     rois = rng.uniform(0, 1, (3, 7, 4)) * borders
     pictures = Pictures(images, (48, 64), rois)
     given = {"boxes": pictures.inputs["rois"][:, :3], "scores": np.ones((3, 3))}
+    given["mailboxes"] = np.ones((3, 1, 4))  # a task of that name
     answer = pictures.in_their_pixels(given)
     np.testing.assert_allclose(answer["rois"], rois, rtol=1e-5)
     np.testing.assert_allclose(answer["boxes"], rois[:, :3], rtol=1e-5)
     np.testing.assert_array_equal(answer["scores"], given["scores"])
+    np.testing.assert_array_equal(answer["mailboxes"], given["mailboxes"])
     # In `serving_default` they are the task's, and none is outside its picture.
     beyond = pictures.in_their_pixels({"detection_boxes": np.full((3, 1, 4), 999.0)})
     np.testing.assert_allclose(beyond["detection_boxes"], borders, rtol=1e-6)
