@@ -120,12 +120,16 @@ async def _body(request: Request, limit: int) -> bytes:
         size += len(chunk)
         if size <= limit:
             body += chunk
-    if size <= limit and request.headers.get("content-encoding") == "gzip":
+    packed = request.headers.get("content-encoding") == "gzip"
+    if packed and body and size <= limit:
+        unpacking = zlib.decompressobj(wbits=31)
         try:
-            body[:] = zlib.decompressobj(wbits=31).decompress(body, limit + 1)
+            body[:] = unpacking.decompress(body, limit + 1)
         except zlib.error as error:
             raise ServingError(INVALID, f"The body is no gzip: {error}") from error
         size = len(body)
+        if size <= limit and (unpacking.unused_data or not unpacking.eof):
+            raise ServingError(INVALID, "The body is no whole gzip")
     if size > limit:
         raise ServingError(
             grpc.StatusCode.RESOURCE_EXHAUSTED,

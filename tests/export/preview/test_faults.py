@@ -238,6 +238,17 @@ def test_a_zip_bomb_is_refused(rest_address):
     assert "may have 1048576 bytes" in response.json()["error"]
 
 
+def test_a_gzip_that_is_cut_or_has_more_behind_it_is_refused(rest_address):
+    whole = gzip.compress(b'{"instances": [[1]]}')
+    headers = {"Content-Encoding": "gzip"}
+    for body in (whole[:-1], whole[:-8], whole[:15], whole + whole, whole + b"x"):
+        answer = httpx.post(rest_address + PREDICT, content=body, headers=headers)
+        assert answer.status_code == 400
+        assert answer.json()["error"] == "The body is no whole gzip"
+    answer = httpx.post(rest_address + PREDICT, content=whole, headers=headers)
+    assert "takes image: float32" in answer.json()["error"]
+
+
 def test_half_a_grpc_request_then_silence_holds_up_nobody(grpc_address, served):
     end = threading.Event()
 
