@@ -234,6 +234,7 @@ def serve(
     with listening:
         with _errors_in_a_line():
             model = ServedModel(name, directory, labels, tell=tell)
+            preview = server.server(model, port)
         rest_port = listening.getsockname()[1]
         tell(
             f"Preview server, for development only; Ctrl+C ends it.\n"
@@ -242,7 +243,7 @@ def serve(
             f"Page  http://127.0.0.1:{rest_port}/"
         )
         # Until SIGTERM or Ctrl+C; what is under way is answered first.
-        server.server(model, port).run(sockets=[listening])
+        preview.run(sockets=[listening])
 
 
 def _labels(pairs: Iterable[str], found: Collection[int]) -> dict[str, int]:

@@ -169,7 +169,11 @@ async def _watch(model: ServedModel) -> None:
 
 
 def server(model: ServedModel, port: int) -> uvicorn.Server:
-    """The server of a model: gRPC on `port`, REST where `run` is told."""
+    """The server of a model: gRPC on `port`, REST where `run` is told.
+
+    A ValueError where the port was taken while the model was loaded.
+    """
+    _listening(port).close()
     work = Work(model.limits.requests)
 
     @contextlib.asynccontextmanager

@@ -229,6 +229,22 @@ def test_rest_has_its_port_before_the_model_is_loaded(served, free_port, monkeyp
     assert "so far and no further" in result.stderr
 
 
+def test_a_port_that_is_taken_while_the_model_is_loaded_is_told_in_a_line(
+    served, free_port, monkeypatch
+):
+    port = free_port()
+    taken = []
+
+    def load(*arguments):
+        taken.append(socket.create_server(("127.0.0.1", port)))
+        return LoadedVersion(*arguments)
+
+    monkeypatch.setattr("export.preview.served_model.LoadedVersion", load)
+    result = run("serve", served.directory, "--port", port, "--rest-port", 0)
+    taken[0].close()
+    in_one_line(result, f"Port {port} of 127.0.0.1 cannot be used: ")
+
+
 @pytest.fixture
 def process(served, tmp_path, wait_for, free_port):
     """`serve` in a process of its own, with version 1: it, and its ports."""
