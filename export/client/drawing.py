@@ -124,12 +124,14 @@ def draw(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
 
 def _objects(outputs: Mapping[str, np.ndarray], meaning: Meaning) -> Drawing:
     least = meaning.get("drawn_from", _LIKELY)
-    scores = outputs["scores"][: outputs["num_detections"]]
+    # Some models count and number in floats.
+    scores = outputs["scores"][: int(outputs["num_detections"])]
+    classes = outputs["classes"].astype(int)
     boxes = [
         Box(
             outputs["boxes"][i].tolist(),
-            f"{i + 1} {_name(outputs['classes'][i], meaning)} {scores[i]:.0%}",
-            _colour(outputs["classes"][i], meaning),
+            f"{i + 1} {_name(classes[i], meaning)} {scores[i]:.0%}",
+            _colour(classes[i], meaning),
         )
         for i in np.flatnonzero(scores >= least)
     ]

@@ -191,6 +191,11 @@ def test_objects_are_drawn_from_a_score_with_their_classes():
     assert coloured.boxes[0].colour == (40, 50, 60)
 
 
+def test_objects_may_be_counted_and_numbered_in_floats():
+    floats = {name: array.astype("float32") for name, array in FOUND.items()}
+    assert draw(floats, OBJECTS) == draw(FOUND, OBJECTS)
+
+
 @pytest.mark.parametrize("found", [[], [((1, 2, 3, 4), 0, 0.2)]])
 @pytest.mark.parametrize("least", [0.0, 0.3])
 def test_where_nothing_is_found_it_is_told_so(found, least):
