@@ -11,7 +11,7 @@ import numpy as np
 
 from . import all_tasks, messages, regions
 from .arrays import as_array, cast_to
-from .protocol import IMAGES, ServingError, in_words, info_in_words
+from .protocol import IMAGES, ServingError, array_dtype, in_words, info_in_words
 from .transports import Arrays, Grpc, Rest, Transport
 
 File = str | pathlib.Path | bytes
@@ -365,11 +365,9 @@ def _check_known(signature: str, task: str, infos: Mapping[str, Any]) -> None:
 
 
 def _in_words(arrays: Mapping[str, np.ndarray]) -> str:
-    return ", ".join(f"{k}: {in_words(_dtype(a), a.shape)}" for k, a in arrays.items())
-
-
-def _dtype(array: np.ndarray) -> str:
-    return "string" if array.dtype == object else array.dtype.name
+    return ", ".join(
+        f"{name}: {in_words(array_dtype(x), x.shape)}" for name, x in arrays.items()
+    )
 
 
 def _cast(array: np.ndarray, name: str, info: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
+import numpy as np
 
 from .messages import dtype_name
 
@@ -39,6 +40,11 @@ def in_words(dtype: str, shape: Iterable[int | None]) -> str:
         sizes[0] = "N"
     comma = "," if len(sizes) == 1 else ""
     return f"{dtype} ({', '.join(sizes)}{comma})"
+
+
+def array_dtype(array: np.ndarray) -> str:
+    """TensorFlow's name for the type of an array, whose objects are strings."""
+    return "string" if array.dtype == object else array.dtype.name
 
 
 def info_in_words(infos: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from export.client import all_tasks, drawing
 from export.client.protocol import (
     CODES,
     ServingError,
+    array_dtype,
     dtype_name,
     fits,
     in_words,
@@ -141,7 +142,7 @@ class LoadedVersion:
         only: Sequence[str] = (),
     ) -> Arrays:
         """Runs a signature on {name: array}; gives {name: array}, or those of only."""
-        described = {n: (_dtype_name(a), a.shape) for n, a in arrays.items()}
+        described = {n: (array_dtype(a), a.shape) for n, a in arrays.items()}
         self._check(signature, described)
         infos = self.signature(signature)
         unknown = set(only) - set(infos.outputs)
@@ -219,10 +220,6 @@ def _least_bytes(outputs: Iterable[meta_graph_pb2.TensorInfo], size: int) -> int
 def _as_array(tensor: tf.Tensor) -> np.ndarray:
     # A string without axes would be bytes, and no array.
     return np.array(tensor.numpy(), object if tensor.dtype == tf.string else None)
-
-
-def _dtype_name(array: np.ndarray) -> str:
-    return "string" if array.dtype == object else array.dtype.name
 
 
 def _check_whole(images: Sequence[bytes] | np.ndarray) -> None:

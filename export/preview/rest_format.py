@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import tensorflow as tf
 
-from export.client.arrays import flattened
+from export.client.arrays import FLOATS, flattened
 from export.client.protocol import ServingError
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -26,14 +26,6 @@ _TYPES: dict[str, set[type]] = {
     "u": {int},
     "b": {bool},
 }
-
-
-_BITS = {
-    "bfloat16": 8,
-    "float16": 11,
-    "float32": 24,
-    "float64": 53,
-}  # of a whole number
 
 
 def parsed(body: bytes) -> dict[str, Any]:
@@ -138,7 +130,7 @@ def _numbers(flat: list[Any], dtype: tf.DType) -> np.ndarray:
         return np.array(flat, dtype.as_numpy_dtype)  # too large is an OverflowError
     # As TF Serving: no integer that a float may not hold, no decimal beyond its range.
     largest = max((abs(x) for x in flat if type(x) is int), default=0)
-    if largest >= 2 ** _BITS[dtype.name]:
+    if largest >= 2 ** FLOATS[dtype.name]:
         raise ValueError(f"{largest} has more digits than it holds")
     array = np.array(flat, "float64")
     if (np.abs(array[np.isfinite(array)]) > float(dtype.max)).any():

@@ -4,9 +4,11 @@ import collections
 import dataclasses
 import math
 import pathlib
+from collections.abc import Mapping
 
 import tensorflow as tf
 
+from export.client.protocol import in_words
 from keras_cross_stitch.versions import is_complete, versions
 
 # These hold, hand on or call what computes.
@@ -72,11 +74,8 @@ def described(function: tf.types.experimental.ConcreteFunction) -> Signature:
     called = [node for body in graph.library.function for node in body.node_def]
     _, inputs = function.structured_input_signature
     return Signature(
-        {name: _in_words(spec) for name, spec in sorted(inputs.items())},
-        {
-            name: _in_words(spec)
-            for name, spec in sorted(function.structured_outputs.items())
-        },
+        _all_in_words(inputs),
+        _all_in_words(function.structured_outputs),
         collections.Counter(
             node.op for node in [*graph.node, *called] if node.op not in _NO_WORK
         ),
@@ -84,6 +83,8 @@ def described(function: tf.types.experimental.ConcreteFunction) -> Signature:
     )
 
 
-def _in_words(spec: tf.TensorSpec) -> str:
-    sizes = ["N" if size is None else str(size) for size in spec.shape]
-    return f"{spec.dtype.name} ({', '.join(sizes)})"
+def _all_in_words(specs: Mapping[str, tf.TensorSpec]) -> dict[str, str]:
+    return {
+        name: in_words(spec.dtype.name, spec.shape)
+        for name, spec in sorted(specs.items())
+    }

@@ -173,7 +173,7 @@ def test_verify_lists_signatures_and_versions(version):
     assert result.exit_code == 0
     assert f"{version}: " in result.stdout
     assert "there are also versions 0" in result.stdout
-    assert "│ kind_from_jpeg    │ image_bytes: string (N) " in result.stdout
+    assert "│ kind_from_jpeg    │ image_bytes: string (N,) " in result.stdout
     assert "The same answers, by tensorflow" in result.stdout
 
 
