@@ -1,4 +1,4 @@
-"""python -m export: the command line. It parses and prints; all else is elsewhere.
+"""python -m export: the command line. It parses; all else is elsewhere.
 
 The commands import what they need themselves: TensorFlow takes seconds.
 """
@@ -9,9 +9,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 if __name__ == "__main__":
     # Before TensorFlow is imported, whose notices are not ours. Where a CPU lacks
@@ -24,25 +24,18 @@ if __name__ == "__main__":
         )
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 from export import NAME
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from export.client import Client, ServingError
-    from export.client.drawing import Drawing
-    from export.inspect.bench import Report as Times
-    from export.inspect.verify import Report as Differences
-    from export.make.changes import Change
-    from export.make.dropping import Link
-    from export.meanings import Meanings
-
-# Names of files and classes are shown as they are, [brackets] and :colons: too.
-console = Console(markup=False, emoji=False)
+from export.printing import (
+    console,
+    in_words,
+    print_changes,
+    print_error,
+    print_links,
+    print_times,
+    print_version,
+    print_warning,
+)
 
 
 def path(text: str | Path) -> Path:
@@ -111,7 +104,7 @@ def savedmodel(
         from export.make.savedmodel import export
 
         if dtype == "bfloat16" and not precision.computed_here():
-            _print_warning(
+            print_warning(
                 "this machine's processor has no AVX512_BF16 or AMX: on it bfloat16 is "
                 "slower than float32"
             )
@@ -126,9 +119,9 @@ def savedmodel(
             progress=typer.echo,
         )
     if links:
-        _print_links(links)
+        print_links(links)
     if changes:
-        _print_changes(changes, BATCH)
+        print_changes(changes, BATCH)
     console.print(f"Wrote {written}", soft_wrap=True)
 
 
@@ -153,9 +146,9 @@ def verify(
         report = verify(version, engine)
     found = complete_versions(version.parent)
     others = [number for number, x in found.items() if x.name != version.name]
-    _print_version(version, others, report)
+    print_version(version, others, report)
     for line in report.wrong:
-        _print_error(line)
+        print_error(line)
     if report.wrong:
         sys.exit(1)
     console.print(f"The same answers, by {engine}.")
@@ -198,7 +191,7 @@ def bench(
             model=model,
             rounds=rounds,
         )
-    _print_times(report)
+    print_times(report)
 
 
 @app.command()
@@ -295,111 +288,13 @@ def predict(
     """
     with _errors_in_a_line():
         _import_tensorflow()
-        from export.client import Client, ServingError, drawing
+        from export import predicting
+        from export.client import Client
 
-        names = _names(_files(images))
-        output.mkdir(parents=True, exist_ok=True)
         with Client(address, name, timeout=timeout) as client:
-            answers = _answers(client, model) if model else {}
-            tasks = dict.fromkeys(drawing.drawn_with(t, answers) for t in task)
-            signatures = client.signatures() if len(tasks) > 1 else {}
-            failed = False
-            for image, drawn_to in names.items():
-                try:
-                    ask = _asking(client, image, tasks, signatures)
-                    for each in tasks:
-                        drawn = drawing.answer(ask, each, answers)
-                        _show(image, each, drawn, output / f"{drawn_to}.{each}.png")
-                except (ServingError, OSError, ValueError) as error:
-                    _print_error(f"{image}: {_in_words(error)}")
-                    failed = True
-                    if isinstance(error, ServingError) and not _of_one_image(error):
-                        break
-    if failed:
+            answered = predicting.predict(client, images, task, model, output)
+    if not answered:
         sys.exit(1)
-
-
-def _of_one_image(error: "ServingError") -> bool:
-    """Whether the server may well answer to the next image."""
-    return error.code.name in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
-
-
-def _asking(
-    client: "Client", image: Path, tasks: Collection[str], signatures: Mapping
-) -> Callable[..., Mapping[str, "np.ndarray"]]:
-    """A function of a task: its answer, of one request for all where there can be."""
-    from export.client import all_tasks
-    from export.client.protocol import IMAGES
-
-    one = functools.partial(client.predict, images=[image])
-    needed = {all_tasks.SIGNATURE, *tasks, *(task + IMAGES for task in tasks)}
-    if not needed <= signatures.keys():
-        return one
-    outputs = one(all_tasks.SIGNATURE)
-
-    def ask(task: str, rois: "np.ndarray | None" = None) -> Mapping[str, "np.ndarray"]:
-        return all_tasks.of_task(task, outputs, signatures[task].outputs)
-
-    return ask
-
-
-def _files(images: Iterable[Path]) -> list[Path]:
-    from export.client.client import pictures_in
-
-    files: dict[Path, Path] = {}  # by what they are, since one may be given twice
-    for image in images:
-        if not image.exists():
-            raise ValueError(f"There is no file {image}")
-        for file in pictures_in(image) if image.is_dir() else [image]:
-            files.setdefault(file.resolve(), file)
-    return list(files.values())
-
-
-def _names(files: Sequence[Path]) -> dict[Path, str]:
-    """What each file's drawings are called: no two alike, on any file system."""
-    if len({file.stem.casefold() for file in files}) == len(files):
-        return {file: file.stem for file in files}
-    paths = {file: file.resolve() for file in files}
-    above = os.path.commonpath([path.parent for path in paths.values()])
-    return {file: path.relative_to(above).as_posix() for file, path in paths.items()}
-
-
-def _answers(client: "Client", directory: Path) -> "Meanings":
-    """What the answers of the version that is served mean."""
-    from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
-
-    from export import meanings
-    from export.client import drawing
-    from keras_cross_stitch.versions import versions
-
-    found = versions(directory)
-    for state in client.status().model_version_status:
-        if state.state == ModelVersionStatus.AVAILABLE and state.version in found:
-            answers = meanings.of_version(found[state.version])
-            return drawing.served(answers, client.signatures())
-    raise ValueError(f"{directory} does not hold the version that {client.address} has")
-
-
-def _show(image: Path, task: str, drawn: "Drawing", path: Path) -> None:
-    from PIL import Image
-
-    from export.client import drawing
-
-    if drawn.map is not None or drawn.boxes:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.part")
-        try:
-            with Image.open(image) as picture:
-                drawing.over(picture, drawn).save(unfinished, "PNG")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        console.print(f"Wrote {path}", soft_wrap=True)
-    if drawn.rows:
-        table = _table(f"{image.name}, {task}", "")
-        for row in drawn.rows:
-            table.add_row(*row)
-        console.print(table)
 
 
 def _import_tensorflow() -> None:
@@ -424,128 +319,19 @@ def _errors_in_a_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        _print_error(error)
+        print_error(error)
         sys.exit(2)
     except (RuntimeError, ImportError) as error:
-        _print_error(_in_words(error))
+        print_error(in_words(error))
         sys.exit(1)
     except Exception as error:
         tensorflow = sys.modules.get("tensorflow")
         if not tensorflow or not isinstance(error, tensorflow.errors.OpError):
             raise
-        _print_error(error.message)  # such as of a disk that is full
+        print_error(error.message)  # such as of a disk that is full
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _in_words(error: Exception) -> str:
-    """The error; where a server may not be there, with what starts one."""
-    if getattr(getattr(error, "code", None), "name", "") != "UNAVAILABLE":
-        return str(error)
-    return (
-        f"{error}. Where no server runs, `python -m export serve FOLDER` starts one, "
-        "with gRPC at 127.0.0.1:8500 and REST at http://127.0.0.1:8501"
-    )
-
-
-def _print_error(error: object) -> None:
-    _print_line("Error", "red", " ".join(str(error).split()))
-
-
-def _print_warning(text: str) -> None:
-    _print_line("Warning", "yellow", text)
-
-
-def _print_line(word: str, colour: str, text: str) -> None:
-    line = Text.assemble((f"{word}:", colour), " ", text)
-    Console(stderr=True).print(line, soft_wrap=True)
-
-
-def _table(*headers: str) -> Table:
-    """A table whose names are folded where they do not fit, and not cut off."""
-    return Table(*(Column(header, overflow="fold") for header in headers))
-
-
-def _print_links(links: "Iterable[Link]") -> None:
-    table = _table("left out at", "task", "takes nothing from", "change, alone")
-    for link in links:
-        table.add_row(link.unit, link.task, link.source, f"{link.effect:.2g}")
-    console.print(table)
-
-
-def _print_changes(changes: "Mapping[str, Change]", batch: int) -> None:
-    table = _table(
-        "signature",
-        "ops",
-        "MB of\nweights",
-        f"ms,\nbatch {batch}",
-        "largest\nchange",
-        "answers",
-    )
-    for name, x in changes.items():
-        before, after = x.before, x.after
-        table.add_row(
-            name,
-            f"{before.ops.total()} ->\n{after.ops.total()}",
-            f"{_mb(before.variable_bytes)} ->\n{_mb(after.variable_bytes)}",
-            f"{1000 * x.seconds_before:.1f} ->\n{1000 * x.seconds_after:.1f}",
-            f"{x.largest:.2g}",
-            "\n".join(f"{task}: {metric}" for task, metric in x.metrics.items()),
-        )
-    console.print(table)
-    console.print("A change is of an output, in parts of its largest value.")
-
-
-def _print_version(version: Path, others: Iterable[int], report: "Differences") -> None:
-    made_by = ", ".join(f"{k} {v}" for k, v in report.about["versions"].items())
-    console.print(
-        f"{version}: {_mb(report.bytes)} MB, {report.about['dtype']}, made by {made_by}"
-        + (
-            f"; there are also versions {', '.join(map(str, others))}" if others else ""
-        ),
-        soft_wrap=True,
-    )
-    table = _table("signature", "takes, gives", "ops", "MB of weights", "difference")
-    for name, signature in report.signatures.items():
-        differences = report.differences.get(name, {}).values()
-        tensors = [*signature.inputs.items(), *signature.outputs.items()]
-        table.add_row(
-            name,
-            "\n".join(f"{k}: {v}" for k, v in tensors),
-            str(signature.ops.total()),
-            _mb(signature.variable_bytes),
-            f"{max(differences):.1g}" if differences else "not run",
-        )
-    console.print(table)
-
-
-def _print_times(report: "Times") -> None:
-    table = _table("batch", "signature", "asked", "p50 ms", "p99 ms", "examples/s")
-    for row in report.rows:
-        table.add_row(
-            str(row.batch),
-            row.signature,
-            row.way,
-            f"{1000 * row.percentile(50):.1f}",
-            f"{1000 * row.percentile(99):.1f}",
-            f"{row.throughput:.1f}",
-        )
-    console.print(table)
-    for batch, ratio in report.together.items():
-        line = f"batch {batch}: all tasks in one request take {ratio:.2f} of one by one"
-        if batch in report.stitched:
-            line += f"; stitched {report.stitched[batch]:.3f} of unstitched"
-        console.print(line)
-    for line in report.left_out:
-        _print_warning(f"left out, for it is too large: {line}")
-    for name, signature in report.signatures.items():
-        mb = _mb(signature.variable_bytes)
-        console.print(f"{name}: {signature.ops.total()} ops, {mb} MB of weights")
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.2f}"
 
 
 if __name__ == "__main__":
