@@ -36,8 +36,7 @@ _LEGEND = {
     "↑": "↑: higher is better",
     "↓": "↓: lower is better",
     "…": "in brackets: where 95 % of all seeds are, by the published ones",
-    "Δm": "Δm: the mean over tasks and their metrics of the change relative to the "
-    "compute-matched baseline",
+    "Δm": delta_m.SAYS,
 }
 
 

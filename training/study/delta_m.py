@@ -16,6 +16,11 @@ import numpy as np
 from training.runs import Row
 from training.study.results import ALL_TASKS, baseline, metric
 
+SAYS = (  # wherever a table shows it
+    "Δm: the mean over tasks of the mean over their metrics of the change relative to "
+    "the baseline, in percent, more being better"
+)
+
 
 def rows(of_tasks: Iterable[Row]) -> list[Row]:
     """A row of Delta_m for each run whose baseline, of the same seed, is among them.

@@ -66,6 +66,7 @@ def write_report(runs: Path, target: Path) -> Path:
     html = environment.get_template("report.html.jinja").render(
         recipes=[_recipe(*of_recipe, target) for of_recipe in recipes.items()],
         script=script,
+        delta_m_says=delta_m.SAYS,
         script_hash=_hash(script),
         label_fractions=_label_fractions(recipes),
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from training.files import read_csv, read_text, write_text
-from training.study import paper
+from training.study import delta_m, paper
 from training.study.results import (
     Cell,
     Table,
@@ -128,8 +128,7 @@ def brief(
         "metrics together (Holm)."
         if several
         else _ONE_SEED,
-        "Δm: the mean change of all metrics of all tasks in percent, more being "
-        "better.",
+        f"{delta_m.SAYS}.",
     ]
     if costs:
         notes.append(
@@ -247,10 +246,7 @@ def notes(tables: Sequence[Table]) -> list[str]:
             "better than its baseline, and differs from each other method."
         )
     if any("delta_m" in table.metrics for table in tables):
-        sentences.append(
-            "Δm: the mean over tasks of the mean over their metrics of the change "
-            "relative to the baseline, in percent, more being better."
-        )
+        sentences.append(f"{delta_m.SAYS}.")
     if any(table.paper for table in tables):
         sentences.append(
             "In italics what the paper reports (AlexNet from ImageNet's weights, "

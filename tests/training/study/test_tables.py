@@ -6,7 +6,7 @@ import pytest
 
 from training.files import Row, write_csv
 from training.provenance import Made
-from training.study import paper
+from training.study import comparison, paper
 from training.study.results import statistics
 from training.study.tables import brief, filled, markdown, update_tables
 
@@ -73,6 +73,17 @@ def test_a_brief_table_has_one_row_a_method_for_all_tasks():
         "| hard sharing | 2 or 3 | +1.01 (+0.99 to +1.03) † "
         "| +1.01 (+0.99 to +1.03) † | +1.50 (-4.85 to +7.85) |",
     ]
+
+
+def test_all_say_of_delta_m_what_it_is():
+    """It weighs tasks alike, however many metrics they have."""
+    known = [*rows({"single_task_as_long": 0, "hard_sharing": 1})]
+    known.append(Row("hard_sharing", 0, "all tasks", "delta_m", 1.0))
+    says = "Δm: the mean over tasks of the mean over their metrics of the change"
+
+    for shown in (brief, markdown):
+        assert f"{says} relative to the baseline" in shown(statistics(known))
+    assert says in comparison.legend([["Δm, % ↑"]])
 
 
 def test_a_brief_table_shows_no_value_among_differences():
