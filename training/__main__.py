@@ -324,8 +324,12 @@ def study(
                 if writes and not was_finished:
                     write()  # after each run, since a study takes hours
         if writes:
-            for path in write():
+            written = write()
+            for path in written:
                 console.print(f"Wrote {path}")
+            for path in studies.by_file(planned, target):
+                if path not in written:
+                    console.print(f"Not written: {path}, of which no run has values")
             if table == "search":
                 tried = studies.best_first(planned)
                 rows = [(method, f"{value:+.1f}") for method, value in tried]

@@ -29,7 +29,7 @@ import tensorflow_datasets as tfds
 
 from training import batches, methods, provenance, towers
 from training.datasets import prepared, proposals
-from training.files import Row, read_json, write_json
+from training.files import read_json, write_json
 from training.recipes import Recipe, RegionData, change, find, kinds
 from training.tasks import TASKS, Task
 
@@ -200,17 +200,6 @@ def metrics(folder: Path) -> dict[str, dict[str, float]] | None:
     """`{task: {metric: value}}` of a finished run, `None` of any other."""
     path = folder / "metrics.json"
     return read_json(path) if path.exists() else None
-
-
-def rows(
-    method: str, seed: int, of_run: Mapping[str, Mapping[str, float]] | None
-) -> list[Row]:
-    """A run's metrics as tidy rows, none where it is not finished."""
-    return [
-        Row(method, seed, task, metric, value)
-        for task, values in (of_run or {}).items()
-        for metric, value in values.items()
-    ]
 
 
 def _digest(task: Any) -> str:

@@ -118,6 +118,9 @@ def test_a_study_uses_the_runs_that_there_are(demo, tmp_path, monkeypatch):
     assert trained[:2] == ["single_task", "single_task_longer"]
     table = (tmp_path / "scenes-toy-labels10/tower-init.csv").read_text()
     assert table.count("\nsingle_task_as_long,0,") == 8
+    result = training("study", "scenes-labels10", "alpha", "--toy", *options)
+    assert "Not written:" in result.stdout
+    assert not (tmp_path / "scenes-toy-labels10/alpha.csv").exists()
 
 
 @shares_the_demo

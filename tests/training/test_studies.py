@@ -432,3 +432,18 @@ def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
     assert found["segmentation", "alpha/fc7/from_segmentation/min"] == "1.0"
     found = {row["metric"]: row["value"] for row in rows(class_path)}
     assert found == {"iou/lamp": "12.5", "pixels/lamp": "800"}
+
+
+def test_what_no_run_has_is_no_file_and_no_error(scenes, tmp_path):
+    """Classes where no task has any, and alphas of a method without units."""
+    alphas = studies.plan(scenes, "alpha", [0], ["hard_sharing"])
+    for run in alphas:
+        finish(run)
+    by_class = [dataclasses.replace(run, study="per-class") for run in alphas]
+
+    assert studies.write([*alphas, *by_class], tmp_path) == []
+    assert not list(tmp_path.glob("*/*.csv"))
+    values = np.zeros((2, 2, 1))
+    np.savez(alphas[0].folder / "alpha.npz", cross_stitch_fc7=values)
+    (path,) = studies.write([*alphas, *by_class], tmp_path)
+    assert {row["method"] for row in rows(path)} == {alphas[0].method}

@@ -12,7 +12,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from keras_cross_stitch import NDDR, CrossStitch, export_saved_model, plot_alpha
-from training import batches, runs
+from training import batches
 from training.files import read_json, unfinished, write_json
 from training.locks import lock
 from training.runs import Experiment
@@ -110,13 +110,8 @@ def rows(
         seed: Integer.
         published: Path of the folder of published raw values.
     """
-    of_runs = [
-        row
-        for method in methods
-        for row in runs.rows(
-            method, seed, runs.metrics(experiment.folder(method, seed))
-        )
-    ]
+    of_methods = [recorded.Run(experiment.folder(x, seed)) for x in methods]
+    of_runs = [row for run in of_methods for row in run.rows]
     values: dict = {}
     for row in (*of_runs, *delta_m.rows(of_runs)):
         values.setdefault((row.task, row.metric), {})[row.method] = row.value
@@ -132,12 +127,9 @@ def rows(
             title = f"  {title}"
         known = usual.get((task, name))
         body.append([title, *(_shown(name, of, known, x) for x in methods)])
-    of_methods = [
-        recorded.shown_costs(recorded.Run(experiment.folder(x, seed)).costs)
-        for x in methods
-    ]
     titles = (title for title, _ in recorded.COSTS.values())
-    costs = zip(titles, *of_methods, strict=True)
+    shown = (recorded.shown_costs(run.costs) for run in of_methods)
+    costs = zip(titles, *shown, strict=True)
     body += map(list, costs)
     return ["", *map(label, methods)], body
 

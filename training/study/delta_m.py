@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from training.runs import Row
+from training.files import Row
 from training.study.results import ALL_TASKS, baseline, metric
 
 SAYS = (  # wherever a table shows it

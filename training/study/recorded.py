@@ -31,6 +31,17 @@ def shown_costs(costs: Mapping[str, float]) -> list[str]:
     ]
 
 
+def tidy(
+    method: str, seed: int, of_run: Mapping[str, Mapping[str, float]]
+) -> list[Row]:
+    """A run's {task: {metric: value}} as tidy rows."""
+    return [
+        Row(method, seed, task, name, value)
+        for task, values in of_run.items()
+        for name, value in values.items()
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run's folder."""
@@ -51,11 +62,7 @@ class Run:
 
     @property
     def rows(self) -> list[Row]:
-        return [
-            Row(self.method, self.seed, task, name, value)
-            for task, values in self.json("metrics").items()
-            for name, value in values.items()
-        ]
+        return tidy(self.method, self.seed, self.json("metrics"))
 
     @property
     def losses(self) -> dict[str, list[float]]:

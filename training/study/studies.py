@@ -9,10 +9,11 @@ from typing import Any, get_args
 import numpy as np
 
 from training import methods, recipes, runs
-from training.files import Row, read_csv, read_json, write_csv
+from training.files import Row, read_csv, write_csv
 from training.provenance import UNKNOWN, Made
 from training.runs import Experiment
 from training.study import delta_m
+from training.study.recorded import Run, tidy
 from training.study.results import ALL_TASKS, read_rows
 
 SIZES = ("method", "parameters", "multiply_adds", "recipe")
@@ -283,7 +284,7 @@ def duration(run: Planned) -> float | None:
 
 def check(planned: Iterable[Planned], results: Path) -> None:
     """Raises a ValueError for what `write` would refuse once the first run is done."""
-    for path, of_path in _by_file(planned, results).items():
+    for path, of_path in by_file(planned, results).items():
         for run in of_path:
             if (run.folder / "recipe.json").exists():
                 run.experiment.claim(run.method, run.seed)
@@ -304,20 +305,24 @@ def write(planned: Sequence[Planned], results: Path) -> list[Path]:
     finished = [run for run in planned if run.finished]
     for run in finished:
         run.experiment.claim(run.method, run.seed)
-    files = _by_file(finished, results)
-    all_planned = _by_file(planned, results)
+    files = by_file(finished, results)
+    all_planned = by_file(planned, results)
     lines = {
         path: _merged(path, of_path, [run.method for run in all_planned[path]])
         for path, of_path in files.items()
     }
+    written = []
     for path, of_runs in lines.items():
-        header = (*Row._fields, *Made._fields)
-        write_csv(path, header, itertools.chain.from_iterable(of_runs.values()))
-        _write_sizes(path.with_name("sizes.csv"), files[path])
-    return list(files)
+        body = list(itertools.chain.from_iterable(of_runs.values()))
+        if body:  # as of classes there is none where no task has any
+            write_csv(path, (*Row._fields, *Made._fields), body)
+            _write_sizes(path.with_name("sizes.csv"), files[path])
+            written.append(path)
+    return written
 
 
-def _by_file(planned: Iterable[Planned], results: Path) -> dict[Path, list[Planned]]:
+def by_file(planned: Iterable[Planned], results: Path) -> dict[Path, list[Planned]]:
+    """{path that `write` would write: its runs}."""
     files: dict[Path, list[Planned]] = {}
     for run in planned:
         path = results / run.experiment.recipe.name / f"{run.study}.csv"
@@ -332,12 +337,13 @@ def _write_sizes(path: Path, finished: Sequence[Planned]) -> None:
     """
     digest = finished[0].experiment.digest
     known = read_csv(path) if path.exists() else []
-    lines = {x["method"]: tuple(x.values()) for x in known if x["recipe"] == digest}
+    lines: dict[str, tuple] = {
+        x["method"]: tuple(x.values()) for x in known if x["recipe"] == digest
+    }
     for run in finished:
-        counted = run.folder / "costs.json"
-        if counted.exists():  # a run of before has none
-            values = read_json(counted)
-            sizes = values["parameters"], values["multiply_adds"]
+        costs = Run(run.folder).costs
+        if "parameters" in costs:  # a run of before has none
+            sizes = costs["parameters"], costs["multiply_adds"]
             lines[run.method] = (run.method, *sizes, digest)
     if lines:
         write_csv(path, SIZES, lines.values())
@@ -398,9 +404,7 @@ def _made_of(path: Path, planned: Sequence[Planned]) -> dict[tuple[str, int], Ma
 
 
 def _made(run: Planned) -> Made:
-    path = run.folder / "made_by.json"
-    by = read_json(path) if path.exists() else {}
-    return _of_experiment(run.experiment)._replace(**by)
+    return _of_experiment(run.experiment)._replace(**Run(run.folder).made_by)
 
 
 def _of_experiment(experiment: Experiment) -> Made:
@@ -411,30 +415,30 @@ def _of_experiment(experiment: Experiment) -> Made:
 
 def _rows(run: Planned) -> list[Row]:
     """The run's metrics, and what else its study is about, as tidy rows."""
-    values: Any = runs.metrics(run.folder)
+    left = Run(run.folder)
+    values: Any = left.json("metrics")
     if run.study == "per-class":
         values = {}
-        for row in read_csv(run.folder / "per_class.csv"):
+        for row in left.csv("per_class"):
             metric = f"{row['metric']}/{row['class']}"
             values.setdefault(row["task"], {})[metric] = row["value"]
     if run.study == "alpha":
         values = _alphas(run)
-    return runs.rows(run.method, run.seed, values)
+    return tidy(run.method, run.seed, values)
 
 
 def _alphas(run: Planned) -> dict[str, dict[str, float]]:
-    """{task: {"alpha/<unit>/from_<source>/<statistic>": value}} of a stitched run."""
+    """{task: {"alpha/<unit>/from_<source>/<statistic>": value}}, of units if any."""
     tasks = sorted(recipes.kinds(run.experiment.recipe.data))  # as alpha's axes are
     values: dict[str, dict[str, float]] = {task: {} for task in tasks}
-    with np.load(run.folder / "alpha.npz") as units:
-        for unit, alpha in units.items():
-            for (i, task), (j, source) in itertools.product(
-                enumerate(tasks), enumerate(tasks)
-            ):
-                name = f"alpha/{unit.removeprefix('cross_stitch_')}/from_{source}"
-                for statistic in ("mean", "std", "min", "max"):
-                    value = float(getattr(alpha[i, j], statistic)())
-                    values[task][f"{name}/{statistic}"] = round(value, 4)
+    for unit, alpha in Run(run.folder).alphas.items():
+        for (i, task), (j, source) in itertools.product(
+            enumerate(tasks), enumerate(tasks)
+        ):
+            name = f"alpha/{unit.removeprefix('cross_stitch_')}/from_{source}"
+            for statistic in ("mean", "std", "min", "max"):
+                value = float(getattr(alpha[i, j], statistic)())
+                values[task][f"{name}/{statistic}"] = round(value, 4)
     return values
 
 

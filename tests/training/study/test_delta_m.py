@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.runs import Row
+from training.files import Row
 from training.study import delta_m
 
 
