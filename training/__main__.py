@@ -198,9 +198,9 @@ def fit(
                 progress.update(line, total=1, completed=1)
             # A worker that ends before the others counts as lost.
             distribution.from_chief(strategy, True)
-    if not chief:
-        return
-    header, body = comparison.rows(experiment, methods, seed)
+        if not chief:
+            return
+        header, body = comparison.rows(experiment, methods, seed)
     _print_table(header, body)
     console.print(comparison.legend(body))
     for name in methods:

@@ -162,14 +162,14 @@ def _shown(
 
 def _usual(experiment: Experiment, published: Path) -> Values:
     """{(task, metric): {method: {seed: value}}} that are published of this recipe."""
-    rows = {  # the studies of whole methods, which have some of their runs in common
-        row
+    rows = {  # the studies of whole methods, which may have trained one run each
+        row[:4]: row
         for study in ("demo", "methods")
         if (path := published / experiment.recipe.name / f"{study}.csv").exists()
         for row, by in read_rows(path)
         if by.recipe == experiment.digest
     }
-    return by_seed(sorted(rows))
+    return by_seed(rows.values())
 
 
 def _save(figure: Figure, path: Path, *, dpi: int) -> None:

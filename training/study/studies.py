@@ -297,6 +297,7 @@ def write(planned: Sequence[Planned], results: Path) -> list[Path]:
     A file per recipe and study, `<results>/<recipe>/<study>.csv`: seed by seed, the
     methods as they are planned. What it holds of other runs, of other seeds or from
     other machines, it keeps. Beside it `sizes.csv` says what each method's model costs.
+    Where no run has such values, as those of classes, there is no file.
 
     Raises:
         ValueError: If a run is of another recipe than the study's, or if a file holds
