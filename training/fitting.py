@@ -70,6 +70,7 @@ def fit(
     Returns:
         Dict `{task: {metric: value}}` on the test split.
     """
+    provenance.of_this_process()  # before an edit can be taken for what made the run
     # Equal runs of equal seeds. On a CPU it costs nothing that can be measured.
     tf.config.experimental.enable_op_determinism()
     plan = methods.plan(method, experiment.recipe)

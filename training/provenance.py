@@ -1,5 +1,6 @@
 """What made a result: commit, versions and processor of the process that trained it."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -26,8 +27,12 @@ class Made(NamedTuple):
     processor: str = UNKNOWN
 
 
+@functools.cache  # files may change while it runs, its code does not
 def of_this_process() -> dict[str, str]:
-    """Commit, versions and kind of processor, as they are kept beside a run."""
+    """Commit, versions and kind of processor, as they are kept beside a run.
+
+    As they are when it is first asked for: ask early.
+    """
     return {"commit": _commit(), "versions": versions(), "processor": _processor()}
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from training import (
     files,
     fitting,
     methods,
+    provenance,
     recipes,
     runs,
     towers,
@@ -82,6 +84,32 @@ def test_a_run_leaves_what_its_folder_promises(cross_stitch):
     assert answers["segmentation"]["names"][0] == "floor"
     assert len(answers["segmentation"]["colours"]) == 19
     assert answers["normals"]["kind"] == "normals"
+
+
+def test_what_is_edited_while_a_run_trains_did_not_make_it(
+    experiment, single_task, train, monkeypatch
+):
+    commit = ["begun"]
+    read = functools.cache(lambda: {"commit": commit[-1]})
+    monkeypatch.setattr(provenance, "of_this_process", read)
+
+    def edit(*args):
+        commit.append("edited")
+        return load(single_task)
+
+    monkeypatch.setattr(fitting, "_train", edit)
+    train(experiment, "single_task")
+
+    made_by = experiment.folder("single_task", 0) / "made_by.json"
+    assert json.loads(made_by.read_text()) == {"commit": "begun"}
+
+
+def test_the_commit_is_read_once_in_a_process(monkeypatch):
+    """A study trains for hours, one run after the other."""
+    before = provenance.of_this_process()
+    monkeypatch.setattr(provenance, "_commit", lambda: "edited")
+
+    assert provenance.of_this_process() == before
 
 
 def test_the_scores_by_class_are_those_of_the_mean(single_task):
