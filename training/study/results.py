@@ -295,38 +295,48 @@ def statistics(
     values = by_seed(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
     columns = {key: _column(key, of_metric) for key, of_metric in values.items()}
-    pairs: dict[tuple[Key, Hashable], Cell] = {
-        (key, rivals): cell
+    pairs = _rivals(methods)
+    # {(key, method or pair of rivals): cell}
+    cells: dict[tuple[Key, Hashable], Cell] = {
+        (key, method): cell
+        for key, column in columns.items()
+        for method, cell in column.items()
+    }
+    cells |= {
+        (key, pair): cell
         for key, of_metric in values.items()
-        for rivals in _rivals(methods)
-        if (cell := _against(key, rivals, of_metric))
+        for pair in pairs
+        if (cell := _against(key, pair, of_metric))
     }
-    certain = _certain(columns, pairs)
-    columns = _marked(columns, values, certain)
-    pairs = {
-        x: dataclasses.replace(cell, certain=x in certain) for x, cell in pairs.items()
+    certain = holm(
+        {x: cell.difference.p for x, cell in cells.items() if cell.difference}
+    )
+    best = {(key, _best(key, columns[key], values[key])) for key in values} & certain
+    cells = {
+        x: dataclasses.replace(cell, certain=x in certain, best=x in best)
+        for x, cell in cells.items()
     }
+
+    def rows_of(
+        compared: Iterable[_Hypothesis], keys: list[Key]
+    ) -> dict[_Hypothesis, list[Cell | None]]:
+        """{method or pair: its cell for each key}, of those that have any."""
+        found = {x: [cells.get((key, x)) for key in keys] for x in compared}
+        return {x: row for x, row in found.items() if any(row)}
+
     tables = []
     for task in dict.fromkeys(row.task for row in rows if row.task != ALL_TASKS):
         keys = [key for key in values if key[0] == task]
         keys += [key for key in values if key[0] == ALL_TASKS]
-        cells = {
-            method: [columns[key].get(method) for key in keys]
-            for method in methods
-            if any(method in columns[key] for key in keys)
-        }
-        rivals = {
-            of: [pairs.get((key, of)) for key in keys]
-            for of in _rivals(methods)
-            if any((key, of) in pairs for key in keys)
-        }
         reference = {
             method: [known.get(key) for key in keys]
             for method, known in (of_paper or {}).items()
             if any(key in known for key in keys)
         }
         names = [name for _, name in keys]
-        tables.append(Table(task, names, cells, rivals, reference))
+        tables.append(
+            Table(task, names, rows_of(methods, keys), rows_of(pairs, keys), reference)
+        )
     return tables
 
 
@@ -380,46 +390,8 @@ def _against(key: Key, pair: tuple[str, str], of_metric: OfMetric) -> Cell | Non
     return Cell(known.mean, None, known.seeds, metric(key[1]), known)
 
 
-def _certain(
-    columns: Mapping[Key, dict[str, Cell]],
-    pairs: Mapping[tuple[Key, Hashable], Cell],
-) -> set[tuple[Key, Hashable]]:
-    """(key, method) and (key, rivals) of the differences that Holm leaves, over all."""
-    cells: dict[tuple[Key, Hashable], Cell] = {
-        (key, method): cell
-        for key, column in columns.items()
-        for method, cell in column.items()
-    }
-    cells.update(pairs)
-    return holm({x: cell.difference.p for x, cell in cells.items() if cell.difference})
-
-
-def _marked(
-    columns: Mapping[Key, dict[str, Cell]],
-    values: Values,
-    certain: set[tuple[Key, Hashable]],
-) -> dict[Key, dict[str, Cell]]:
-    """The columns' cells with what is certain, and what is best.
-
-    The best is certainly better than its baseline, and differs from each other method
-    of its column, by Holm over these.
-    """
-    marked = {}
-    for key, column in columns.items():
-        best = _best(key, column, values[key])
-        marked[key] = {
-            method: dataclasses.replace(
-                cell,
-                certain=(key, method) in certain,
-                best=method == best and (key, method) in certain,
-            )
-            for method, cell in column.items()
-        }
-    return marked
-
-
 def _best(key: Key, column: dict[str, Cell], of_metric: OfMetric) -> str | None:
-    """The method that is better than its baseline and than all others."""
+    """The method that is better than its baseline and than all others, by Holm."""
     higher = metric(key[1]).higher_is_better
     if higher is None or len(column) < 2:
         return None
