@@ -127,6 +127,7 @@ def test_what_was_tried_is_told_best_first(scenes):
     finish(planned[0], 50.0)
     finish(planned[1], 55.0)
     finish(planned[2], 40.0)
+    finish(planned[3], float("nan"))  # of which nothing is better or worse
 
     assert studies.best_first(planned) == [
         (planned[1].method, pytest.approx(5.0)),

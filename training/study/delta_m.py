@@ -9,7 +9,7 @@ et al., 2021):
 with s = 1 where a higher value is better, and -1 where a lower one is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -22,12 +22,15 @@ SAYS = (  # wherever a table shows it
 )
 
 
-def rows(of_tasks: Iterable[Row]) -> list[Row]:
+def rows(
+    of_tasks: Iterable[Row], against: Callable[[str], str | None] = baseline
+) -> list[Row]:
     """A row of Delta_m for each run whose baseline, of the same seed, is among them.
 
-    Against the compute-matched baseline of each method. A run that lacks a metric of
-    its baseline's has none, nor has one whose baseline has a 0, to which no change is
-    relative, nor one with a metric that is no number, as of normals without a pixel.
+    Against the compute-matched baseline of each method, if no other is given. A run
+    that lacks a metric of its baseline's has none, nor has one whose baseline has a 0,
+    to which no change is relative, nor one with a metric that is no number, as of
+    normals without a pixel.
     """
     values: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
     for row in of_tasks:
@@ -37,7 +40,7 @@ def rows(of_tasks: Iterable[Row]) -> list[Row]:
             of_run[row.task, row.metric] = row.value
     found = []
     for (method, seed), ours in values.items():
-        theirs = values.get((baseline(method) or "", seed), {})
+        theirs = values.get((against(method) or "", seed), {})
         known = np.isfinite([*ours.values(), *theirs.values()]).all()
         if ours.keys() == theirs.keys() and known and all(theirs.values()):
             value = round(delta_m(ours, theirs), 3)

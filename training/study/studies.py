@@ -471,21 +471,11 @@ def best_first(planned: Sequence[Planned]) -> list[tuple[str, float]]:
     Delta_m is the mean over the seeds of that against the first method that was
     planned, the baseline with the recipe's own settings.
     """
-    values = {
-        (run.method, run.seed): {
-            (task, name): value
-            for task, of_task in (runs.metrics(run.folder) or {}).items()
-            for name, value in of_task.items()
-        }
-        for run in planned
-        if run.finished
-    }
+    known = [row for run in planned if run.finished for row in Run(run.folder).rows]
     own = planned[0].method
     changes: dict[str, list[float]] = {}
-    for (method, seed), ours in values.items():
-        theirs = values.get((own, seed))
-        if theirs and all(theirs.values()):
-            changes.setdefault(method, []).append(delta_m.delta_m(ours, theirs))
+    for row in delta_m.rows(known, against=lambda method: own):
+        changes.setdefault(row.method, []).append(row.value)
     means = {method: float(np.mean(x)) for method, x in changes.items()}
     return sorted(means.items(), key=lambda x: -x[1])
 
