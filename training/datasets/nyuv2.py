@@ -7,7 +7,6 @@ official release. Nothing is downloaded here.
 import dataclasses
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ import scipy.io
 import tensorflow_datasets as tfds
 from rich.progress import track
 
-from training.datasets.files import files_in, read_as, read_lines
+from training.datasets.files import check_names, files_in, new_folder, read_as
 from training.datasets.images import encode_png, read_image
 from training.datasets.normal_maps import encode_normals
 
@@ -166,14 +165,7 @@ def check_folder(path: str | os.PathLike) -> dict[str, list[str]]:
                 f"Expected the NYUv2 folder {folder} with {', '.join(SUFFIXES)}, "
                 f"splits.mat and classes.txt. Missing: {folder / name}. {remedy}"
             )
-    classes = read_lines(folder / "classes.txt", remedy)
-    if classes != list(CLASSES):
-        differing = sorted(set(classes) ^ set(CLASSES)) or "their order"
-        raise ValueError(
-            f"Expected {folder / 'classes.txt'} to list the {len(CLASSES)} NYUv2 "
-            f"classes. Received {len(classes)} names, differing in: {differing}. "
-            f"{remedy}"
-        )
+    check_names(folder / "classes.txt", CLASSES, "NYUv2 classes", remedy)
     splits = read_splits(folder / "splits.mat")
     ids = [image_id for split in splits.values() for image_id in split]
     for name, suffix in SUFFIXES.items():
@@ -374,27 +366,19 @@ def prepare_from_mat(
     Raises:
         ValueError: If a file is not what it should be, or the folder has content.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"Expected a new or empty folder. Received: {directory}, which has "
-            f"content. Remove it or choose another."
-        )
-    to_40_classes = read_mapping(mapping)
-    size = (2 * WIDTH, 2 * HEIGHT) if full_size else (WIDTH, HEIGHT)
-    indices = sorted(int(i) for ids in read_splits(splits).values() for i in ids)
-    with open_mat(mat) as release:
-        if indices != list(range(1, len(release["images"]) + 1)):
-            raise ValueError(
-                f"Expected {splits} to name each of the {len(release['images'])} "
-                f"images of {mat} once. Received {len(indices)} indices up to "
-                f"{indices[-1]}. Use the files of one release."
-            )
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-            folder = Path(temporary, directory.name)
+    with new_folder(Path(directory)) as folder:
+        to_40_classes = read_mapping(mapping)
+        size = (2 * WIDTH, 2 * HEIGHT) if full_size else (WIDTH, HEIGHT)
+        indices = sorted(int(i) for ids in read_splits(splits).values() for i in ids)
+        with open_mat(mat) as release:
+            if indices != list(range(1, len(release["images"]) + 1)):
+                raise ValueError(
+                    f"Expected {splits} to name each of the {len(release['images'])} "
+                    f"images of {mat} once. Received {len(indices)} indices up to "
+                    f"{indices[-1]}. Use the files of one release."
+                )
             for name in SUFFIXES:
-                (folder / name).mkdir(parents=True)
+                (folder / name).mkdir()
             (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", "utf-8")
             shutil.copyfile(splits, folder / "splits.mat")
             for index in track(indices, "Writing NYUv2"):
@@ -411,7 +395,6 @@ def prepare_from_mat(
                 ):
                     write_image(folder / path, array, size, interpolation)
             check_folder(folder)
-            folder.replace(directory)
 
 
 def open_mat(path: str | os.PathLike) -> h5py.File:

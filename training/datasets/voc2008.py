@@ -11,7 +11,6 @@ before its right and bottom, so that right - left is its width.
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
-from training.datasets.files import read_as, read_lines
+from training.datasets.files import check_names, new_folder, read_as, read_lines
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
@@ -50,6 +49,7 @@ FORMAT = "format.txt"
 FORMAT_2 = "boxes from 0, right and bottom exclusive; a last number, 1: difficult"
 SPLITS = {"train": "train", "test": "val"}  # aPascal's, and VOC's
 LISTS = {"class_names.txt": CLASSES, "attribute_names.txt": ATTRIBUTES}
+NAMES = "names of VOC 2008 and aPascal"
 REMEDY = "Write the folder with `python -m training prepare voc2008`"
 
 
@@ -78,7 +78,7 @@ def check_folder(path: str | os.PathLike) -> dict[str, dict[str, list[dict]]]:
                 f"Missing: {folder / name}. {REMEDY}"
             )
     for name, expected in LISTS.items():
-        _check_names(folder / name, expected)
+        check_names(folder / name, expected, NAMES, REMEDY)
     first, flagged = LONGEST / OFFICIAL_LONGEST, False
     if (folder / FORMAT).exists():
         first, flagged = 0.0, True
@@ -135,16 +135,6 @@ def _line_named(path: Path, number: int) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
-
-
-def _check_names(path: Path, expected: Sequence[str]) -> None:
-    names = read_lines(path, REMEDY)
-    if names != list(expected):
-        differing = sorted(set(names) ^ set(expected)) or "their order"
-        raise ValueError(
-            f"Expected {path} to list the {len(expected)} names of VOC 2008 and "
-            f"aPascal. Received {len(names)}, differing in: {differing}. {REMEDY}"
-        )
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -322,43 +312,36 @@ def prepare_from_devkit(
     Raises:
         ValueError: If a file is not what it should be, or the folder has content.
     """
-    devkit, apascal, directory = Path(devkit), Path(apascal), Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(
-            f"Expected a new or empty folder. Received: {directory}, which has "
-            "content. Remove it or choose another"
-        )
-    for path in (
-        devkit / "JPEGImages",
-        devkit / "Annotations",
-        *(devkit / "ImageSets/Main" / f"{name}.txt" for name in SPLITS.values()),
-        *(apascal / f"apascal_{split}.txt" for split in SPLITS),
-        apascal / "attribute_names.txt",
-    ):
-        if not path.exists():
-            raise ValueError(
-                f"Expected the VOC 2008 devkit in {devkit} and aPascal's files in "
-                f"{apascal}. Missing: {path}"
-            )
-    _check_names(apascal / "attribute_names.txt", ATTRIBUTES)
-    objects = {
-        split: {
-            **dict.fromkeys(_listed(devkit, voc), ()),
-            **read_objects(
-                apascal / f"apascal_{split}.txt", devkit / "JPEGImages", 1.0, False
-            ),
+    devkit, apascal = Path(devkit), Path(apascal)
+    with new_folder(Path(directory)) as folder:
+        for path in (
+            devkit / "JPEGImages",
+            devkit / "Annotations",
+            *(devkit / "ImageSets/Main" / f"{name}.txt" for name in SPLITS.values()),
+            *(apascal / f"apascal_{split}.txt" for split in SPLITS),
+            apascal / "attribute_names.txt",
+        ):
+            if not path.exists():
+                raise ValueError(
+                    f"Expected the VOC 2008 devkit in {devkit} and aPascal's files in "
+                    f"{apascal}. Missing: {path}"
+                )
+        check_names(apascal / "attribute_names.txt", ATTRIBUTES, NAMES, REMEDY)
+        objects = {
+            split: {
+                **dict.fromkeys(_listed(devkit, voc), ()),
+                **read_objects(
+                    apascal / f"apascal_{split}.txt", devkit / "JPEGImages", 1.0, False
+                ),
+            }
+            for split, voc in SPLITS.items()
         }
-        for split, voc in SPLITS.items()
-    }
-    unknown = sum(
-        _mark_difficult(of_image, devkit / "Annotations" / f"{Path(name).stem}.xml")
-        for of_split in objects.values()
-        for name, of_image in of_split.items()
-    )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-        folder = Path(temporary, directory.name)
-        (folder / "images").mkdir(parents=True)
+        unknown = sum(
+            _mark_difficult(of_image, devkit / "Annotations" / f"{Path(name).stem}.xml")
+            for of_split in objects.values()
+            for name, of_image in of_split.items()
+        )
+        (folder / "images").mkdir()
         for name, names in LISTS.items():
             (folder / name).write_text("\n".join(names) + "\n", "utf-8")
         (folder / FORMAT).write_text(f"{FORMAT_2}\n", "utf-8")
@@ -372,7 +355,6 @@ def prepare_from_devkit(
                 "\n".join(lines) + "\n", "utf-8"
             )
         check_folder(folder)
-        folder.replace(directory)
     if unknown:
         Console().print(
             f"{unknown} of aPascal's objects are none of VOC's Annotations: taken as "
