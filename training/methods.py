@@ -266,8 +266,25 @@ def spell(name: str, recipe: recipes.Recipe, **options: Any) -> str:
         for key, value in options.items()
         if value not in [getattr(x, key, None) for x in (recipe.units, recipe.tower)]
     }
-    text = ",".join(f"{key}={json.dumps(value)}" for key, value in other.items())
+    text = ",".join(f"{key}={_text(value)}" for key, value in other.items())
     return f"{name}@{text}" if other else name
+
+
+def _text(value: Any) -> str:
+    """As a user types it: a method with two spellings would be trained twice."""
+    if isinstance(value, tuple):
+        return "+".join(map(_text, value))
+    if isinstance(value, str) and _value(value) == value:
+        return value
+    return json.dumps(value)
+
+
+def _value(text: str) -> Any:
+    """What `_text` has written: only a string that looks like a number has quotes."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _with_option(
@@ -298,10 +315,7 @@ def _with_option(
         values = _of_tasks(recipe, key, text, spelled)
         return recipes.change(recipe, "training", **{key: values})
     now = getattr(getattr(recipe, known[key]), key)
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
+    value = _value(text)
     if isinstance(now, tuple):  # names, as in at=pool1+pool5
         value = tuple(text.split("+"))
     if key in _CHOICES:

@@ -42,8 +42,6 @@ def test_what_is_spelled_is_what_is_planned(scenes):
     assert (taps.at, taps.per) == (("pool1", "pool5"), "layer")
     weighed = methods.plan("hard_sharing@loss_weights=1+0.5", scenes).recipe.training
     assert weighed.loss_weights == (1.0, 0.5)
-    spelled = methods.spell("hard_sharing", scenes, loss_weighting="uncertainty")
-    assert methods.plan(spelled, scenes).recipe.training.loss_weighting == "uncertainty"
     rates = methods.plan("cross_stitch@learning_rate_multipliers=1+3", scenes).recipe
     assert rates.training.learning_rate_multipliers == (1.0, 3.0)
     for spelled in ("single_task", "cross_stitch", "cross_stitch_from_start"):
@@ -53,6 +51,31 @@ def test_what_is_spelled_is_what_is_planned(scenes):
     assert split.depends_on["layer"] == "conv4"
     # The recipe's own value is no other method.
     assert methods.spell("cross_stitch", scenes, same_task=0.9) == "cross_stitch"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "text"),
+    [
+        ("scenes", {"loss_weighting": "uncertainty"}, "loss_weighting=uncertainty"),
+        ("scenes", {"at": ("pool1", "pool5")}, "at=pool1+pool5"),
+        ("scenes", {"loss_weights": (1.0, 0.5)}, "loss_weights=1.0+0.5"),
+        ("scenes", {"learning_rate": 1e-5}, "learning_rate=1e-05"),
+        ("scenes", {"epochs": 7}, "epochs=7"),
+        ("scenes", {"common_start": False}, "common_start=false"),
+        ("nyuv2_pretrained", {"frozen_to": "block3"}, "frozen_to=block3"),
+        ("nyuv2_pretrained", {"frozen_to": "7"}, 'frozen_to="7"'),
+        ("nyuv2_pretrained", {"frozen_to": "null"}, 'frozen_to="null"'),
+    ],
+)
+def test_what_is_spelled_is_as_one_types_it_and_read_back(recipe, options, text):
+    recipe = recipes.find(recipe)
+    spelled = methods.spell("cross_stitch_from_start", recipe, **options)
+    (name, value) = next(iter(options.items()))
+    plan = methods.plan(spelled, recipe)
+    parts = (plan.recipe.units, plan.recipe.tower, plan.recipe.training, plan.schedule)
+
+    assert spelled == f"cross_stitch_from_start@{text}"
+    assert value in [getattr(part, name, None) for part in parts]
 
 
 def test_a_recipe_whose_sizes_do_not_fit_is_refused_where_it_is_read(
