@@ -72,17 +72,11 @@ def filled(text: str, results: Path = RESULTS) -> str:
 def _of(recipe: str, study: str, is_brief: str | None, results: Path) -> str:
     path = results / recipe / f"{study}.csv"
     if not path.exists():
-        named = [x for x in recipe.split("-") if x not in ("toy", "search")]
-        tasks = [named.pop()] if "+" in named[-1] else []
-        arguments = [
-            *("-".join(named), study),
-            *(f"--tasks {x.replace('+', ',')}" for x in tasks),
-            *(["--toy"] if "-toy" in recipe else []),
-        ]
         raise ValueError(
             f"There are no raw values {path} for the table {recipe}/{study}. `python "
-            f"-m training study {' '.join(arguments)}` writes them to RUNS/results: "
-            "then give that folder, as in --results runs/results"
+            f"-m training study RECIPE {study}`, with the recipe and options by which "
+            f"runs are in RUNS/{recipe}, writes them to RUNS/results: then give that "
+            "folder, as in --results runs/results"
         )
     rows = [row for row, _ in read_rows(path)]
     if is_brief:
