@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
+import matplotlib
 from matplotlib.figure import Figure
 
 from training.files import Row, read_csv, read_text, write_text
@@ -314,7 +315,9 @@ def _label_fractions(recipes: Mapping[Path, Methods]) -> list[Picture]:
 def _picture(caption: str, figure: Figure) -> Picture:
     """(caption, data URI)."""
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    # Equal runs make equal pages: by default the ids in a picture are drawn by chance.
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return caption, _data_uri("image/svg+xml", file.getvalue())
 
 

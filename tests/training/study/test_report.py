@@ -63,6 +63,10 @@ def test_intervals_wrap_before_a_table_is_wider_than_the_page(browser, report):
     assert wider == []
 
 
+def test_equal_runs_make_equal_pages(runs, report, html):
+    assert write_report(runs, report).read_text() == html
+
+
 def test_it_says_what_was_run(html):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
 
