@@ -104,7 +104,8 @@ class History(keras.callbacks.Callback):
     """Writes the logs of each epoch, and its seconds, as a row of a CSV file.
 
     The rows of epochs that come again, since the run was stopped before their
-    backup, are replaced.
+    backup, are replaced. Of an epoch that was stopped within, and went on, the seconds
+    are those since it went on.
     """
 
     def __init__(self, path: Path) -> None:
