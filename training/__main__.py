@@ -268,7 +268,7 @@ def study(
         from training import distribution, fitting
         from training.locks import lock
         from training.runs import Experiment, open_experiment
-        from training.study import studies
+        from training.study import raw_values, studies
 
         strategy = distribution.strategy()
         more = method or []
@@ -297,13 +297,13 @@ def study(
             of_one = (run.method for run in planned if run.experiment is one)
             fitting.check(one, list(dict.fromkeys(of_one)))
         target = results or runs / "results"
-        studies.check(planned, target)
+        raw_values.check(planned, target)
         writes = distribution.is_chief(strategy)
 
         def write() -> list[Path]:
             # Other processes may write there, of these runs or of others.
             with lock(target / ".results.lock", wait=True):
-                return studies.write(planned, target)
+                return raw_values.write(planned, target)
 
         with _progress() as progress:
             for run in mine:
@@ -327,7 +327,7 @@ def study(
             written = write()
             for path in written:
                 console.print(f"Wrote {path}")
-            for path in studies.by_file(planned, target):
+            for path in raw_values.by_file(planned, target):
                 if path not in written:
                     console.print(f"Not written: {path}, of which no run has values")
             if table == "search":

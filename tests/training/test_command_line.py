@@ -27,7 +27,7 @@ from training.gradients import PCGrad
 from training.locks import lock
 from training.preemption import Preempted, preemptible
 from training.provenance import Made
-from training.study import studies
+from training.study import raw_values, studies
 
 
 def training(*arguments):
@@ -198,7 +198,7 @@ def test_one_study_at_a_time_writes_to_a_folder_of_results(demo, tmp_path, monke
         found.append(results)
         return []
 
-    monkeypatch.setattr(studies, "write", write)
+    monkeypatch.setattr(raw_values, "write", write)
     study = ("study", "scenes-labels10", "demo", "--toy", "--runs", folder.parent)
     result = training(*study, "--results", tmp_path)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from training import methods, provenance, recipes, runs
-from training.study import studies
+from training.study import raw_values, studies
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
         finish(run)
     path = results / "scenes/splits.csv"
 
-    assert studies.write(first, results) == [path]
+    assert raw_values.write(first, results) == [path]
     made = f"{scenes.digest},float32,these files,unknown,unknown,unknown"
     assert path.read_text().splitlines()[:6] == [
         "method,seed,task,metric,value,recipe,dtype,data,commit,versions,processor",
@@ -243,7 +243,7 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
     second = studies.plan(other, "splits", [0, 7])
     finish(second[0], value=60.0)
     finish(second[-1])
-    studies.write(second, results)
+    raw_values.write(second, results)
     found = {
         (row["method"], row["seed"]): row["value"]
         for row in rows(path)
@@ -266,7 +266,7 @@ def test_rows_stand_in_the_order_of_the_plan_whichever_run_ended_first(
     planned = studies.plan(scenes, "splits", [0, 1])
     for run in (planned[9], planned[2], planned[0]):  # as shards ended
         finish(run)
-        (path,) = studies.write(planned, tmp_path)
+        (path,) = raw_values.write(planned, tmp_path)
     of_runs = dict.fromkeys((row["method"], row["seed"]) for row in rows(path))
 
     assert list(of_runs) == [
@@ -287,7 +287,7 @@ def test_rows_of_another_recipe_or_dtype_are_not_mixed(scenes, tmp_path, change)
     first = studies.plan(scenes, "splits", [0, 1])
     for run in first[:2]:
         finish(run)
-    (path,) = studies.write(first, tmp_path)
+    (path,) = raw_values.write(first, tmp_path)
     before = path.read_text()
     other = dataclasses.replace(
         scenes, runs=tmp_path / "other", recipe=change(scenes.recipe)
@@ -296,17 +296,17 @@ def test_rows_of_another_recipe_or_dtype_are_not_mixed(scenes, tmp_path, change)
     finish(second[0])
 
     with pytest.raises(ValueError, match=r"another are: split@conv2, seed 0\. Make"):
-        studies.write(second, tmp_path)
+        raw_values.write(second, tmp_path)
     assert path.read_text() == before
     finish(second[1])
-    studies.write(second, tmp_path)  # both anew
+    raw_values.write(second, tmp_path)  # both anew
     assert len({row["recipe"] for row in rows(path)}) == 1
 
 
 def test_rows_of_other_data_are_not_mixed(scenes, tmp_path, monkeypatch):
     planned = studies.plan(scenes, "splits", [0])
     finish(planned[0])
-    (path,) = studies.write(planned, tmp_path / "results")
+    (path,) = raw_values.write(planned, tmp_path / "results")
     before = path.read_text()
     assert rows(path)[0]["data"] == "these files"
 
@@ -317,10 +317,10 @@ def test_rows_of_other_data_are_not_mixed(scenes, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"(?s)the data others.*_as_long, seed 0\. Make"
     ):
-        studies.write(second, tmp_path / "results")
+        raw_values.write(second, tmp_path / "results")
     assert path.read_text() == before
     path.write_text(before.replace("these files", "unknown"))  # rows of before
-    studies.write(second, tmp_path / "results")
+    raw_values.write(second, tmp_path / "results")
     assert {row["data"] for row in rows(path)} == {"unknown", "others"}
 
 
@@ -338,38 +338,38 @@ def test_a_run_of_another_recipe_is_not_written(scenes, tmp_path):
     """It was finished before the recipe changed."""
     planned = studies.plan(scenes, "splits", [0])
     finish(planned[0])
-    studies.write(planned, tmp_path)
+    raw_values.write(planned, tmp_path)
     changed = recipes.change(scenes.recipe, "data", smallest_crop=0.5)
     planned = studies.plan(dataclasses.replace(scenes, recipe=changed), "splits", [0])
 
     with pytest.raises(
         ValueError, match=r"another recipe: data\.smallest_crop changed"
     ):
-        studies.write(planned, tmp_path)
+        raw_values.write(planned, tmp_path)
 
 
 def test_what_would_not_be_written_is_found_before_a_run_is_trained(scenes, tmp_path):
     planned = studies.plan(scenes, "splits", [0])
     for run in planned[:2]:
         finish(run)
-    studies.check(planned, tmp_path / "none")
-    (path,) = studies.write(planned, tmp_path)
+    raw_values.check(planned, tmp_path / "none")
+    (path,) = raw_values.write(planned, tmp_path)
     before = path.read_text()
     changed = recipes.change(scenes.recipe, "finetuning", epochs=7)
     changed = dataclasses.replace(scenes, recipe=changed, runs=tmp_path / "other")
     other = studies.plan(changed, "splits", [0])
 
-    studies.check(planned, tmp_path)
+    raw_values.check(planned, tmp_path)
     message = r"Of another are: single_task_as_long, seed 0; split@conv2, seed 0\. Make"
     with pytest.raises(ValueError, match=message):
-        studies.check(other, tmp_path)
+        raw_values.check(other, tmp_path)
     for run in other[:2]:
         finish(run)
-    studies.check(other, tmp_path)  # these replace them
+    raw_values.check(other, tmp_path)  # these replace them
     begun = planned[2]
     runs.claim(begun.folder, {**begun.experiment.depends_on(begun.method, 0), "x": 1})
     with pytest.raises(ValueError, match=rf"{begun.method}/seed0 was begun with ano"):
-        studies.check(planned, tmp_path)
+        raw_values.check(planned, tmp_path)
     assert path.read_text() == before
 
 
@@ -378,7 +378,7 @@ def test_a_row_says_what_made_it(scenes, tmp_path):
     finish(planned[0])
     by = provenance.of_this_process()
     (planned[0].folder / "made_by.json").write_text(json.dumps(by))
-    (path,) = studies.write(planned, tmp_path)
+    (path,) = raw_values.write(planned, tmp_path)
     (row, *_) = rows(path)
 
     assert {name: row[name] for name in by} == by
@@ -395,7 +395,7 @@ def test_what_a_method_costs_stands_beside_its_rows(scenes, tmp_path):
             costs = {"parameters": 7, "multiply_adds": value}
             (run.folder / "costs.json").write_text(json.dumps(costs))
         finish(planned[len(multiply_adds)])  # of a version that counted nothing
-        (path,) = studies.write(planned, tmp_path)
+        (path,) = raw_values.write(planned, tmp_path)
         known = rows(path.with_name("sizes.csv"))
         assert all(x["parameters"] == "7" for x in known)
         return {x["method"]: x["multiply_adds"] for x in known}
@@ -425,7 +425,7 @@ def test_values_by_class_and_alphas_are_tidy_too(scenes, tmp_path):
         "segmentation,lamp,pixels,800\n"
     )
     by_class = dataclasses.replace(alpha, study="per-class")
-    alpha_path, class_path = studies.write([alpha, by_class], tmp_path)
+    alpha_path, class_path = raw_values.write([alpha, by_class], tmp_path)
 
     found = {(row["task"], row["metric"]): row["value"] for row in rows(alpha_path)}
     assert found["normals", "alpha/fc7/from_segmentation/max"] == "0.5"
@@ -442,9 +442,9 @@ def test_what_no_run_has_is_no_file_and_no_error(scenes, tmp_path):
         finish(run)
     by_class = [dataclasses.replace(run, study="per-class") for run in alphas]
 
-    assert studies.write([*alphas, *by_class], tmp_path) == []
+    assert raw_values.write([*alphas, *by_class], tmp_path) == []
     assert not list(tmp_path.glob("*/*.csv"))
     values = np.zeros((2, 2, 1))
     np.savez(alphas[0].folder / "alpha.npz", cross_stitch_fc7=values)
-    (path,) = studies.write([*alphas, *by_class], tmp_path)
+    (path,) = raw_values.write([*alphas, *by_class], tmp_path)
     assert {row["method"] for row in rows(path)} == {alphas[0].method}
