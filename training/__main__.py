@@ -200,7 +200,7 @@ def fit(
             distribution.from_chief(strategy, True)
         if not chief:
             return
-        header, body = comparison.rows(experiment, methods, seed)
+        header, body = comparison.table(experiment, methods, seed)
     _print_table(header, body)
     console.print(comparison.legend(body))
     for name in methods:

@@ -29,7 +29,7 @@ def measure(experiment: Experiment, steps: int) -> list[tuple[str, str, str]]:
     own = experiment.recipe.training.dtype
     recipe, tasks = experiment.recipe, experiment.tasks
     stream_of = batches.pipeline(recipe).train_batches(
-        experiment.train_examples, recipe, tasks, seed=0, steps=range(10**4)
+        experiment.train_examples, recipe, tasks, seed=0, steps=range(10**4 + steps)
     )
     stream, alone = iter(stream_of), iter(stream_of)
     fixed = next(stream)

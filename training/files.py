@@ -69,8 +69,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2))
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file, as dicts of its header's names."""
+def read_csv(path: Path, missing_ok: bool = False) -> list[dict[str, str]]:
+    """The lines of a CSV file, as dicts of its header's names.
+
+    Args:
+        path: The file.
+        missing_ok: Whether there may be no such file, which then has no lines.
+    """
+    if missing_ok and not path.exists():
+        return []
     with open(path, newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 

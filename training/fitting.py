@@ -147,13 +147,13 @@ def compiled(
     exchange(layer for layer in model.layers if layer.trainable or not has_gpu)
     optimizer = keras.optimizers.SGD(schedule, momentum=recipe.training.momentum)
     multipliers: dict[str, float] = {}
-    if _has(model, NDDR):
+    if towers.has(model, NDDR):
         multipliers["^nddr_"] = recipe.units.alpha_multiplier
     of_tasks = recipe.training.learning_rate_multipliers
     if of_tasks:
         names = (_own_layers(task, tasks) for task in tasks)
         multipliers |= dict(zip(names, of_tasks, strict=True))
-    if multipliers or _has(model, CrossStitch):
+    if multipliers or towers.has(model, CrossStitch):
         optimizer = LearningRateGroups(
             optimizer, multipliers, alpha=recipe.units.alpha_multiplier
         )
@@ -179,10 +179,6 @@ def _own_layers(task: str, tasks: Iterable[str]) -> str:
     longer = (x.removeprefix(task) for x in tasks if x.startswith(f"{task}_"))
     others = "".join(f"(?!{re.escape(x)}_)" for x in longer)
     return f"^{re.escape(task)}{others}_"
-
-
-def _has(model: keras.Model, kind: type[keras.layers.Layer]) -> bool:
-    return any(isinstance(layer, kind) for layer in model.layers)
 
 
 def answering(model: keras.Model, tasks: Mapping[str, Any]) -> keras.Model:
@@ -231,7 +227,7 @@ def _train(
         _, targets = next(iter(batches_from(0)))
         distribution.build_losses(model, {name: x[:1] for name, x in targets.items()})
         done = backup.restore(model)
-    units = _has(model, CrossStitch)
+    units = towers.has(model, CrossStitch)
     dynamic = recipe.training.loss_weighting == "dynamic_average"
     description = f"{recipe.name} {plan.spelled}, seed {seed}"
     callbacks = [

@@ -188,3 +188,8 @@ def _upsampling(recipe: Any) -> int:
 
 def _logits(x: keras.KerasTensor) -> keras.KerasTensor:
     return keras.layers.Identity(dtype="float32", name="logits")(x)
+
+
+def has(model: keras.Model, kind: Any) -> bool:
+    """Whether a layer of the model is of that class, or of one of a union."""
+    return any(isinstance(layer, kind) for layer in model.layers)

@@ -180,10 +180,10 @@ def passes(
 ) -> np.ndarray:
     """The items in a random order, then in another one, and so on: (steps, size)."""
     count = -(-steps * size // len(items))
-    passes = [
+    orders = [
         np.random.default_rng([*seed, k]).permutation(items) for k in range(count)
     ]
-    return np.concatenate(passes)[: steps * size].reshape(steps, size)
+    return np.concatenate(orders)[: steps * size].reshape(steps, size)
 
 
 def _examples(

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import h5py
@@ -227,16 +227,15 @@ class Nyuv2(tfds.core.GeneratorBasedBuilder):
     """NYUv2's 1449 labelled images at 320x240: 40 classes, surface normals and depth.
 
     Each example is `{"image", "segmentation", "normals", "depth", "id"}`. Segmentation
-    holds
-    the class index 0..39, 255 where unlabelled. Normals hold
+    holds the class index 0..39, 255 where unlabelled. Normals hold
     `round((n + 1) / 2 * 255)` with n as `normals_from_depth` returns it, and
     (0, 0, 0), which no unit vector encodes to, where undefined. Depth is in millimetres
     along the camera's axis, 0 where there is none.
     """
 
     VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "`depth` is new."}  # noqa: RUF012, TFDS's own way
-    BUILDER_CONFIGS = [  # noqa: RUF012, TFDS's own way
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.1.0": "`depth` is new."}
+    BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
         Nyuv2Config(name="full", description="All images."),
         Nyuv2Config(name="toy", description="For tests.", train=8, test=4),
     ]

@@ -12,13 +12,14 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from keras_cross_stitch import NDDR, CrossStitch, export_saved_model, plot_alpha
-from training import batches
+from training import batches, towers
 from training.files import read_json, unfinished, write_json
 from training.locks import lock
 from training.runs import Experiment
 from training.study import delta_m, figures, recorded
 from training.study.results import (
     ALL_TASKS,
+    PUBLISHED,
     OfMetric,
     Values,
     by_seed,
@@ -30,7 +31,6 @@ from training.study.results import (
 from training.tasks import Task
 
 PICTURES = 5
-PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 # What the table may hold, and what is said of it
 _LEGEND = {
     "↑": "↑: higher is better",
@@ -79,13 +79,13 @@ def compare(
             )
             _save(figure, gallery / f"{name}_seed{seed}.png", dpi=150)
     of_methods = zip(methods, models, folders, strict=True)
-    joined = [x for x in of_methods if _has(x[1], CrossStitch | NDDR)]
+    joined = [x for x in of_methods if towers.has(x[1], CrossStitch | NDDR)]
     if not joined:
         return None
     method, model, trained = joined[-1]
     # All methods share the folder: of two processes one waits.
     with lock(target / ".lock", wait=True):
-        if _has(model, CrossStitch):
+        if towers.has(model, CrossStitch):
             _save(plot_alpha(model), target / "alpha.png", dpi=110)
         else:
             (target / "alpha.png").unlink(missing_ok=True)  # another method's
@@ -93,7 +93,7 @@ def compare(
     return method, target
 
 
-def rows(
+def table(
     experiment: Experiment,
     methods: Sequence[str],
     seed: int,
@@ -138,10 +138,6 @@ def legend(body: Iterable[Iterable[str]]) -> str:
     """How to read the table's rows: of what stands in them, and of nothing else."""
     shown = "".join(cell for row in body for cell in row)
     return "; ".join(text for sign, text in _LEGEND.items() if sign in shown)
-
-
-def _has(model: keras.Model, kind: Any) -> bool:
-    return any(isinstance(layer, kind) for layer in model.layers)
 
 
 def _shown(

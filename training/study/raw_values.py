@@ -72,7 +72,7 @@ def _write_sizes(path: Path, finished: Sequence[Planned]) -> None:
     What the file holds of other methods of the same recipe is kept.
     """
     digest = finished[0].experiment.digest
-    known = read_csv(path) if path.exists() else []
+    known = read_csv(path, missing_ok=True)
     lines: dict[str, tuple] = {
         x["method"]: tuple(x.values()) for x in known if x["recipe"] == digest
     }

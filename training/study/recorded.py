@@ -150,8 +150,7 @@ class Run:
 
     def csv(self, name: str) -> list[dict[str, str]]:
         """The lines of a CSV file, none where the run has no such file."""
-        path = self.folder / f"{name}.csv"
-        return read_csv(path) if path.exists() else []
+        return read_csv(self.folder / f"{name}.csv", missing_ok=True)
 
 
 def by_method(folder: Path, finished: bool = True) -> dict[str, list[Run]]:

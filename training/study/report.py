@@ -201,8 +201,7 @@ def _link(path: Path, page: Path) -> str:
 
 def _times(folder: Path) -> dict[tuple[str, str], str]:
     """{(method, measure): as a multiple of the single-task baseline's}, of `bench`."""
-    path = folder / "costs.csv"
-    lines = read_csv(path) if path.exists() else []
+    lines = read_csv(folder / "costs.csv", missing_ok=True)
     return {(x["method"], x["measure"]): x["of_single_task"] for x in lines}
 
 

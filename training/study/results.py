@@ -23,6 +23,7 @@ METRICS = {
     "alpha": Metric("alpha", "", None),
     "delta_m": Metric("Δm", "%", True),
 }
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 ALL_TASKS = "all tasks"  # what Delta_m is of
 # Who shares, chooses between these; and the control that tells what is sharing.
 _RIVALS = ("hard_sharing", "own_maps_from_start")

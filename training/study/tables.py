@@ -12,6 +12,7 @@ from pathlib import Path
 from training.files import read_csv, read_text, write_text
 from training.study import delta_m, paper
 from training.study.results import (
+    PUBLISHED,
     Cell,
     Table,
     baseline,
@@ -21,8 +22,6 @@ from training.study.results import (
     statistics,
 )
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
-
 _TABLE = re.compile(
     r"(<!-- table: (\S+)/(\S+)( brief)? -->\n).*?(?=<!-- /table -->)", re.DOTALL
 )
@@ -31,7 +30,7 @@ _MOST_COLUMNS = 8  # that fit on a page; a table of more is turned on its side
 _ONE_SEED = "One seed: a difference may be chance."
 
 
-def update_tables(path: Path, results: Path = RESULTS) -> bool:
+def update_tables(path: Path, results: Path = PUBLISHED) -> bool:
     """Writes the tables of a Markdown file anew, from their raw values.
 
     Args:
@@ -54,7 +53,7 @@ def update_tables(path: Path, results: Path = RESULTS) -> bool:
     return after != before
 
 
-def filled(text: str, results: Path = RESULTS) -> str:
+def filled(text: str, results: Path = PUBLISHED) -> str:
     """The Markdown text with each marked table as its raw values give it."""
     marks = _MARK.findall(text)
     pairs = list(zip(marks[::2], marks[1::2], strict=False))
@@ -66,10 +65,10 @@ def filled(text: str, results: Path = RESULTS) -> str:
             )
     if len(marks) % 2:
         raise ValueError(f"Expected '<!-- /table -->' after '{marks[-1]}'")
-    return _TABLE.sub(lambda x: x[1] + _of(x[2], x[3], x[4], results), text)
+    return _TABLE.sub(lambda x: x[1] + _of(x[2], x[3], x[4] is not None, results), text)
 
 
-def _of(recipe: str, study: str, is_brief: str | None, results: Path) -> str:
+def _of(recipe: str, study: str, is_brief: bool, results: Path) -> str:
     path = results / recipe / f"{study}.csv"
     if not path.exists():
         raise ValueError(
@@ -135,8 +134,10 @@ def brief(
 
 def _multiply_adds(sizes: Path) -> dict[str, float]:
     """{method: multiply-adds of its model}, empty where there is no such file."""
-    known = read_csv(sizes) if sizes.exists() else []
-    return {line["method"]: float(line["multiply_adds"]) for line in known}
+    return {
+        line["method"]: float(line["multiply_adds"])
+        for line in read_csv(sizes, missing_ok=True)
+    }
 
 
 def _costs(multiply_adds: Mapping[str, float]) -> dict[str, str]:

@@ -147,7 +147,7 @@ def test_an_export_that_is_stopped_leaves_no_part_of_a_model(tmp_path, monkeypat
 
 
 def test_the_table_has_a_row_a_metric_and_a_column_a_method(finished, cross_stitch):
-    header, body = comparison.rows(finished, ["single_task", "cross_stitch"], 0)
+    header, body = comparison.table(finished, ["single_task", "cross_stitch"], 0)
 
     assert header == ["", "single-task", "cross-stitch"]
     assert len(body) == 2 + 8 + 3
@@ -186,7 +186,7 @@ def test_the_table_ends_in_delta_m_and_says_where_values_usually_are(
             ]
             path = tmp_path / "published" / "tiny" / f"{study}.csv"
             write_csv(path, (*Row._fields, *Made._fields), published)
-        _, body = comparison.rows(experiment, methods, 0, tmp_path / "published")
+        _, body = comparison.table(experiment, methods, 0, tmp_path / "published")
         return {name: values for name, *values in body}
 
     body = shown(finished.digest)
