@@ -12,7 +12,6 @@ from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 from export import meanings
 from export.client import Client, ServingError, all_tasks, drawing
 from export.client.client import pictures_in
-from export.client.protocol import IMAGES
 from export.meanings import Meanings
 from export.printing import console, in_words, print_error, table
 from keras_cross_stitch.versions import versions
@@ -64,7 +63,7 @@ def _asking(
 ) -> Callable[..., Mapping[str, np.ndarray]]:
     """A function of a task: its answer, of one request for all where there can be."""
     one = functools.partial(client.predict, images=[image])
-    needed = {all_tasks.SIGNATURE, *tasks, *(task + IMAGES for task in tasks)}
+    needed = {all_tasks.SIGNATURE, *tasks, *map(all_tasks.of_files, tasks)}
     if not needed <= signatures.keys():
         return one
     outputs = one(all_tasks.SIGNATURE)

@@ -1,4 +1,4 @@
-"""All tasks' answers to pictures in one request, and each task's part of them."""
+"""Signatures of encoded images, and each task's part of what that of all answers."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,6 +12,13 @@ SIGNATURE = "from_jpeg"  # of encoded images, beside each task's
 def takes_files(signature: str) -> bool:
     """Whether a signature is one of encoded images, by its name."""
     return signature == SIGNATURE or signature.endswith(IMAGES)
+
+
+def of_files(signature: str) -> str:
+    """The signature that takes what another takes, as encoded images."""
+    if signature == "serving_default":
+        return SIGNATURE
+    return signature if takes_files(signature) else signature + IMAGES
 
 
 def of_task(

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import all_tasks, messages, regions
 from .arrays import as_array, cast_to
-from .protocol import IMAGES, ServingError, array_dtype, in_words, info_in_words
+from .protocol import ServingError, array_dtype, in_words, info_in_words
 from .transports import Arrays, Grpc, Rest, Transport
 
 File = str | pathlib.Path | bytes
@@ -325,16 +325,7 @@ def _prepared(
         return task, pictures.inputs, pictures
     if rois is not None:
         raise ValueError(f"'{task}' must take `image` and `rois` to be given `rois`")
-    return _of_files(task), np.array(files, dtype=object), None
-
-
-def _of_files(task: str) -> str:
-    """The signature that takes what `task` takes, as encoded images."""
-    if task == "serving_default":
-        return all_tasks.SIGNATURE
-    return (
-        task if task == all_tasks.SIGNATURE or task.endswith(IMAGES) else task + IMAGES
-    )
+    return all_tasks.of_files(task), np.array(files, dtype=object), None
 
 
 def _encoded(image: File) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .protocol import IMAGES
+from . import all_tasks
 
 if TYPE_CHECKING:  # the client's wheel has no meanings
     from export.meanings import Meaning, Meanings
@@ -47,7 +47,7 @@ def served(answers: Meanings, signatures: Container[str]) -> Meanings:
     return {
         task: meaning
         for task, meaning in answers.items()
-        if task in signatures or task + IMAGES in signatures
+        if task in signatures or all_tasks.of_files(task) in signatures
     }
 
 

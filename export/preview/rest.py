@@ -258,8 +258,8 @@ def _asking(version: LoadedVersion, file: bytes) -> Callable[..., dict[str, Any]
         if all_tasks.SIGNATURE in version.signature_defs:
             names = version.signature(task).outputs
             return all_tasks.of_task(task, all_at_once(), names)
-        if task + IMAGES in version.signature_defs:
-            return version.predict(task + IMAGES, {"image_bytes": image})
+        if (own := all_tasks.of_files(task)) in version.signature_defs:
+            return version.predict(own, {"image_bytes": image})
         pictures = regions.Pictures.read([file], version.signature(task).inputs, rois)
         return pictures.in_their_pixels(version.predict(task, pictures.inputs))
 
