@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import platform
 import subprocess
@@ -54,7 +54,8 @@ def _commit() -> str:
 
 def versions() -> str:
     """The packages that results depend on."""
-    return " ".join(f"{x}={importlib.metadata.version(x)}" for x in PACKAGES)
+    # By the module: its distribution may be keras-nightly, or tensorflow-cpu.
+    return " ".join(f"{x}={importlib.import_module(x).__version__}" for x in PACKAGES)
 
 
 def _processor() -> str:

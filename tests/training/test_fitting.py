@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 
 import keras
 import numpy as np
@@ -102,6 +103,16 @@ def test_what_is_edited_while_a_run_trains_did_not_make_it(
 
     made_by = experiment.folder("single_task", 0) / "made_by.json"
     assert json.loads(made_by.read_text()) == {"commit": "begun"}
+
+
+def test_keras_may_be_installed_under_another_name(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)  # but keras-nightly, tensorflow-cpu
+
+    before = provenance.versions()
+    monkeypatch.setattr(metadata, "version", version)
+    assert provenance.versions() == before
+    assert f"keras={keras.__version__} " in before
 
 
 def test_the_commit_is_read_once_in_a_process(monkeypatch):
