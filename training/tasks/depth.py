@@ -124,8 +124,10 @@ class DepthErrors:
         self.count += there.sum()
 
     def result(self) -> dict[str, float]:
-        """Metres, a ratio, and shares in percent; all 0 without a pixel with depth."""
-        absolute, relative, squared, *below = self.sums / max(self.count, 1)
+        """Metres, a ratio, and shares in percent; NaN without a pixel with depth."""
+        if not self.count:
+            return dict.fromkeys(Depth.metrics, np.nan)
+        absolute, relative, squared, *below = self.sums / self.count
         within = dict(zip(THRESHOLDS, np.multiply(100, below), strict=True))
         return {
             "abs_error": absolute,
