@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from training import recipes
 
-# What methods there are is told without Keras, which takes seconds to import: `--help`
-# and tables do so. What joins towers imports it.
+# `--help` says what methods there are without Keras, which takes seconds to import.
+# What joins towers imports it.
 if TYPE_CHECKING:
     import keras
 
@@ -298,8 +298,9 @@ def _with_option(
         for part in parts
         for field in dataclasses.fields(getattr(recipe, part))
         if field.name not in method.without
-        # Files are options of the command line.
+        # Files are options of the command line, and pixels are as they want them.
         and not isinstance(getattr(getattr(recipe, part), field.name), Path | None)
+        and field.name != "pixel_range"
     }
     if method.schedule:
         # All that is trained from the start learns at the single-task networks' rate.

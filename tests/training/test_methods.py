@@ -191,6 +191,13 @@ def test_a_method_that_there_is_not_is_refused(scenes, spelled, message):
         methods.plan(spelled, scenes)
 
 
+def test_the_pixels_of_a_saved_backbone_are_no_option_of_a_method():
+    recipe = recipes.find("nyuv2_pretrained")
+    recipe = recipes.change(recipe, "tower", pixel_range=(-1.0, 1.0))
+    with pytest.raises(ValueError, match=r"no option 'pixel_range' .* There are: at,"):
+        methods.plan("cross_stitch_from_start@pixel_range=-1+1", recipe)
+
+
 @pytest.mark.parametrize("name", ["nyuv2", "nyuv2_pretrained", "scenes"])
 def test_every_recipe_has_a_toy_size_and_label_fractions(name):
     recipe = recipes.find(name)
