@@ -30,8 +30,6 @@ Picture = tuple[str, str]  # caption, data URI
 MEASURES = ("step", "answer")  # that `bench` times
 # Parts of what a run depends on that all methods of a recipe have alike
 _OF_ALL = ("data", "training", "tower", "units", "examples", "tasks", "proposals")
-# The metric that stands for its task in pictures; without one of these, its first.
-_HEADLINES = ("miou", "mean_angle", "mean_ap")
 
 
 def write_report(runs: Path, target: Path) -> Path:
@@ -155,13 +153,12 @@ def _rows(methods: Methods) -> list[Row]:
 
 
 def _headlines(rows: Iterable[Row]) -> list[Key]:
-    """[(task, the metric that stands for it)]."""
+    """[(task, the metric that stands for it in pictures)]: mIoU, else its first."""
     names: dict[str, list[str]] = {}
     for row in rows:
         names.setdefault(row.task, []).append(row.metric)
     return [
-        (task, next((x for x in _HEADLINES if x in known), known[0]))
-        for task, known in names.items()
+        (task, "miou" if "miou" in known else known[0]) for task, known in names.items()
     ]
 
 
@@ -201,7 +198,7 @@ def _link(path: Path, page: Path) -> str:
 
 def _times(folder: Path) -> dict[tuple[str, str], str]:
     """{(method, measure): as a multiple of the single-task baseline's}, of `bench`."""
-    lines = read_csv(folder / "costs.csv", missing_ok=True)
+    lines = read_csv(folder / "times.csv", missing_ok=True)
     return {(x["method"], x["measure"]): x["of_single_task"] for x in lines}
 
 
@@ -266,7 +263,10 @@ def _splits(recipe: str, methods: Methods, rows: Sequence[Row]) -> list[Picture]
         or baseline("split") not in methods
     ):
         return []
-    figure = figures.splits(rows, _headlines(rows), paper.splits(recipe))
+    published = paper.splits(recipe)
+    of_paper = {task: name for task, name in published}
+    panels = [(task, of_paper.get(task, name)) for task, name in _headlines(rows)]
+    figure = figures.splits(rows, panels, published)
     return [_picture("Gain of a split at each layer over its baseline", figure)]
 
 

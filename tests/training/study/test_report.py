@@ -9,8 +9,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from training.files import Row
 from training.study import recorded
-from training.study.report import write_report
+from training.study.report import _splits, write_report
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +245,28 @@ def test_layers_stand_in_their_order(runs, tmp_path):
         shutil.copytree(runs / "nyuv2" / "split@conv2" / "seed0", target)
 
     assert list(recorded.by_method(tmp_path)) == [f"split@{x}" for x in order]
+
+
+def test_splits_stand_beside_the_paper_s_in_its_metric(monkeypatch):
+    asked = []
+    monkeypatch.setattr("training.study.figures.splits", lambda *x: asked.append(x))
+    monkeypatch.setattr("training.study.report._picture", lambda *_: None)
+    names = ("single_task_as_long", "split@conv2", "split@conv3")
+    methods = {name: [] for name in names}
+    rows = [
+        Row(method, 0, task, name, 1.0)
+        for method in methods
+        for task, names in {
+            "attributes": ["mean_ap"],
+            "detection": ["mean_ap", "mean_ap_voc2008"],
+        }.items()
+        for name in names
+    ]
+    _splits("voc2008_alexnet", methods, rows)
+
+    _, panels, published = asked[0]
+    assert panels == [("attributes", "mean_ap"), ("detection", "mean_ap_voc2008")]
+    assert set(panels) == set(published)
 
 
 def test_large_costs_are_numbers_that_the_table_sorts():

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from training import recipes
 from training.files import Row, write_csv
 from training.provenance import Made
 from training.study import comparison, paper
 from training.study.results import statistics
+from training.study.studies import STUDIES
 from training.study.tables import brief, filled, markdown, update_tables
 
 ROOT = Path(__file__).parents[3]
@@ -245,6 +247,13 @@ def test_the_paper_s_values_are_of_the_tasks_and_methods_that_they_name():
         ("attributes", "mean_ap"): 54.1,
     }
     assert paper.splits("voc2008_alexnet")["attributes", "mean_ap"]["fc7"] == -2.2
+
+
+@pytest.mark.parametrize("recipe", ["nyuv2", "voc2008_alexnet"])
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_paper_s_values_stand_beside_methods_that_the_study_has(recipe, study):
+    spelled = {*STUDIES[study](recipes.find(recipe)), "split@conv2", "split@fc7"}
+    assert paper.table(recipe, study).keys() <= spelled
 
 
 @pytest.mark.parametrize(
