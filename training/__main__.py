@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from training import recipes
 from training.methods import METHODS
@@ -22,10 +23,10 @@ from training.preemption import Preempted, preemptible
 if TYPE_CHECKING:  # it imports Keras
     from training.study.studies import Planned
 
-console = Console()
+# Paths are shown as they are, [brackets] and :colons: too.
+console = Console(markup=False, emoji=False)
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -92,10 +93,6 @@ Tasks = Annotated[
 Toy = Annotated[bool, typer.Option("--toy", help="The recipe's toy size: seconds.")]
 Replicas = Annotated[
     int | None, typer.Option(min=2, help="Mirror over N logical CPUs, for testing.")
-]
-
-Results = Annotated[
-    Path, typer.Option(parser=path, help="Folder of the tidy CSV files.")
 ]
 
 COMPARED = ("single_task", "single_task_longer", "cross_stitch")
@@ -169,6 +166,8 @@ def fit(
         from training.study.results import baseline
 
         strategy = distribution.strategy(replicas)
+        if validate and distribution.workers(strategy) > 1:
+            raise ValueError("Several workers validate nothing: leave --validate")
         methods = list(dict.fromkeys(method or COMPARED))
         chosen = _recipe(
             recipe,
@@ -260,7 +259,7 @@ def study(
     """Train all runs of one of the paper's tables, and write their raw values.
 
     Runs that exist are used, and a stopped study goes on. Writes
-    `RESULTS/RECIPE/TABLE.csv`: method, seed, task, metric, value.
+    `RESULTS/RECIPE/TABLE.csv`: method, seed, task, metric, value, and what made it.
 
     Example: `python -m training study scenes methods --seeds 3`
     """
@@ -289,11 +288,8 @@ def study(
         if dry_run:
             _print_missing(mine)
             return
-        experiment = open_experiment(chosen, data, runs)
-        planned = studies.plan(experiment, table, range(seeds), more)
-        mine = studies.shard(planned, shard)
         for one in dict.fromkeys(run.experiment for run in planned):
-            open_experiment(one.recipe, data, runs)  # of its own splits
+            one.builder = open_experiment(one.recipe, data, runs).builder
             of_one = (run.method for run in planned if run.experiment is one)
             fitting.check(one, list(dict.fromkeys(of_one)))
         target = results or runs / "results"
@@ -411,7 +407,9 @@ def tables(
             "docs/*.md.",
         ),
     ] = None,
-    results: Results = Path("docs/results"),
+    results: Annotated[
+        Path, typer.Option(parser=path, help="Folder of the tidy CSV files.")
+    ] = Path("docs/results"),
 ) -> None:
     """Write the tables of Markdown files anew, from the raw values of the studies.
 
@@ -447,7 +445,7 @@ def bench(
     """Measure what stitching costs, and that the pipeline keeps up.
 
     With --method, a train step and an answer of each method instead, as multiples of
-    the single-task networks'; kept in RUNS/RECIPE/costs.csv, for the report.
+    the single-task networks'; kept in RUNS/RECIPE/times.csv, for the report.
 
     Train step of the stitched towers against the same towers unstitched, in float32
     and in mixed_bfloat16, and the input pipeline alone against pipeline and step;
@@ -459,13 +457,20 @@ def bench(
         from training.runs import open_experiment
 
         experiment = open_experiment(
-            _recipe(recipe, toy, backbone=backbone, weights=weights, tasks=tasks),
+            _recipe(
+                recipe,
+                toy,
+                method or (),
+                backbone=backbone,
+                weights=weights,
+                tasks=tasks,
+            ),
             data,
             runs,
         )
         if method:
             timed = benchmark.of_methods(experiment, method, steps)
-            path = runs / experiment.recipe.name / "costs.csv"
+            path = runs / experiment.recipe.name / "times.csv"
             write_csv(path, benchmark.COLUMNS, timed)
             _print_table(benchmark.COLUMNS, timed)
         else:
@@ -625,7 +630,7 @@ def _about(seconds: float | None) -> str:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} steps"),
         TimeRemainingColumn(),
@@ -658,15 +663,19 @@ def _errors_in_a_line() -> Iterator[None]:
             yield
     except (ValueError, OSError, FloatingPointError) as error:
         text = " ".join(str(error).split())
-        Console(stderr=True).print(f"[red]Error:[/red] {text}", soft_wrap=True)
+        _print_error(Text.assemble(("Error:", "red"), " ", text))
         sys.exit(2)
     except Preempted as preempted:
-        Console(stderr=True).print(f"{preempted}. {again}", soft_wrap=True)
+        _print_error(Text(f"{preempted}. {again}"))
         sys.exit(Preempted.EXIT_CODE)
     except KeyboardInterrupt:
         text = f"Stopped. {again} after the last epoch that was finished"
-        Console(stderr=True).print(text, soft_wrap=True)
+        _print_error(Text(text))
         sys.exit(130)  # as shells have it
+
+
+def _print_error(line: Text) -> None:
+    Console(stderr=True).print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def of_methods(
     )
     measured: dict[tuple[str, str], Callable[[], Any]] = {}
     for name in dict.fromkeys((BASELINE, *names)):
-        if methods.plan(name, recipe).method.join is None:
+        if methods.plan(name, recipe).schedule is None:
             continue
         model = _model(experiment, name, recipe.training.dtype)
         answers = fitting.answering(model, tasks)

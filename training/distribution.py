@@ -1,7 +1,7 @@
 """Where a model trains: on which devices, and with which other workers.
 
 A worker is a process. All workers run the same program on the same folder of runs;
-the chief alone writes there. Nothing else in `training` knows how many there are.
+the chief alone writes there.
 """
 
 import contextlib

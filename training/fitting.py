@@ -39,7 +39,7 @@ def check(experiment: Experiment, spelled: Iterable[str]) -> None:
     fresh: dict[Any, methods.Towers] = {}
     for name in spelled:
         plan = methods.plan(name, experiment.recipe)
-        if plan.method.join:
+        if plan.schedule:
             kind = plan.recipe.tower
             if kind not in fresh:
                 fresh[kind] = towers.build(plan.recipe, experiment.tasks, 0)
@@ -212,8 +212,6 @@ def _train(
 
     validation = None
     if split := getattr(recipe.data, "validation_split", None):
-        if distribution.workers(strategy) > 1:
-            raise ValueError("Several workers validate nothing: leave --validate")
         of_part = change(recipe, "data", test_split=split)
         ((_, validation),) = batches.test_passes(experiment.builder, of_part, tasks)
     run, writes = experiment.folder(plan.spelled, seed), distribution.is_chief(strategy)

@@ -19,7 +19,15 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from training import benchmark, fitting, methods, preemption, recipes
+from training import (
+    benchmark,
+    distribution,
+    fitting,
+    methods,
+    preemption,
+    recipes,
+    runs,
+)
 from training.__main__ import app, path, prepare_app
 from training.callbacks import ShowProgress
 from training.files import Row, write_csv
@@ -231,10 +239,18 @@ def test_a_try_that_diverges_does_not_end_a_search(demo, tmp_path, monkeypatch):
         tried.append(method)
         raise FloatingPointError("The loss became nan")
 
+    def opened(recipe, data, folder):
+        splits.append((recipe.data.train_split, recipe.data.test_split))
+        return open_experiment(recipe, data, folder)
+
+    open_experiment, splits = runs.open_experiment, []
+    monkeypatch.setattr(runs, "open_experiment", opened)
     monkeypatch.setattr(fitting, "fit", fit)
     options = ("--toy", "--runs", folder.parent, "--results", tmp_path)
     result = training("study", "scenes-labels10", "search", *options)
     assert result.exit_code == 0, result.output
+    # What is held out is a part of train, and nothing else is prepared.
+    assert splits == [("train[:80%]", "train[80%:]")]
     assert len(tried) > 10
     assert "single_task_as_long, seed 0: The loss became nan" in result.output
     tried.clear()
@@ -480,6 +496,8 @@ def test_methods_are_timed_as_multiples_of_the_single_task_networks(finished):
         (["fit", "nyuv2"], "give it with --data DIR"),
         (["fit", "nyuv2", "--data", "/nowhere"], "Missing: /nowhere"),
         (["report", "nowhere"], "There is no finished run in nowhere"),
+        (["report", "[no]where/[/x]"], "There is no finished run in [no]where/[/x]"),
+        (["bench", "nyuv2", "--data=.", "--method", "stich"], "no method 'stich'"),
         (["tables", "nowhere.md"], "nowhere.md"),
         (["prepare", "nyuv2", "new", "--mat=a", "--splits=b", "--mapping=c"], "a"),
     ],
@@ -493,6 +511,15 @@ def test_bad_input_ends_in_one_line(arguments, message, tmp_path, monkeypatch):
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.glob("runs/*/*/seed0"))
+
+
+def test_several_workers_are_told_that_they_validate_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(distribution, "workers", lambda strategy: 2)
+    result = training("fit", "scenes", "--toy", "--validate", "--runs", tmp_path)
+
+    assert result.exit_code == 2
+    assert "leave --validate" in result.stderr
+    assert not list(tmp_path.iterdir())  # before data are prepared
 
 
 def test_weights_are_read_before_data_are_prepared(tmp_path):

@@ -32,7 +32,6 @@ CLASSES = (
     *("box", "whiteboard", "person", "night stand", "toilet", "sink", "lamp"),
     *("bathtub", "bag", "otherstructure", "otherfurniture", "otherprop"),
 )
-VOID = 255
 HEIGHT, WIDTH = 240, 320
 # The official camera is given for 640x480.
 CAMERA = {
@@ -336,7 +335,7 @@ def read_maps(
     metres = millimetres.astype(np.float32) / 1000
     camera = {name: scale * value for name, value in CAMERA.items()}
     return {
-        # uint8 wraps the unlabelled 0 round to 255, VOID.
+        # uint8 wraps the unlabelled 0 round to 255, which is no label.
         "segmentation": (segmentation - np.uint8(1))[..., None],
         "normals": encode_normals(normals_from_depth(metres, **camera)),
         "depth": millimetres[..., None],

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
@@ -142,7 +142,7 @@ def _size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise ValueError(f"There is no image {path}, or it is damaged") from error
 
 
@@ -257,7 +257,9 @@ class Voc2008(tfds.core.GeneratorBasedBuilder):
             for split, of_split in objects.items()
         }
 
-    def _generate_examples(self, images: Path, objects: dict, most: int) -> Iterator:
+    def _generate_examples(
+        self, images: Path, objects: dict, most: int | None
+    ) -> Iterator:
         for name in list(objects)[:most]:
             yield name, read_example(images / name, objects[name])
 

@@ -203,7 +203,7 @@ def splits(
     """The gain of a split at each layer over the baseline, as the paper's figure 2b.
 
     Args:
-        rows: List of `results.Row`, of `split@<layer>` and of their baseline.
+        rows: List of `Row`, of `split@<layer>` and of their baseline.
         metrics: List of (task, metric), a panel each.
         of_paper: Dict of (task, metric) to the paper's {layer: gain}.
     """
@@ -291,7 +291,7 @@ def label_fraction(
     A panel for each metric, a line for each method.
 
     Args:
-        by_share: Dict of share (0.1 for a tenth) to a list of `results.Row`. A
+        by_share: Dict of share (0.1 for a tenth) to a list of `Row`. A
             method with one share alone is left out, and so is one without a baseline.
         panels: List of (task, metric): first the task that lacks labels, then what
             the others gain or pay.

@@ -3,7 +3,7 @@ for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   const number = (row, k) => {
     const text = row.cells[k].firstChild?.textContent ?? "";
-    const value = parseFloat(text.replace(/[^0-9.+-]/g, ""));
+    const value = parseFloat(text);
     return Number.isNaN(value) ? -Infinity : value;
   };
   table.querySelectorAll("thead th").forEach((head, k) => {

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from training import methods, recipes, runs
+from training import methods, recipes
 from training.files import read_csv
 from training.runs import Experiment
 from training.study import delta_m
@@ -50,7 +50,7 @@ class Planned:
 
     @property
     def finished(self) -> bool:
-        return runs.metrics(self.folder) is not None
+        return Run(self.folder).finished
 
 
 DEMO = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")

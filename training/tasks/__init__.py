@@ -103,16 +103,3 @@ TASKS: dict[str, type[Any]] = {
     "detection": Detection,
     "attributes": Attributes,
 }
-
-__all__ = [
-    "TASKS",
-    "Attributes",
-    "DenseTask",
-    "Depth",
-    "Detection",
-    "Normals",
-    "RegionTask",
-    "Scores",
-    "Segmentation",
-    "Task",
-]

@@ -137,9 +137,7 @@ class Normals:
         return image.round().clip(0, 255).astype("uint8")
 
 
-def cluster(
-    builder: tfds.core.DatasetBuilder, split: str, feature: str = "normals"
-) -> np.ndarray:
+def cluster(builder: tfds.core.DatasetBuilder, split: str, feature: str) -> np.ndarray:
     """Twenty codewords: k-means of a split's normals, (20, 3), unit length."""
     stored = builder.info.features[feature]
     if (stored.shape[-1], stored.np_dtype) != (3, np.uint8):
