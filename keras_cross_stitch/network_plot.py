@@ -259,6 +259,11 @@ def _rows(model: keras.Model) -> tuple[list[str], list[Any]]:
         if isinstance(layer, keras.layers.InputLayer):
             continue  # its name may begin as a task's layers' do
         if isinstance(layer, CrossStitch | NDDR):
+            if not set(layer.tasks) <= set(tasks):
+                raise ValueError(
+                    "The model must be one that `stitch` has made, with units of its "
+                    f"tasks {tasks}. Received: '{layer.name}' of {list(layer.tasks)}"
+                )
             close()
             rows.append(layer)
             continue

@@ -80,10 +80,12 @@ def sharing(
             "`sharing` needs the losses of the tasks: compile the model first. "
             f"Received: model={model}"
         )
-    if isinstance(data, list | dict) or hasattr(data, "shape"):
+    without_labels = isinstance(data, tuple) and len(data) < 2
+    if without_labels or isinstance(data, list | dict) or hasattr(data, "shape"):
         raise ValueError(
             "`data` must be a tuple `(x, y)`, or batches such as a `tf.data.Dataset` "
             f"or a `keras.utils.PyDataset`. Received: {type(data).__name__}"
+            f"{f' of {len(data)}' if without_labels else ''}"
         )
     x, arguments = data, {}
     if isinstance(data, tuple):

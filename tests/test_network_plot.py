@@ -148,6 +148,15 @@ def test_units_that_project_say_so():
     assert "pool projected" in texts(plot_network(model))
 
 
+def test_units_of_other_tasks_are_refused():
+    inputs = [keras.Input((4,), name=task) for task in "ab"]
+    a, b = CrossStitch()([keras.layers.Dense(4)(x) for x in inputs])
+    model = keras.Model(inputs, {"a": a, "b": b})
+    for draw in (network_table, plot_network):
+        with pytest.raises(ValueError, match=r"units of its tasks .* of \['0', '1'\]"):
+            draw(model)
+
+
 def test_other_models_are_refused():
     x = keras.Input((4,))
     for outputs in (keras.layers.Dense(1)(x), {"a": keras.layers.Dense(1)(x)}):

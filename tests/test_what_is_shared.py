@@ -232,7 +232,12 @@ def test_models_that_cannot_be_measured_are_refused():
         sharing(tower(), data)
     with pytest.raises(ValueError, match="compile the model first"):
         sharing(stitch({"a": tower(), "b": tower()}, at=["h1"]), data)
-    for wrong, kind in ((list(data), "list"), (data[0], "ndarray"), (data[1], "dict")):
+    for wrong, kind in (
+        (list(data), "list"),
+        (data[0], "ndarray"),
+        (data[1], "dict"),
+        (data[:1], "tuple of 1"),
+    ):
         with pytest.raises(ValueError, match=f"must be a tuple .* Received: {kind}"):
             sharing(model, wrong)
     with pytest.raises(TypeError, match="2 positional arguments"):
