@@ -13,8 +13,6 @@ from keras_cross_stitch.regions import Detections, RoIAlign
 from keras_cross_stitch.saved_model import export_saved_model
 from keras_cross_stitch.taps import common_taps
 from keras_cross_stitch.towers import alexnet, fcn_alexnet
-
-# After `networks`, whose import binds the module of that name.
 from keras_cross_stitch.what_is_shared import sharing
 
 __version__ = "0.1.0"

@@ -257,9 +257,6 @@ class CrossStitch(keras.layers.Layer):
             trailing = (-1,) + (1,) * (rank - 2 if first else 0)
         return ops.reshape(alpha, (tasks, tasks, *trailing))
 
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return mask
-
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 

@@ -54,13 +54,7 @@ class Joined:
         """Builds what the tower's `values` need, and returns the new tensors."""
         values = list(values)
         tensors = self.tensors[task]
-        needed = set(values)
-        todo = []
-        for call in reversed(self.towers[task].calls):
-            if any(x in needed and x not in tensors for x in call.outputs):
-                todo.append(call)
-                needed.update(call.reads)
-        for call in reversed(todo):
+        for call in self.towers[task].needed_for(values, tensors):
             tensors |= zip(call.outputs, self._build(call), strict=True)
             self.read.update(call.reads)
         return [tensors[x] for x in values]

@@ -224,9 +224,6 @@ class TaskWeights(keras.layers.Layer):
         _called[self.key] = self
         return dict(outputs)
 
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return mask
-
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "tasks": self.tasks, "key": self.key}
 

@@ -131,9 +131,6 @@ class NDDR(keras.layers.Layer):
             mixed[task] = ops.relu(self.norms[task](x, training=training))
         return mixed
 
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return mask
-
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
 

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -63,16 +63,16 @@ class InputCast(keras.layers.Layer):
     A layer, since it hands masks on.
     """
 
-    def __init__(self, to: str, rank: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, to: str, rank: int, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
         self.to = to
-        self.rank = rank  # None in files of earlier versions: the rank stays
+        self.rank = rank
         self.supports_masking = True
 
     def call(self, inputs: Any) -> Any:
         x = keras.ops.cast(inputs, self.to)
         rank = len(x.shape)
-        if self.rank in (None, rank):
+        if rank == self.rank:
             return x
         return (
             keras.ops.squeeze(x, -1)
@@ -82,7 +82,7 @@ class InputCast(keras.layers.Layer):
 
     def compute_output_spec(self, inputs: Any) -> Any:
         # Not by `compute_output_shape`, which would have the layer's own dtype.
-        shape = (*inputs.shape, 1)[: self.rank or len(inputs.shape)]
+        shape = (*inputs.shape, 1)[: self.rank]
         return keras.KerasTensor(
             shape, self.to, sparse=inputs.sparse, ragged=inputs.ragged
         )
@@ -114,15 +114,25 @@ class Tower:
             raise ValueError(_cannot_be_opened(task, model, towers or {}))
         self.task = task
         self.inputs = {_input_layer(graph, x): Value(x) for x in graph.inputs}
-        self.input_structure = keras.tree.pack_sequence_as(
-            graph.input, list(self.inputs)
-        )
+        self.input_structure = graph.input
         self.calls: list[Call] = []
         self.outputs: dict[str, list[list[Value]]] = {}
         self._casts: dict[str, Any] = {}
         scope = dict(zip(map(id, graph.inputs), self.inputs.values(), strict=True))
         self._open(graph, "", {}, scope)
         self.output = _named_output(task, graph, scope)
+
+    def needed_for(
+        self, values: Iterable[Value], known: Collection[Value] = ()
+    ) -> list[Call]:
+        """The calls that `values` need, in their order, behind what is known."""
+        needed = set(values)
+        calls = []
+        for call in reversed(self.calls):
+            if any(x in needed and x not in known for x in call.outputs):
+                needed.update(call.reads)
+                calls.append(call)
+        return calls[::-1]
 
     def call_of(self, value: Value) -> Call:
         """The call that gives a value which is no input."""
@@ -284,13 +294,7 @@ class Tower:
             return x
         cast = InputCast(own.dtype, rank, name="cast")
         layer = self._casts.setdefault(path, cast)
-        kinds = {"sparse": x.spec.sparse, "ragged": x.spec.ragged}
-        given = keras.Input(
-            batch_shape=x.shape,
-            dtype=x.spec.dtype,
-            **{kind: True for kind, is_it in kinds.items() if is_it},
-        )
-        value = Value(layer(given))
+        value = Value(layer.compute_output_spec(x.spec))
         self.calls.append(Call(self.task, path, layer, (x,), {}, (value,)))
         return value
 
@@ -374,7 +378,7 @@ def _named_output(task: str, graph: keras.Model, scope: dict[int, Any]) -> Any:
         (output,) = output
     values = output.values() if isinstance(output, dict) else [output]
     if not all(isinstance(x, keras.KerasTensor) for x in values):
-        names = [x._keras_history.operation.name for x in graph.outputs]
+        names = list(graph.output_names)
         if len(set(names)) < len(names):  # outputs of one layer
             names = [f"{x}_{n}" for n, x in enumerate(names)]
         # A Sequential model that was never called has `inputs` only.

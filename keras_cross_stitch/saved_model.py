@@ -133,7 +133,7 @@ def export_saved_model(
     inputs = None if sample is None else from_sample(sample, model, from_jpeg)
     local = versions.local(directory)
     with versions.unfinished(local, version) as temporary:
-        run = _traced(model, model)
+        run = _traced(model)
         inputs, outputs = first_accepted_input(run, model, inputs)
         _check_dense(outputs)
         with _by_faster_layers(run, model, inputs, outputs) as run:
@@ -156,14 +156,14 @@ def _check_model(model: keras.Model) -> None:
         )
     check_task_names(outputs)
     for task, values in outputs.items():
-        named = values if isinstance(values, dict) else {task: values}
+        named = _named(task, values)
         tensors = all(isinstance(x, keras.KerasTensor) for x in named.values())
         if not tensors or not all(isinstance(name, str) for name in named):
             raise ValueError(
                 f"The output of task '{task}' must be a tensor or a dict of name to "
                 f"tensor. Received: {values}"
             )
-    names = [name for of_task in _together(outputs).values() for name in of_task]
+    names = [name for name, _ in _together(outputs)]
     _check_unique("outputs in the signature 'serving_default'", names)
     inputs = [_served_name(x) for x in model.inputs]
     _check_unique("inputs in the signatures", inputs)
@@ -209,28 +209,24 @@ def _check_takes_images(model: keras.Model) -> None:
             )
 
 
-def _together(outputs: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names in `serving_default` of each task's outputs, in their order."""
-    return {
-        task: [f"{task}_{key}" for key in values]
-        if isinstance(values, dict)
-        else [task]
+def _named(task: str, values: Any) -> dict[str, Any]:
+    """A task's outputs in its signature: those of its dict, or one of its name."""
+    return values if isinstance(values, dict) else {task: values}
+
+
+def _together(outputs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """[(name in `serving_default`, value)] of all tasks, in their order."""
+    return [
+        (f"{task}_{key}" if isinstance(values, dict) else task, value)
         for task, values in outputs.items()
-    }
+        for key, value in _named(task, values).items()
+    ]
 
 
 def _signatures(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The model's outputs as {signature: {name: value}}, serving_default first."""
-    by_task = {
-        task: values if isinstance(values, dict) else {task: values}
-        for task, values in outputs.items()
-    }
-    together = {
-        name: value
-        for task, names in _together(outputs).items()
-        for name, value in zip(names, by_task[task].values(), strict=True)
-    }
-    return {"serving_default": together, **by_task}
+    by_task = {task: _named(task, values) for task, values in outputs.items()}
+    return {"serving_default": dict(_together(outputs)), **by_task}
 
 
 def _served_name(x: Any) -> str:
@@ -250,7 +246,7 @@ def _specs(model: keras.Model) -> Any:
     return keras.tree.map_structure(spec, model.input)
 
 
-def _traced(part: keras.Model, model: keras.Model) -> Callable:
+def _traced(part: keras.Model) -> Callable:
     """`part`, of the model or the model itself, as a function of tensors.
 
     Traced once, here: Keras and TensorFlow would do it twice when they write.
@@ -259,7 +255,7 @@ def _traced(part: keras.Model, model: keras.Model) -> Callable:
 
     run = tf.function(lambda inputs: part(inputs, training=False), autograph=False)
     with layer_named("cannot be exported by Keras"):
-        concrete = run.get_concrete_function(_specs(model))
+        concrete = run.get_concrete_function(_specs(part))
     return lambda inputs: concrete(inputs)
 
 
@@ -276,7 +272,7 @@ def _by_faster_layers(
     changed = exchange(x for x in _layers(model) if x.compute_dtype == "float32")
     try:
         if changed:
-            faster = _traced(model, model)
+            faster = _traced(model)
             pairs = zip(
                 *map(keras.tree.flatten, (faster(inputs), outputs)), strict=True
             )
@@ -339,7 +335,7 @@ def _write(
         name = _from_jpeg_name("serving_default")
         add(name, _from_jpeg(together, model), image_bytes, of_all)
     for task, outputs in parts.items():
-        part = _traced(keras.Model(model.input, outputs), model)
+        part = _traced(keras.Model(model.input, outputs))
         add(task, part, specs, outputs)
         if from_jpeg:
             function = _from_jpeg(part, model)

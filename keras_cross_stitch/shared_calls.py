@@ -139,10 +139,9 @@ def _numbered(arguments: dict, numbers: Mapping[Value, int]) -> dict:
     )
 
 
-@contextlib.contextmanager
-def named(call: Call) -> Iterator[None]:
+def named(call: Call) -> contextlib.AbstractContextManager:
     """Turns what Keras says of a layer that cannot be copied into one that names it."""
-    with _named(
+    return _named(
         call,
         "cannot be copied",
         "A layer of your own needs a `get_config` with all that its `__init__` takes, "
@@ -150,14 +149,12 @@ def named(call: Call) -> Iterator[None]:
         "Give a layer of Keras's own what Keras can save: a function of your own "
         "instead of a `functools.partial`, and objects whose class has a `get_config` "
         "with all that its `__init__` takes",
-    ):
-        yield
+    )
 
 
-@contextlib.contextmanager
-def weights_named(call: Call) -> Iterator[None]:
+def weights_named(call: Call) -> contextlib.AbstractContextManager:
     """Turns what Keras says of weights that do not fit into what names the layer."""
-    with _named(
+    return _named(
         call,
         "has other layers or weights than its copy, which is made from its "
         "`get_config` and built by the calls of the tower",
@@ -166,8 +163,7 @@ def weights_named(call: Call) -> Iterator[None]:
         "merges LoRA into the weights; if it was quantized, join the towers as they "
         "were before; a layer of your own within it must make all that it needs in "
         "`__init__` and `build`",
-    ):
-        yield
+    )
 
 
 @contextlib.contextmanager
@@ -226,14 +222,13 @@ def _own_draws(
     for call in tower.calls:
         if untrained.issuperset(call.reads) and not trained(call.layer):
             untrained.update(call.outputs)
-    needed = set(taps)
-    found = []
-    for call in reversed(tower.calls):
-        if not needed.isdisjoint(call.outputs):
-            needed.update(call.reads)
-            if untrained.issuperset(call.outputs) and call not in same:
-                found.extend([call] if is_random(call.layer) else [])
-    return found[::-1]
+    return [
+        call
+        for call in tower.needed_for(taps)
+        if untrained.issuperset(call.outputs)
+        and call not in same
+        and is_random(call.layer)
+    ]
 
 
 def _trained(layer: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -29,16 +28,8 @@ def unrelated(
 
 
 def _kernels_before(tower: Tower, value: Value) -> list[np.ndarray]:
-    needed = {value}
-    found: list[np.ndarray] = []
-    seen: list[Any] = []
-    for call in reversed(tower.calls):
-        if not needed.isdisjoint(call.outputs):
-            needed.update(call.reads)
-            if call.layer not in seen:
-                found.extend(kernels(call.layer))
-                seen.append(call.layer)
-    return found[::-1]
+    layers = dict.fromkeys(call.layer for call in tower.needed_for([value]))
+    return [kernel for layer in layers for kernel in kernels(layer)]
 
 
 def _related(kernels: list[np.ndarray], others: list[np.ndarray]) -> bool:
