@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus
 
 from export import meanings
-from export.client import Client, ServingError, all_tasks, drawing
+from export.client import Client, ServingError, all_tasks, drawing, messages
 from export.client.client import pictures_in
 from export.meanings import Meanings
 from export.printing import console, in_words, print_error, table
@@ -97,7 +96,7 @@ def _answers(client: Client, directory: Path) -> Meanings:
     """What the answers of the version that is served mean."""
     found = versions(directory)
     for state in client.status().model_version_status:
-        if state.state == ModelVersionStatus.AVAILABLE and state.version in found:
+        if state.state == messages.AVAILABLE and state.version in found:
             answers = meanings.of_version(found[state.version])
             return drawing.served(answers, client.signatures())
     raise ValueError(f"{directory} does not hold the version that {client.address} has")

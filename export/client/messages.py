@@ -7,6 +7,7 @@ TensorFlow. Names and numbers of the fields are those of TF Serving's and Tensor
 
 from typing import Any
 
+import grpc
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -25,13 +26,7 @@ _ENUMS = {
         **{"UNKNOWN": 0, "START": 10, "LOADING": 20, "AVAILABLE": 30},
         **{"UNLOADING": 40, "END": 50},
     },
-    "StatusProto.Code": {
-        **{"OK": 0, "CANCELLED": 1, "UNKNOWN": 2, "INVALID_ARGUMENT": 3},
-        **{"DEADLINE_EXCEEDED": 4, "NOT_FOUND": 5, "ALREADY_EXISTS": 6},
-        **{"PERMISSION_DENIED": 7, "RESOURCE_EXHAUSTED": 8, "FAILED_PRECONDITION": 9},
-        **{"ABORTED": 10, "OUT_OF_RANGE": 11, "UNIMPLEMENTED": 12, "INTERNAL": 13},
-        **{"UNAVAILABLE": 14, "DATA_LOSS": 15, "UNAUTHENTICATED": 16},
-    },
+    "StatusProto.Code": {code.name: code.value[0] for code in grpc.StatusCode},
 }
 
 # {message: {field: (number, type)}}; `*` after a type is repeated, `{}` a map from
@@ -237,8 +232,7 @@ def to_array(tensor: Any) -> np.ndarray:
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     dtype = numpy_dtype(tensor.dtype)
     if dtype.kind == "O":
-        values = np.empty(len(tensor.string_val), object)
-        values[:] = list(tensor.string_val)
+        values = np.array(list(tensor.string_val), object)
     elif tensor.tensor_content:
         values = np.frombuffer(tensor.tensor_content, dtype.newbyteorder("<"))
     else:

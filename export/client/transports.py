@@ -40,7 +40,6 @@ _CODE = {
 class Grpc:
     def __init__(self, address: str, spec: Any):
         options = [
-            ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", -1),
             # A server that was away is found again at once, not after 20 seconds.
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -301,9 +300,7 @@ def _output(values: Any, info: Any) -> np.ndarray:
 
 def _strings(values: Any) -> np.ndarray:
     shape, flat = flattened(values)
-    array = np.empty(len(flat), object)
-    array[:] = [_bytes(value) for value in flat]
-    return array.reshape(shape)
+    return np.array([_bytes(value) for value in flat], object).reshape(shape)
 
 
 def _bytes(value: str | Mapping[str, str]) -> bytes:

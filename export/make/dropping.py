@@ -1,6 +1,7 @@
 """What one task takes from another to next to no effect: found, and left out."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -103,13 +104,8 @@ def leave_out(model: keras.Model, links: Sequence[Link]) -> keras.Model:
 
 
 def _links(unit: CrossStitch) -> list[Link]:
-    tasks = list(enumerate(unit.tasks))
-    return [
-        Link(unit.name, task, source, i, j)
-        for i, task in tasks
-        for j, source in tasks
-        if i != j
-    ]
+    pairs = itertools.permutations(enumerate(unit.tasks), 2)
+    return [Link(unit.name, task, source, i, j) for (i, task), (j, source) in pairs]
 
 
 def _outputs(model: keras.Model, inputs: Any) -> list[np.ndarray]:

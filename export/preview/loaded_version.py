@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.tensor_pb2 import TensorProto
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
-from tensorflow_serving.apis import prediction_log_pb2
 
 from export import meanings
 from export.client import all_tasks, drawing
@@ -26,6 +25,7 @@ from export.client.protocol import (
     shape_of,
 )
 from export.meanings import Meanings
+from export.version import recorded
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PART = 32  # examples run at once, as max_execution_batch_size in batching.config
@@ -59,16 +59,13 @@ class LoadedVersion:
         )
         self.signature_defs = proto.meta_graphs[0].signature_def
         self._model = tf.saved_model.load(str(path))  # keeps the variables alive
-        self._replay(path / "assets.extra" / "tf_serving_warmup_requests")
+        self._replay(path / recorded.WARMUP)
 
     def _replay(self, path: pathlib.Path) -> None:
         """Warms up: runs the requests that came with the model."""
         if path.is_file():
-            for record in tf.data.TFRecordDataset(str(path)):
-                log = prediction_log_pb2.PredictionLog.FromString(record.numpy())
-                request = log.predict_log.request
-                signature = request.model_spec.signature_name or "serving_default"
-                self.predict(signature, self.arrays(signature, request.inputs))
+            for signature, inputs, _ in recorded.read(path):
+                self.predict(signature or "serving_default", inputs)
 
     @property
     def answers(self) -> Meanings:

@@ -9,7 +9,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -45,24 +45,24 @@ _PATH = re.compile(
 )
 
 
-class Work(Protocol):
-    """Runs functions in threads, so many at a time."""
+def application(
+    model: ServedModel, run: Callable[..., Awaitable[Any]], lifespan: Any
+) -> Starlette:
+    """The Starlette application.
 
-    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any: ...
-
-
-def application(model: ServedModel, work: Work, lifespan: Any) -> Starlette:
-    """The Starlette application. `lifespan` is as Starlette's."""
+    `run(function, *arguments)` runs a function in a thread; `lifespan` is as
+    Starlette's.
+    """
 
     async def api(request: Request) -> Response:
         body = await _body(request, model.limits.body_bytes)
         if request.method == "POST":
-            return await work.run(_predict, model, request, body)
+            return await run(_predict, model, request, body)
         return _get(model, request)  # at once: status waits for no prediction
 
     async def draw(request: Request) -> Response:
         body = await _body(request, model.limits.body_bytes)
-        return await work.run(_draw, model, body)
+        return await run(_draw, model, body)
 
     return Starlette(
         routes=[

@@ -109,8 +109,7 @@ def _array(name: str, values: Any, number: int) -> np.ndarray:
     try:
         shape, flat = flattened(values)
         if dtype == tf.string:
-            array = np.empty(len(flat), object)
-            array[:] = [_bytes(value) for value in flat]
+            array = np.array([_bytes(value) for value in flat], object)
         else:
             array = _numbers(flat, dtype)
         return array.reshape(shape)

@@ -146,7 +146,6 @@ def _grpc_server(model: ServedModel, work: Work, port: int) -> grpc.aio.Server:
             ("grpc.so_reuseport", 0),
             # Room for what surrounds the tensors.
             ("grpc.max_receive_message_length", model.limits.body_bytes + 2**16),
-            ("grpc.max_send_message_length", -1),
         ]
     )
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
@@ -187,7 +186,7 @@ def server(model: ServedModel, port: int) -> uvicorn.Server:
 
     return uvicorn.Server(
         uvicorn.Config(
-            rest.application(model, work, lifespan),
+            rest.application(model, work.run, lifespan),
             ws="none",
             loop="asyncio",
             lifespan="on",
