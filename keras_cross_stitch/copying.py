@@ -368,8 +368,9 @@ def _weights(layer: Any) -> list:
 
 def _is_fixed(layer: Any) -> bool:
     """Nothing to train, no moving statistics, no loss of its own."""
+    # What is adapted, as a Normalization is, has statistics that no training moves.
     return all(
-        (not part.trainable or not part.weights)
+        (not part.trainable or not part.weights or hasattr(part, "adapt"))
         and not any(weight.trainable for weight in part.weights)
         and not _adds_loss(part)
         for part in _within(layer)

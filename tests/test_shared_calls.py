@@ -249,15 +249,23 @@ def test_a_trunk_with_dropout_is_each_tower_s_own_if_it_is_to_be_unfrozen(tasks)
         np.testing.assert_array_equal(output, towers[task](features))
 
 
-def test_what_is_adapted_in_front_of_augmentation_is_no_trunk_to_unfreeze():
-    def build():
-        norm = layers.Normalization(name="norm", trainable=False)
-        norm.adapt(IMAGES)
+@pytest.mark.parametrize("share_frozen", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_what_is_adapted_in_front_of_augmentation_is_no_trunk_to_unfreeze(
+    trainable, share_frozen
+):
+    def build(images):
+        norm = layers.Normalization(name="norm", trainable=trainable)
+        norm.adapt(images)
         return tower([norm, *flips()], seed=0, rescale=False)
 
-    model = stitch({"a": build(), "b": build()}, ["conv"], share_frozen=False)
+    towers = {"a": build(IMAGES), "b": build(IMAGES)}
+    model = stitch(towers, ["conv"], share_frozen=share_frozen)
 
     assert {"shared_norm", "shared_flip", "shared_turn", "a_conv"} <= names(model)
+    with pytest.warns(UserWarning, match="Random layers in front of a tap"):
+        model = stitch({**towers, "b": build(2 * IMAGES)}, ["conv"])
+    assert {"a_norm", "b_norm", "a_flip", "b_flip"} <= names(model)
 
 
 # Layers that only look alike
