@@ -4,7 +4,7 @@ Alpha alone misleads: its weights may be of both signs and of channels that hard
 and a tower may serve another as nothing but room for more features.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ def sharing(
 
     Args:
         model: Compiled `keras.Model` with `CrossStitch` layers. Its output is a dict of
-            task to tensor, and it has a loss for each task.
+            tasks, and it has a loss for each of them. The losses of a task whose output
+            is a dict are summed.
         data: Tuple `(x, y)` of inputs and a dict of labels, as `model.fit` takes them,
             or `(x, y, sample_weight)`. Or batches of such tuples that end and can be
             read again, such as a `tf.data.Dataset`.
@@ -93,18 +94,21 @@ def sharing(
         arguments = {"y": y, "batch_size": batch_size}
         arguments["sample_weight"] = weight[0] if weight else None
 
-    def losses() -> Mapping[str, float]:
-        return model.evaluate(x, **arguments, verbose=0, return_dict=True)
+    def losses() -> dict[str, float]:
+        logs = model.evaluate(x, **arguments, verbose=0, return_dict=True)
+        of_tasks = {}
+        for task in dict.fromkeys(task for unit in units for task in unit.tasks):
+            known = [logs[name] for name in _losses(model, task) if name in logs]
+            if not known:
+                raise ValueError(
+                    "Each task of a unit must have a loss of its own in "
+                    f"`compile(loss={{task: ...}})`. Received none for '{task}': "
+                    f"{sorted(logs)}"
+                )
+            of_tasks[task] = sum(known)
+        return of_tasks
 
     given = losses()
-    for unit in units:
-        missing = [task for task in unit.tasks if f"{task}_loss" not in given]
-        if missing:
-            raise ValueError(
-                "Each task of a unit must have a loss of its own in "
-                f"`compile(loss={{task: ...}})`. Received none for {missing}: "
-                f"{sorted(given)}"
-            )
     rows = []
     all_scales = _scales(model, units, x, arguments.get("batch_size"))
     for unit, scales in zip(units, all_scales, strict=True):
@@ -117,9 +121,8 @@ def sharing(
         for i, task in enumerate(unit.tasks):
             for j in range(len(unit.tasks)):
                 with _cut(unit, i, j):
-                    loss = losses()[f"{task}_loss"]
-                before = given[f"{task}_loss"]
-                growth[i, j] = (loss - before) / max(abs(before), 1e-12)
+                    loss = losses()[task]
+                growth[i, j] = (loss - given[task]) / max(abs(given[task]), 1e-12)
         for i, task in enumerate(unit.tasks):
             for j, source in enumerate(unit.tasks):
                 if i != j:
@@ -137,6 +140,14 @@ def sharing(
                         }
                     )
     return rows
+
+
+def _losses(model: keras.Model, task: str) -> list[str]:
+    """What Keras calls a task's losses in the logs."""
+    output = model.output.get(task) if isinstance(model.output, dict) else None
+    if isinstance(output, dict):
+        return [f"{task}/{name}_loss" for name in output]
+    return [f"{task}_loss"]
 
 
 def _scales(

@@ -226,6 +226,31 @@ def test_tasks_of_one_function_share_more_than_either_with_noise(seed):
         assert max(of_pair, key=of_pair.get) == ("a", "b"), of_pair
 
 
+def test_the_losses_of_a_task_with_several_outputs_are_summed():
+    """By how much the sum grows is by how much the mean over both grows."""
+    x = keras.Input((8,), name="x")
+    hidden = keras.layers.Dense(3, activation="relu", name="h1")(x)
+    two = {name: keras.layers.Dense(1)(hidden) for name in ("mean", "scale")}
+    together = keras.layers.Concatenate()([two["mean"], two["scale"]])
+    other, data, labels = tower(3), random.normal(size=(20, 8)), {}
+    for name in ("b", "mean", "scale"):
+        labels[name] = random.normal(size=(20, 1))
+    alpha, found = random.normal(size=(2, 2, 3)), []
+    for output, loss, label in (
+        (two, {"mean": "mse", "scale": "mse"}, {k: labels[k] for k in two}),
+        (together, "mse", np.hstack([labels[k] for k in two])),
+    ):
+        model = stitch({"b": other, "a": keras.Model(x, output)}, at=["h1"])
+        model.get_layer("cross_stitch_h1").alpha.assign(alpha)
+        model.compile("sgd", {"a": loss, "b": "mse"})
+        found.append(sharing(model, (data, {"a": label, "b": labels["b"]})))
+
+    for one, whole in zip(*found, strict=True):
+        for key in ("without", "shared"):
+            assert one[key] == pytest.approx(whole[key], rel=1e-3, abs=1e-5)
+    assert abs(found[0][0]["without"]) > 1e-3
+
+
 def test_models_that_cannot_be_measured_are_refused():
     model, data = small()
     with pytest.raises(ValueError, match="no CrossStitch layer"):
@@ -243,5 +268,5 @@ def test_models_that_cannot_be_measured_are_refused():
     with pytest.raises(TypeError, match="2 positional arguments"):
         sharing(model, *data)  # as `evaluate` takes them
     model.compile("sgd", {"a": "mse"})
-    with pytest.raises(ValueError, match=r"a loss of its own .* Received none for \["):
+    with pytest.raises(ValueError, match=r"a loss of its own .* Received none for "):
         sharing(model, data)
