@@ -186,7 +186,8 @@ class MaskedMetric(keras.metrics.Metric):
             `sample_weight`, a function `(y_true, y_pred)` that gives a value for each
             label, or the name of either.
         missing: Number that marks a missing label. Defaults to `None`: NaN marks it.
-        name: String, the name of the metric. Defaults to the name of `metric`.
+        name: String, the name of the metric. Defaults to `metric` if that is a name,
+            as `"mae"` is, and else to its name.
 
     Input shape:
         As for `MaskedLoss`.
@@ -216,6 +217,8 @@ class MaskedMetric(keras.metrics.Metric):
                 "'categorical_accuracy' or 'sparse_categorical_accuracy'. "
                 f"Received: {metric!r}"
             )
+        if isinstance(metric, str):
+            name = name or metric  # under which Keras logs it, too
         metric = keras.metrics.get(metric)
         if not callable(metric):
             raise ValueError(f"`metric` must be a Keras metric. Received: {metric!r}")

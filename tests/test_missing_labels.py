@@ -523,7 +523,7 @@ def test_the_masked_metrics_of_an_epoch_are_over_its_labels():
     predictions = model.predict(X, verbose=0)
     error = np.abs(DEPTH - predictions["depth"])[:2].mean()
     right = (predictions["kind"].argmax(-1) == KIND).mean()
-    np.testing.assert_allclose(history["depth_mean_absolute_error"], [error], rtol=1e-5)
+    np.testing.assert_allclose(history["depth_mae"], [error], rtol=1e-5)
     np.testing.assert_allclose(
         history["kind_sparse_categorical_accuracy"], [right], rtol=1e-5
     )
@@ -539,7 +539,7 @@ def test_what_keras_masks_is_missing():
     steps = np.array([[[2.0], [0.0], [3.0]]])
     labels = np.array([[[1.0], [9.0], [np.nan]]])
     history = model.evaluate(steps, labels, verbose=0, return_dict=True)
-    assert history == {"loss": 1.0, "mean_absolute_error": 1.0}
+    assert history == {"loss": 1.0, "mae": 1.0}
 
 
 @pytest.mark.parametrize("components", [2, 3, 5])
@@ -564,7 +564,7 @@ def test_a_mask_counts_once_where_components_are_labels(components, weighed):
     full = np.broadcast_to(weight[..., None], error.shape)[there]
     expected = (error[there] * full).sum() / full.sum()
     assert logs["loss"] == pytest.approx(expected, rel=1e-5)
-    assert logs["mean_squared_error"] == pytest.approx(expected, rel=1e-5)
+    assert logs["mse"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf.function")
