@@ -105,10 +105,11 @@ def weigh_losses(
     tasks = given[0]
     for task, output in outputs.items():
         if not isinstance(output, keras.KerasTensor):
+            parts = (x for of_task in outputs.items() for x in _as_code(*of_task))
             raise ValueError(
-                "Each task of `model` must have one tensor for its output: give each "
-                "of the others a name and a loss of its own. Received: the output of "
-                f"'{task}' is {output}"
+                "Each task of `model` must have one tensor for its output. Make a task "
+                "of each, with a loss of its own: model = keras.Model(model.input, "
+                f"{{{', '.join(parts)}}}). Received: the output of '{task}' is {output}"
             )
     for layer in model.layers:
         if isinstance(layer, TaskWeights):
@@ -206,6 +207,14 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 # {key: the layer of that key that was called last}. A copy of a model, made by whatever
 # way Keras copies, has a layer of the same key, and its losses follow its call.
 _called: MutableMapping[str, "TaskWeights"] = weakref.WeakValueDictionary()
+
+
+def _as_code(task: str, output: Any) -> list[str]:
+    """The entries of a flat dict of outputs that hold a task's."""
+    if isinstance(output, keras.KerasTensor):
+        return [f'"{task}": model.output["{task}"]']
+    keys = output if isinstance(output, Mapping) else range(len(output))
+    return [f'"{task}_{key}": model.output["{task}"][{key!r}]' for key in keys]
 
 
 class TaskWeights(keras.layers.Layer):

@@ -412,9 +412,14 @@ def _cannot_be_opened(task: str, model: Any, towers: Mapping[str, Any]) -> str:
         return said
     inputs = _inputs_like(_known_inputs(model, towers))
     if inputs is None:
-        return f"{said}. Build it, so that its inputs are known, and try again"
+        return (
+            f"{said}. Build it, by `model.build((None, ...))` or a first call, so that "
+            "its inputs are known, and try again"
+        )
     return (
-        f"{said}. If its `call` can be traced, these two lines make a tower of it:\n\n"
+        f"{said}. If its `call` can be traced, these two lines make a tower of it, "
+        "without what is called under `if training:` alone (call that always, with "
+        "`training=training`):\n\n"
         f"    inputs = {_as_code(inputs)}\n"
         f'    towers["{task}"] = keras.Model(inputs, towers["{task}"].call(inputs))\n'
     )

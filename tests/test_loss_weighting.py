@@ -5,6 +5,7 @@ The model is one linear layer a task, so that every gradient is a line of algebr
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -416,6 +417,26 @@ def test_several_outputs_of_a_task_are_refused_at_once():
     model = keras.Model(x, {"a": keras.layers.Dense(1)(x), "b": two})
     with pytest.raises(ValueError, match=r"one tensor .* the output of 'b' is \["):
         weigh_losses(model, {"a": "mse", "b": ["mse", "mse"]}, "uncertainty")
+
+
+@pytest.mark.parametrize("kind", [list, lambda x: dict(zip("mn", x, strict=True))])
+def test_the_error_gives_the_line_that_makes_tasks_of_a_task_s_outputs(kind):
+    x = keras.Input((3,))
+    a, *two = (keras.layers.Dense(1)(x) for _ in range(3))
+    model = keras.Model(x, {"a": a, "b": kind(two)})
+    with pytest.raises(ValueError, match="one tensor") as caught:
+        weigh_losses(model, {"a": "mse", "b": "mse"}, "uncertainty")
+    line = re.search(r"model = .*\}\)", str(caught.value))[0]
+    scope = {"keras": keras, "model": model}
+    exec(line, scope)
+
+    flat = scope["model"]
+    given = keras.tree.flatten(model(X))
+    for one, other in zip(keras.tree.flatten(flat(X)), given, strict=True):
+        np.testing.assert_array_equal(one, other)
+    losses = dict.fromkeys(flat.output, "mse")
+    assert len(losses) == 3
+    weigh_losses(flat, losses, "uncertainty")
 
 
 # Copies.
