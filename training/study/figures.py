@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from scipy.stats import spearmanr
 
 from keras_cross_stitch import CrossStitch, plot_alpha
 from training.files import Row
+from training.metric import Metric
 from training.study import results
 from training.study.results import Key
 
@@ -215,18 +217,9 @@ def splits(
         baseline = of_metric.get(results.baseline("split@") or "", {})
         layers = [method.partition("@")[2] for method in methods]
         known = results.metric(name)
-        gains = np.array(
-            [_gain(of_metric[x], baseline, known.higher_is_better) for x in methods]
-        )  # (layers, 3)
-        bars = np.abs(gains[:, 1:] - gains[:, :1]).T
         axes.axhline(0, color="black", lw=1)
-        axes.errorbar(
-            layers,
-            gains[:, 0],
-            bars,
-            **_line(0, label="ours, 95 % interval"),
-            capsize=3,
-        )
+        pairs = [(of_metric[x], baseline) for x in methods]
+        _gains(axes, layers, pairs, known, **_line(0, label="ours, 95 % interval"))
         published = (of_paper or {}).get((task, name), {})
         if published:
             points = [published.get(layer, np.nan) for layer in layers]
@@ -234,7 +227,6 @@ def splits(
         axes.set(
             title=f"{task}: {known.label}",
             xlabel="first layer that is not shared",
-            ylabel=", ".join(["gain over the baseline", *_points(known.unit)]),
         )
     _legend(figure, panels)
     return figure
@@ -309,18 +301,11 @@ def label_fraction(
         for i, method in enumerate(methods):
             of_metric = [values[share].get((task, name), {}) for share in shares]
             against = results.baseline(method) or ""
-            gains = np.array(
-                [
-                    _gain(x.get(method, {}), x.get(against, {}), known.higher_is_better)
-                    for x in of_metric
-                ]
-            )  # (shares, 3)
-            bars = np.abs(gains[:, 1:] - gains[:, :1]).T
+            pairs = [(x.get(method, {}), x.get(against, {})) for x in of_metric]
             aside = 1.04 ** (i - len(methods) / 2)  # so that no bar hides another
-            style = _line(i, label=results.label(method), capsize=3)
-            axes.errorbar(100 * aside * np.array(shares), gains[:, 0], bars, **style)
+            style = _line(i, label=results.label(method))
+            _gains(axes, 100 * aside * np.array(shares), pairs, known, **style)
         axes.set(title=f"{task}: {known.label}", xscale="log")
-        axes.set_ylabel(", ".join(["gain over the baseline", *_points(known.unit)]))
         axes.set_xlabel(f"images with labels of {panels[0][0]}, %")
         axes.set_xticks([100 * x for x in shares], [f"{100 * x:g}" for x in shares])
         axes.minorticks_off()
@@ -329,9 +314,20 @@ def label_fraction(
     return figure
 
 
-def _points(unit: str) -> list[str]:
-    """The unit of a difference, none of a ratio's."""
-    return [unit.replace("%", "points")] if unit else []
+def _gains(
+    axes: Axes,
+    places: Sequence[Any],
+    pairs: Sequence[tuple[Mapping[int, float], Mapping[int, float]]],
+    known: Metric,
+    **style: Any,
+) -> None:
+    """The gain of each (values, baseline's values), by seed, with its interval."""
+    gains = np.array([_gain(*pair, known.higher_is_better) for pair in pairs])  # (n, 3)
+    bars = np.abs(gains[:, 1:] - gains[:, :1]).T
+    axes.errorbar(places, gains[:, 0], bars, capsize=3, **style)
+    # A ratio's difference has no unit.
+    unit = [known.unit.replace("%", "points")] if known.unit else []
+    axes.set_ylabel(", ".join(["gain over the baseline", *unit]))
 
 
 def _panels(count: int) -> tuple[Figure, np.ndarray]:
