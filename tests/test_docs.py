@@ -13,7 +13,7 @@ import pytest
 
 import keras_cross_stitch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.xdist_group("site"), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 FETCHED = re.compile(

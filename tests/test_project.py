@@ -181,6 +181,7 @@ def wheel(tmp_path_factory):
     return wheel
 
 
+@pytest.mark.xdist_group("wheel")
 @pytest.mark.slow
 def test_the_wheel_holds_the_library_alone(wheel):
     files = zipfile.ZipFile(wheel).namelist()
@@ -201,6 +202,7 @@ print(doctest.testmod(networks))
 """
 
 
+@pytest.mark.xdist_group("wheel")
 @pytest.mark.slow
 def test_the_installed_wheel_runs_the_examples(wheel, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
@@ -268,6 +270,7 @@ def test_every_public_name_is_documented():
         assert f"`{name}`" in (ROOT / "docs/api.md").read_text(), name
 
 
+@pytest.mark.xdist_group("wheel")
 def test_the_wheel_and_the_package_have_one_version(wheel):
     assert wheel.name.startswith(
         f"keras_cross_stitch-{keras_cross_stitch.__version__}-"

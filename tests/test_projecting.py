@@ -55,12 +55,11 @@ def test_other_channels_are_projected_and_weighed_by_alpha(shapes):
 
 
 # An image of one colour a row or column, of which a linear resize is known.
-@pytest.mark.parametrize("axis", [1, 2, 3])
-@pytest.mark.parametrize(("size", "other"), [(4, 8), (6, 3), (8, 8)])
-@pytest.mark.parametrize("rank", [3, 4, 5])
+@pytest.mark.parametrize(
+    ("rank", "axis"), [(3, 1), (4, 1), (4, 2), (5, 1), (5, 2), (5, 3)]
+)
+@pytest.mark.parametrize(("size", "other"), [(4, 8), (6, 3)])
 def test_other_sizes_are_resized_linearly(axis, size, other, rank):
-    if axis > rank - 2:
-        pytest.skip("no such axis")
     shape, to = [2, *[4] * (rank - 2), 3], [2, *[4] * (rank - 2), 3]
     shape[axis], to[axis] = size, other
     rng = np.random.default_rng(0)
@@ -166,7 +165,7 @@ def test_where_shapes_are_equal_the_unit_is_the_same():
 
 def test_projections_are_trained_saved_and_marked(tmp_path):
     model = stitch(towers(), AT, project=True, per="channel")
-    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    model.compile(keras.optimizers.SGD(0.1), loss="mse", run_eagerly=True)
     labels = {"kind": np.ones((3, 5)), "age": np.ones((3, 1)), "size": np.ones((3, 2))}
     before = {v.path: v.numpy() for v in model.trainable_variables}
     model.fit(IMAGES, labels, verbose=0)
@@ -202,7 +201,7 @@ def test_projections_are_trained_saved_and_marked(tmp_path):
 
 
 def test_projections_are_served(tmp_path):
-    model = stitch(towers(), AT, project=True)
+    model = stitch(towers(), AT[:1], project=True)
 
     path = export_saved_model(model, tmp_path)
 

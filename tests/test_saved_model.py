@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_cross_stitch import export_saved_model, faster_layers, stitch
 from keras_cross_stitch.saved_model import _check_equal
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.xdist_group("saved_model"), pytest.mark.slow]
 
 # Else the first export does this, which puts another module in the place of
 # `tf.saved_model`, and what a test has patched there is lost.

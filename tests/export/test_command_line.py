@@ -14,6 +14,8 @@ from export.__main__ import app, path
 from export.inspect import verify
 from export.version import recorded
 
+pytestmark = pytest.mark.xdist_group("export")
+
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch):

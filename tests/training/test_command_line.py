@@ -4,8 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -302,15 +300,6 @@ def test_a_run_that_goes_on_says_after_which_step():
 
     assert "old, seed 0: goes on after step 7\n" in out.getvalue()
     assert "new, seed 0: goes on" not in out.getvalue()
-
-
-@pytest.mark.slow
-def test_tensorflow_s_notices_are_not_shown(tmp_path):
-    command = [sys.executable, "-m", "training", "report", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-
-    said = f"Error: There is no finished run in {tmp_path}: `python -m training` makes"
-    assert result.stderr == f"{said} some\n"
 
 
 @shares_the_demo

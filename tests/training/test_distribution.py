@@ -23,6 +23,8 @@ from training import distribution, recipes, runs
 from training.batches import dense
 from training.runs import open_experiment
 
+pytestmark = pytest.mark.xdist_group("distribution")
+
 ROOT = Path(__file__).parents[2]
 METHOD = "cross_stitch_from_start"
 

@@ -28,6 +28,8 @@ from training.study import comparison
 from training.study.report import write_report
 from training.tasks import Attributes, Detection
 
+pytestmark = pytest.mark.xdist_group("fast_rcnn")
+
 TASKS = {
     "detection": Detection(("cat", "dog")),
     "attributes": Attributes(("a", "b"), (3, 5)),

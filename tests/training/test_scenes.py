@@ -9,6 +9,8 @@ import tensorflow_datasets as tfds
 from training.datasets import rendering, scenes
 from training.datasets.scenes import ATTRIBUTES, CLASSES, OBJECT_CLASSES, VOID
 
+pytestmark = pytest.mark.xdist_group("scenes")
+
 FLOOR, WALL, CEILING = (CLASSES.index(name) for name in ("floor", "wall", "ceiling"))
 
 

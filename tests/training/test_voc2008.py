@@ -9,6 +9,8 @@ import tensorflow_datasets as tfds
 from training.datasets import proposals, voc2008
 from training.datasets.voc2008 import ATTRIBUTES, CLASSES, Voc2008
 
+pytestmark = pytest.mark.xdist_group("voc2008")
+
 SIZE = (256, 190)  # of the test images: width, height
 
 

@@ -11,6 +11,8 @@ from export.version.signatures import signatures
 from keras_cross_stitch import NDDR, stitch
 from tests.export.conftest import running, tower
 
+pytestmark = pytest.mark.xdist_group("export")
+
 TASKS = {"kind", "age", "normals"}
 
 

@@ -7,6 +7,8 @@ import pytest
 from export.inspect import verify
 from export.version import recorded
 
+pytestmark = pytest.mark.xdist_group("export")
+
 
 @pytest.fixture
 def here(monkeypatch):

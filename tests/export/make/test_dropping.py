@@ -5,6 +5,8 @@ import pytest
 from export.make.dropping import leave_out, negligible_links
 from keras_cross_stitch import CrossStitch, stitch
 
+pytestmark = pytest.mark.xdist_group("export")
+
 layers = keras.layers
 TASKS = ("b", "c", "a")  # alpha is in the order of the sorted names
 

@@ -5,6 +5,8 @@ import tensorflow as tf
 
 from export.make.inputs import load_images, load_model
 
+pytestmark = pytest.mark.xdist_group("export")
+
 
 def takes(*shapes):
     inputs = [keras.Input(shape, name=f"x{i}") for i, shape in enumerate(shapes)]

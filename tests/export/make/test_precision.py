@@ -6,6 +6,8 @@ from export.make.precision import lower
 from export.version.signatures import signatures
 from tests.export.conftest import tower
 
+pytestmark = pytest.mark.xdist_group("export")
+
 
 def test_outputs_stay_float32_and_close(images, model_file, model):
     lowered = lower(keras.saving.load_model(model_file), "bfloat16")

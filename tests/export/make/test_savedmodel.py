@@ -15,6 +15,8 @@ from export.make.savedmodel import export
 from export.version import recorded
 from export.version.signatures import signatures
 
+pytestmark = pytest.mark.xdist_group("export")
+
 
 def test_what_answers_mean_goes_with_the_version(version, model_file):
     answers = (version / "assets.extra" / "answers.json").read_text()

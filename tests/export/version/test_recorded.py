@@ -7,6 +7,8 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from export.version import recorded
 
+pytestmark = pytest.mark.xdist_group("export")
+
 ARRAYS = {"serving_default", "kind", "age", "normals"}
 FILES = {"kind_from_jpeg", "age_from_jpeg", "normals_from_jpeg", "from_jpeg"}
 

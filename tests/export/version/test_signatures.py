@@ -7,6 +7,8 @@ from export.version.signatures import (
     version_path,
 )
 
+pytestmark = pytest.mark.xdist_group("export")
+
 
 class TwoSignatures(tf.Module):
     def __init__(self):

@@ -12,6 +12,8 @@ from training.locks import lock
 from training.provenance import Made
 from training.study import comparison
 
+pytestmark = pytest.mark.xdist_group("tiny")
+
 TASKS = ("segmentation", "normals")
 
 

@@ -13,6 +13,8 @@ from training.files import Row
 from training.study import recorded
 from training.study.report import _splits, write_report
 
+pytestmark = pytest.mark.xdist_group("report")
+
 
 @pytest.fixture(scope="module")
 def report(runs, tmp_path_factory):
