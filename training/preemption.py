@@ -33,11 +33,17 @@ def preemptible() -> Iterator[None]:
         timer.daemon = True
         timer.start()
         timers.append(timer)
-        raise Preempted("Stopped, as asked. What is done is kept")
+        raise Preempted(said)
 
+    said = "Stopped, as asked. What is done is kept"
     with at_sigterm(stop):
         try:
             yield
+        except Exception as error:
+            # Matplotlib's C++ that calls Python makes a ValueError of what is raised.
+            if timers:
+                raise Preempted(said) from error
+            raise
         finally:
             for timer in timers:
                 timer.cancel()

@@ -340,6 +340,20 @@ def test_a_stop_that_the_garbage_collector_drops_is_asked_for_again(monkeypatch)
     assert reached == ["went on"]
 
 
+def test_a_stop_that_other_code_makes_an_error_of_is_a_stop():
+    def in_c():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except Preempted:
+            raise ValueError("Invalid affine transformation matrix") from None
+
+    with pytest.raises(Preempted, match="as asked"), preemptible():
+        in_c()
+    with pytest.raises(ValueError, match="its own"), preemptible():
+        raise ValueError("its own")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @shares_the_demo
