@@ -166,8 +166,6 @@ def fit(
         from training.study.results import baseline
 
         strategy = distribution.strategy(replicas)
-        if validate and distribution.workers(strategy) > 1:
-            raise ValueError("Several workers validate nothing: leave --validate")
         methods = list(dict.fromkeys(method or COMPARED))
         chosen = _recipe(
             recipe,

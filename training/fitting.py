@@ -70,6 +70,9 @@ def fit(
     Returns:
         Dict `{task: {metric: value}}` on the test split.
     """
+    validates = getattr(experiment.recipe.data, "validation_split", None)
+    if validates and distribution.workers(strategy) > 1:
+        raise ValueError("Several workers validate nothing: leave --validate")
     provenance.of_this_process()  # before an edit can be taken for what made the run
     # Equal runs of equal seeds. On a CPU it costs nothing that can be measured.
     tf.config.experimental.enable_op_determinism()
