@@ -366,11 +366,15 @@ def _weights(layer: Any) -> list:
     return layer.get_weights() if isinstance(layer, keras.layers.Layer) else []
 
 
+def is_adapted(layer: Any) -> bool:
+    """Whether it is Keras's own, with statistics that `adapt` alone moves."""
+    return hasattr(layer, "adapt") and type(layer).__module__.startswith("keras.")
+
+
 def _is_fixed(layer: Any) -> bool:
     """Nothing to train, no moving statistics, no loss of its own."""
-    # What is adapted, as a Normalization is, has statistics that no training moves.
     return all(
-        (not part.trainable or not part.weights or hasattr(part, "adapt"))
+        (not part.trainable or not part.weights or is_adapted(part))
         and not any(weight.trainable for weight in part.weights)
         and not _adds_loss(part)
         for part in _within(layer)

@@ -15,6 +15,7 @@ import keras
 from keras_cross_stitch.copying import (
     equal,
     frozen_alike,
+    is_adapted,
     is_random,
     same_draws,
 )
@@ -129,7 +130,7 @@ def may_be_built_once(call: Call, other: Call, share_frozen: bool) -> bool:
 
 def _may_be_unfrozen(layer: Any) -> bool:
     """Whether it has weights that training changes once it is no more frozen."""
-    return bool(getattr(layer, "weights", None)) and not hasattr(layer, "adapt")
+    return bool(getattr(layer, "weights", None)) and not is_adapted(layer)
 
 
 def _numbered(arguments: dict, numbers: Mapping[Value, int]) -> dict:

@@ -268,6 +268,31 @@ def test_what_is_adapted_in_front_of_augmentation_is_no_trunk_to_unfreeze(
     assert {"a_norm", "b_norm", "a_flip", "b_flip"} <= names(model)
 
 
+class Centred(layers.Layer):
+    """One's own, whose statistics training moves."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(shape[-1:], "zeros", trainable=False)
+
+    def adapt(self, data):
+        self.mean.assign(np.mean(data, axis=(0, 1, 2)))
+
+    def call(self, x, training=False):
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * keras.ops.mean(x, axis=(0, 1, 2)))
+        return x - self.mean
+
+
+def test_a_layer_of_ones_own_that_can_be_adapted_is_each_tower_s():
+    towers = {
+        task: tower([Centred(name="centred"), *flips()], seed=0, rescale=False)
+        for task in "ab"
+    }
+    with pytest.warns(UserWarning, match="Random layers in front of a tap"):
+        model = stitch(towers, ["conv"])
+    assert {"a_centred", "b_centred"} <= names(model)
+
+
 # Layers that only look alike
 
 
