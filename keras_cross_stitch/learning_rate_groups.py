@@ -175,6 +175,8 @@ class LearningRateGroups(keras.optimizers.Optimizer):
     ) -> None:
         # By key: under `tf.distribute` a replica's variable has no path.
         key = self._var_key(variable)
+        if not self._multiplier_of[key]:
+            return  # frozen; Ftrl would divide by the rate
         rate = learning_rate * self._multiplier_of[key]
         inner = self.inner_optimizer
         if decay := self._decay_of[key]:

@@ -261,9 +261,15 @@ def test_decay_spares_the_alpha_of_units_and_no_other():
 
 
 @pytest.mark.slow
-def test_multiplier_0_freezes_even_under_weight_decay():
-    adamw = keras.optimizers.AdamW(RATE, weight_decay=0.5)
-    model = new_model(LearningRateGroups(adamw, {"first": 0}))
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: keras.optimizers.AdamW(RATE, weight_decay=0.5),
+        lambda: keras.optimizers.Ftrl(RATE),  # which divides by the rate
+    ],
+)
+def test_multiplier_0_freezes_whatever_the_optimizer(inner):
+    model = new_model(LearningRateGroups(inner(), {"first": 0}))
     before = model.get_weights()
     fit(model, 2)
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
