@@ -324,30 +324,41 @@ def _unit(
     arguments: dict,
     project: bool,
 ) -> keras.layers.Layer:
-    """The unit of a tap, with the dtype of the first tower's layer."""
-    task, value = next(iter(tap.items()))
-    call = joined.towers[task].call_of(value)
-    policy = getattr(call.layer, "dtype_policy", None)
-    if policy is None and "float" in value.spec.dtype:
-        # An operator has no policy, and Keras's own may be another than the tower's.
-        half = value.spec.dtype in ("float16", "bfloat16")
-        policy = f"mixed_{value.spec.dtype}" if half else value.spec.dtype
-    elif isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-        policy = policy[call.layer.path]
-    if isinstance(policy, keras.DTypePolicy) and policy.quantization_mode:
-        # "int8_from_float32": the unit is not quantized.
-        policy = policy.name.split("_from_")[1]
+    """The unit of a tap."""
     kind = "cross_stitch" if unit is CrossStitch else unit.__name__.lower()
     name = f"{kind}_{re.sub('[/:]', '_', label)}"
     joined.claim(name, f"the unit at '{label}'")
-    if "data_format" not in arguments and len(value.shape) > 2:
-        arguments = {**arguments, **_data_format(joined, label, tap)}
     shapes = [value.shape[1:] for value in tap.values()]
+    if "data_format" not in arguments and len(shapes[0]) > 1:
+        arguments = {**arguments, **_data_format(joined, label, tap)}
     # Sizes that are not known yet may differ, which a projection resizes.
     differ = len(set(shapes)) > 1 or any(None in shape for shape in shapes)
     if project and differ:
         unit = ProjectedCrossStitch
-    return unit(name=name, **{"dtype": policy, **arguments})
+    return unit(name=name, **{"dtype": _policy(joined, tap), **arguments})
+
+
+def _policy(joined: Joined, tap: Mapping[str, Value]) -> Any:
+    """The dtype policy of the first tower whose map none of the others is rounded to.
+
+    Of no tower, if their dtypes are such as float16 and bfloat16.
+    """
+    widest = keras.backend.result_type(*(x.spec.dtype for x in tap.values()))
+    task = next((t for t, x in tap.items() if x.spec.dtype == widest), None)
+    if task is None:
+        return widest
+    call = joined.towers[task].call_of(tap[task])
+    policy = getattr(call.layer, "dtype_policy", None)
+    if policy is None and "float" in widest:
+        # An operator has no policy, and Keras's own may be another than the tower's.
+        half = widest in ("float16", "bfloat16")
+        return f"mixed_{widest}" if half else widest
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policy = policy[call.layer.path]
+    if isinstance(policy, keras.DTypePolicy) and policy.quantization_mode:
+        # "int8_from_float32": the unit is not quantized.
+        return policy.name.split("_from_")[1]
+    return policy
 
 
 def _data_format(
@@ -355,8 +366,7 @@ def _data_format(
 ) -> dict[str, str]:
     """Where the layers of the towers have their channels."""
     formats = {
-        task: data_formats(joined.towers[task], len(value.shape))
-        for task, value in tap.items()
+        task: data_formats(joined.towers[task], value) for task, value in tap.items()
     }
     found = set().union(*formats.values())
     if len(found) > 1:

@@ -16,6 +16,9 @@ from keras_cross_stitch.opening import (
     opened_towers,
 )
 
+# What gives maps whose channels are at another place than those that it reads.
+_EXCHANGES = ("Permute", "Transpose", "Moveaxis", "Swapaxes")
+
 
 def read_taps(
     at: Any, towers: Mapping[str, Tower]
@@ -227,14 +230,39 @@ class _Map(NamedTuple):
         return self.shape[1:] if self.channel_axis == 1 else self.shape[:-1]
 
 
-def data_formats(tower: Tower, rank: int) -> set[str]:
-    """Where the tower's layers have the channels of maps of that rank."""
-    return {
-        call.layer.data_format
+def data_formats(tower: Tower, value: Value) -> set[str]:
+    """Where the tower's layers have the channels of the value's maps.
+
+    Of layers that have maps with the axes in the same places, if there are any. Both
+    places, if a layer that exchanges axes may be between the value and all that say it.
+    """
+    rank = len(value.shape)
+    maps = {
+        call: {x for x in (*call.reads, *call.outputs) if len(x.shape) == rank}
         for call in tower.calls
-        if isinstance(getattr(call.layer, "data_format", None), str)
-        and any(len(x.shape) == rank for x in call.outputs)
     }
+    exchanging = [x for x in tower.calls if type(x.layer).__name__ in _EXCHANGES]
+    same, before = {value}, 0
+    while len(same) > before:
+        before = len(same)
+        for call in (*tower.calls, *reversed(tower.calls)):
+            if call not in exchanging and not same.isdisjoint(maps[call]):
+                same |= maps[call]
+    said = [(x.layer.data_format, maps[x]) for x in tower.calls if _says_format(x)]
+    if here := {data_format for data_format, of in said if not same.isdisjoint(of)}:
+        return here
+    anywhere = {data_format for data_format, of in said if of}
+    if anywhere and any(maps[x] for x in exchanging):
+        return {"channels_first", "channels_last"}
+    return anywhere
+
+
+def _says_format(call: Call) -> bool:
+    layer = call.layer
+    # Flatten's is one by default, whatever the maps that it reads.
+    return isinstance(getattr(layer, "data_format", None), str) and not isinstance(
+        layer, keras.layers.Flatten
+    )
 
 
 def default_data_format(rank: int) -> str:
@@ -246,7 +274,7 @@ def default_data_format(rank: int) -> str:
 def _channel_axis(tower: Tower, value: Value) -> int:
     """As the unit at the value has it."""
     rank = len(value.shape)
-    formats = data_formats(tower, rank) or {default_data_format(rank)}
+    formats = data_formats(tower, value) or {default_data_format(rank)}
     return 1 if rank > 2 and formats == {"channels_first"} else -1
 
 

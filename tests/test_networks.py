@@ -818,7 +818,7 @@ def test_an_adapted_normalization_stays_adapted(join):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
-def test_units_have_the_dtype_policy_of_the_first_tower_s_tap(policy):
+def test_units_have_the_dtype_policy_of_the_towers_taps(policy):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -867,6 +867,31 @@ def test_units_behind_operators_have_the_dtype_of_what_they_mix(
     assert unit.dtype_policy.name == policy
     assert unit.alpha.dtype == ("float64" if policy == "float64" else "float32")
     _assert_outputs_are_those_apart(model, towers)
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize(
+    "policies",
+    [
+        ("mixed_float16", "float32"),
+        ("mixed_bfloat16", "float32", "mixed_bfloat16"),
+        ("float32", "float64"),
+        ("float16", "bfloat16"),
+    ],
+)
+def test_no_tower_s_map_is_rounded_to_another_s_dtype(policies, project):
+    def tower(policy, units):
+        x = keras.Input((5,), name="x")
+        tapped = layers.Dense(units, name="tap", dtype=policy)(x)
+        return keras.Model(x, layers.Dense(2, dtype=policy)(tapped))
+
+    for order in (policies, policies[::-1]):
+        towers = {
+            f"t{k}": tower(policy, 4 + project * k) for k, policy in enumerate(order)
+        }
+        model = stitch(towers, ["tap"], project=project, same_task=1.0)
+
+        _assert_outputs_are_those_apart(model, towers)
 
 
 @pytest.mark.slow
@@ -1506,3 +1531,45 @@ def test_units_have_their_channels_where_the_towers_have(project):
     words = r"At the tap 'relu'.*'a': \['channels_last'\]; 'b': \['channels_first'\]"
     with pytest.raises(ValueError, match=words):
         stitch(mixed, ["relu"], shared_input=False, project=project)
+
+
+def exchanging(exchange, behind):
+    """A tower whose maps have their channels at another place behind a layer."""
+    image = keras.Input((8, 7, 3), name="image")
+    x = keras.layers.Conv2D(4, 3, name="conv", data_format="channels_last")(image)
+    x = keras.layers.ReLU(name="relu")(x)
+    x = keras.layers.ReLU(name="behind")(exchange(x))
+    return keras.Model(image, keras.layers.Dense(2, name="score")(behind(x)))
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        keras.layers.Permute((3, 1, 2)),
+        lambda x: ops.transpose(x, (0, 3, 1, 2)),
+        lambda x: ops.moveaxis(x, -1, 1),
+        lambda x: ops.swapaxes(x, 1, 3),
+    ],
+)
+def test_channels_are_where_an_exchange_of_axes_puts_them(exchange):
+    pool = keras.layers.GlobalAveragePooling2D("channels_first")
+    towers = {task: exchanging(exchange, pool) for task in "ab"}
+    model = stitch(towers, ["relu", "behind"])
+
+    unit = model.get_layer("cross_stitch_behind")
+    assert unit.data_format == "channels_first"
+    assert tuple(unit.alpha.shape) == (2, 2, 4)
+    assert tuple(model.get_layer("cross_stitch_relu").alpha.shape) == (2, 2, 4)
+
+
+def test_channels_at_a_place_that_nothing_says_are_asked_for():
+    towers = {
+        task: exchanging(keras.layers.Permute((3, 1, 2)), keras.layers.Flatten())
+        for task in "ab"
+    }
+    words = r"'behind'.*'a': \['channels_first', 'channels_last'\].*say that of what"
+    with pytest.raises(ValueError, match=words):
+        stitch(towers, ["behind"])
+
+    model = stitch(towers, ["behind"], data_format="channels_first")
+    assert tuple(model.get_layer("cross_stitch_behind").alpha.shape) == (2, 2, 4)
