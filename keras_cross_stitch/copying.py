@@ -78,13 +78,26 @@ def carry_over(layer: Any, copy: Any) -> None:
     if not isinstance(layer, keras.layers.Layer):
         return
     _carry_state(layer, copy)
-    copy.set_weights(layer.get_weights())
+    weights = _in_order_of(copy, layer)
+    copy.set_weights([keras.ops.convert_to_numpy(x) for x in weights])
     for original, copied in pairs(layer, copy):
         # From the outside in, since setting it sets it for all that is within.
         copied.trainable = original.trainable
-    for weight, copied in zip(layer.weights, copy.weights, strict=True):
+    for weight, copied in zip(_in_order_of(copy, layer), copy.weights, strict=True):
         if copied.trainable != weight.trainable:
             copied.trainable = weight.trainable
+
+
+def _in_order_of(copy: keras.Layer, layer: keras.Layer) -> list[keras.Variable]:
+    """The layer's weights as the copy has its own.
+
+    Keras lists those behind the others that were added as not trainable, which a layer
+    of one's own may make of what is frozen now.
+    """
+    names, wanted = ([x.name for x in of.weights] for of in (layer, copy))
+    if names == wanted or len(set(names)) < len(names) or set(names) != set(wanted):
+        return layer.weights
+    return [layer.weights[names.index(name)] for name in wanted]
 
 
 def _carry_state(layer: Any, copy: Any) -> None:

@@ -41,7 +41,8 @@ def weigh_losses(
     sum to the number of tasks and start at 1. The callback `DynamicWeightAverage` sets
     them after each epoch: give it to `fit`.
 
-    The new model computes what the given one does, and shares its layers. It has one
+    The new model computes what the given one does, and shares its layers. (It is a
+    plain functional model: a `train_step` of a subclass is not its own.) It has one
     layer more, named as `by`, which holds the weights. So they are trained, saved,
     loaded and copied as other weights are. The losses take the weights of the copy
     that was called last: in a loop of your own, take the losses of one copy before you
@@ -229,7 +230,7 @@ class TaskWeights(keras.layers.Layer):
         self.supports_masking = True
         self.built = True
 
-    def call(self, outputs: Any, training: bool | None = None) -> Any:
+    def call(self, outputs: Any) -> Any:
         _called[self.key] = self
         return dict(outputs)
 

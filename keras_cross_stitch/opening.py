@@ -107,11 +107,11 @@ class Tower:
     """
 
     def __init__(
-        self, task: str, model: keras.Model, towers: Mapping[str, Any] | None = None
+        self, task: str, model: keras.Model, towers: Mapping[str, Any]
     ) -> None:
         graph = as_graph(model)
         if graph is None:
-            raise ValueError(_cannot_be_opened(task, model, towers or {}))
+            raise ValueError(_cannot_be_opened(task, model, towers))
         self.task = task
         self.inputs = {_input_layer(graph, x): Value(x) for x in graph.inputs}
         self.input_structure = graph.input
@@ -269,11 +269,13 @@ class Tower:
                 names = sorted(nested.input)
             given = [given.get(name) for name in names]
         given = keras.tree.flatten(given)
-        if set(kwargs) - {"training"} or len(given) != len(nested.inputs):
+        more = [x for x in args[1:] if x is not None]
+        if more or set(kwargs) - {"training"} or len(given) != len(nested.inputs):
             raise ValueError(
                 f"In the tower of '{self.task}', the nested model '{path}' is called "
                 "in a way that cannot be taken apart: give it its inputs, and no "
-                f"argument but `training`. Received: {given}, {kwargs}"
+                "argument but `training`, by its name. Received: "
+                f"{[*given, *more]}, {kwargs}"
             )
         several = len(given) > 1
         cast = (

@@ -283,6 +283,34 @@ def test_a_frozen_variable_stays_frozen():
     assert "b_first/bias" in _trainable(model)
 
 
+class _FrozenFirst(layers.Layer):
+    """Adds what is frozen as not trainable, which Keras lists behind the others."""
+
+    def build(self, shape):
+        kinds = {"scale": self.trainable, "shift": True}
+        self.scale, self.shift = (
+            self.add_weight((shape[-1],), name=name, trainable=trainable)
+            for name, trainable in kinds.items()
+        )
+
+    def call(self, inputs):
+        return inputs * self.scale + self.shift
+
+
+def test_weights_that_the_copy_lists_in_another_order_are_told_by_their_names():
+    towers = {task: _tower([_FrozenFirst(name="first")]) for task in "ab"}
+    first = towers["a"].get_layer("first")
+    first.trainable = False
+
+    model = stitch(towers, ["tap"], same_task=1.0)
+
+    copy = model.get_layer("a_first")
+    assert [x.name for x in copy.weights] == ["shift", "scale"]
+    np.testing.assert_array_equal(copy.scale, first.scale)
+    np.testing.assert_array_equal(copy.shift, first.shift)
+    assert not copy.trainable_variables
+
+
 # Quantized towers
 
 
@@ -1171,7 +1199,21 @@ NESTED_ERRORS = {
         ["backbone/block3"],
         r"no layer 'backbone/block3'.*'backbone/block2'",
     ),
+    "an argument more": (
+        lambda: _told_its_mask(),
+        ["encoder"],
+        r"'encoder' is called in a way .* but `training`, by its name\. Received: .*Va",
+    ),
 }
+
+
+def _told_its_mask():
+    """By its place, as the third argument, which the layers within need."""
+    steps = keras.Input((5, 4))
+    encoder = keras.Model(steps, layers.LSTM(3)(steps), name="encoder")
+    x = keras.Input((5, 4), name="x")
+    mask = keras.ops.any(x > 0.5, axis=-1)
+    return keras.Model(x, layers.Dense(2)(encoder(x, None, mask)))
 
 
 def _two_backbones():
@@ -1349,4 +1391,8 @@ def test_the_private_names_that_copying_reads_are_there():
     constructed = tower.get_layer("first")._auto_config.config
     assert constructed["units"] == 3
     assert tower.get_layer("first")._flatten_layers() == [tower.get_layer("first")]
-    assert [call.path for call in Tower("a", tower).calls] == ["first", "tap", "score"]
+    assert [call.path for call in Tower("a", tower, {}).calls] == [
+        "first",
+        "tap",
+        "score",
+    ]
