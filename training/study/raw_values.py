@@ -7,7 +7,7 @@ from typing import Any
 
 from training import recipes
 from training.files import Row, read_csv, write_csv
-from training.provenance import UNKNOWN, Made
+from training.provenance import Made
 from training.runs import Experiment
 from training.study import delta_m
 from training.study.recorded import Run, tidy
@@ -118,23 +118,22 @@ def _merged(
 def _made_of(path: Path, planned: Sequence[Planned]) -> dict[tuple[str, int], Made]:
     """{(method, seed): what made it} of the file's runs and of those that are finished.
 
-    All are of one recipe, dtype and data; of which data old rows are is not known.
+    All are of one recipe, dtype and data.
     """
     known = read_rows(path) if path.exists() else []
     made = {(row.method, row.seed): by for row, by in known}
     made |= {(run.method, run.seed): _made(run) for run in planned if run.finished}
     now = _of_experiment(planned[0].experiment)
     others = [
-        f"{x}, seed {seed}"
-        for (x, seed), by in made.items()
-        if by[:2] != now[:2] or by.data not in (now.data, UNKNOWN)
+        f"{x}, seed {seed}" for (x, seed), by in made.items() if by[:3] != now[:3]
     ]
     if others:
         raise ValueError(
             f"Expected the rows of {path} to be of the recipe {now.recipe} in "
-            f"{now.dtype}, on the data {now.data}, as those of this study. Of another "
-            f"are: {'; '.join(others)}. Make these anew, all of their seeds, with "
-            "another folder as --results; once they are finished, this one takes them"
+            f"{now.dtype}, on the data {now.data}, as those of this study. Of another, "
+            f"or unknown, are: {'; '.join(others)}. Make these anew, all of their "
+            "seeds, with another folder as --results; once they are finished, this one "
+            "takes them"
         )
     return made
 
