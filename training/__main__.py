@@ -559,9 +559,8 @@ def _recipe(
     """The recipe, checked with its methods before any data are prepared, and shown."""
     from training import methods
 
-    recipe = recipes.find(name, toy)
-    if tasks is not None:
-        recipe = recipes.with_tasks(recipe, [x.strip() for x in tasks.split(",")])
+    of_tasks = None if tasks is None else [x.strip() for x in tasks.split(",")]
+    recipe = recipes.find(name, toy, of_tasks)
     if validate:
         recipe = recipes.with_validation(recipe)
     if backbone is not None:

@@ -72,15 +72,17 @@ class Backup(keras.callbacks.Callback):
         # The last step of an epoch is kept with the epoch.
         if self.must_stop and self._step() % self.steps:
             self._save(self._random_states() + self.model.metrics_variables)
-            self._end()
+            self.end_if_asked()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._save()
-        if self.must_stop:
-            self._end()
+        self.end_if_asked()
 
-    def _end(self) -> None:
-        raise Preempted(f"Stopped, as asked, after step {self._step()}, which is kept")
+    def end_if_asked(self) -> None:
+        """Raises the `Preempted`; what is done must be kept already."""
+        if self.must_stop:
+            step = self._step()
+            raise Preempted(f"Stopped, as asked, after step {step}, which is kept")
 
     def _step(self) -> int:
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))

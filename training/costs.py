@@ -4,21 +4,22 @@ import keras
 import tensorflow as tf
 
 
-def count(model: keras.Model) -> dict[str, int]:
+def count(model: keras.Model, free: int = 1) -> dict[str, int]:
     """The parameters of a model, and its multiply-adds for one example.
 
     Those of convolutions and matrix products; all else is cheap beside them, and is not
     counted.
 
     Args:
-        model: A Keras model. Where an input has a size that is free, as regions have,
-            it is counted for one.
+        model: A Keras model.
+        free: Integer, what it is counted for where a size of an input is free, as
+            that of the regions is.
 
     Returns:
         Dict of `parameters` and `multiply_adds`.
     """
     spec = keras.tree.map_structure(
-        lambda x: tf.TensorSpec([1, *(size or 1 for size in x.shape[1:])], x.dtype),
+        lambda x: tf.TensorSpec([1, *(size or free for size in x.shape[1:])], x.dtype),
         model.input,
     )
     graph = tf.function(model).get_concrete_function(spec).graph

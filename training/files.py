@@ -42,6 +42,10 @@ def unfinished(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # as of a full disk, while it is written
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -62,7 +66,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(read_text(path))
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise ValueError(
+            f"Expected JSON in {path}. Received: {error}. Remove {path.parent}, and "
+            "make anew what was in it"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

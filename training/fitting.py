@@ -107,7 +107,7 @@ def fit(
             else:
                 model = _averaged(starts, experiment.tasks)
             if writes:
-                _save(model, experiment.tasks, run)
+                _save(model, experiment, run)
         if writes:
             shutil.rmtree(run / "backup", ignore_errors=True)
             _evaluate(experiment, run, seed)
@@ -262,6 +262,7 @@ def _train(
                 verbose=0,
             )
             done = end
+    backup.end_if_asked()  # it may have been after the last epoch's backup
     with strategy.scope():
         return answering(joined, tasks)
 
@@ -296,15 +297,16 @@ def _averaged(starts: list[Path], tasks: Mapping[str, Any]) -> keras.Model:
     return keras.Model(inputs, answers)
 
 
-def _save(model: keras.Model, tasks: Mapping[str, Any], run: Path) -> None:
+def _save(model: keras.Model, experiment: Experiment, run: Path) -> None:
     units = {x.name: x.alpha for x in model.layers if isinstance(x, CrossStitch)}
     if units:
         with unfinished(run / "alpha.npz") as temporary:
             np.savez(temporary, **units)
-    answers = {name: task.describe() for name, task in tasks.items()}
+    answers = {name: task.describe() for name, task in experiment.tasks.items()}
     write_json(run / "answers.json", answers)
     write_json(run / "made_by.json", provenance.of_this_process())
-    write_json(run / "costs.json", costs.count(model))
+    proposals = getattr(experiment.recipe.data, "proposals", 1)
+    write_json(run / "costs.json", costs.count(model, free=proposals))
     with unfinished(run / "model.keras") as temporary:
         model.save(temporary)
 

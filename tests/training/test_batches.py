@@ -66,6 +66,17 @@ def test_images_are_resized_to_the_recipe(tiny, builder, tasks):
     assert np.abs(means - original).mean() < 4
 
 
+def test_what_is_made_smaller_is_a_mean_of_what_is_there(tiny, builder, tasks):
+    quarter = recipes.change(tiny, "data", image_size=(24, 32))
+    images, _ = collect(dense.test_batches(builder, quarter, tasks))
+    original, _ = collect(dense.test_batches(builder, tiny, tasks))
+
+    cells = original.reshape(len(original), 24, 4, 32, 4, 3)
+    distance = np.abs(cells.mean((2, 4)) - images).mean()
+    of_one_pixel = np.abs(cells.mean((2, 4)) - cells[:, :, 1, :, 1]).mean()
+    assert distance < 0.5 * of_one_pixel
+
+
 def found(images, examples):
     """Of each image, (the index of its example, whether it is mirrored)."""
     known = {}

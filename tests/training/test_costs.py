@@ -72,8 +72,10 @@ def test_nddrs_units_are_products_of_all_channels(count):
 
 def test_products_of_matrices_and_free_sizes_are_counted():
     rois, image = keras.Input((None, 6), name="rois"), keras.Input((4, 5), name="x")
-    product = layers.Dense(3)(rois)  # of one region
+    product = layers.Dense(3)(rois)  # of each region
     other = layers.Dot(axes=(2, 2))([image, image])  # 4x4, of 5 each
     model = keras.Model({"rois": rois, "x": image}, [product, other])
 
-    assert costs.count(model)["multiply_adds"] == 6 * 3 + 16 * 5
+    for regions in (1, 7):
+        counted = costs.count(model, free=regions)["multiply_adds"]
+        assert counted == regions * 6 * 3 + 16 * 5

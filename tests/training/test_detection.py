@@ -278,7 +278,6 @@ def test_a_second_detection_of_an_object_is_wrong():
     scores.update(np.full((1, 1, 6), -1), {**found, "classes": np.array([[0, 0, 2]])})
     assert list(scores.per_class()) == ["dog"]
     assert scores.result()["mean_ap"] == pytest.approx(125 / 3)
-    assert BoxPrecision(CLASSES).result() == {"mean_ap": 0.0, "mean_ap_voc2008": 0.0}
 
 
 def devkits_ap(target, answers, c):
@@ -395,6 +394,11 @@ def test_attributes_are_judged_one_by_one_on_true_boxes(rng):
     for count in (10, 20):
         expected = np.mean([values[k] for k in rare[:count]])
         assert result[f"mean_ap_rarest_{count}"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", [Detection(CLASSES), Attributes(CLASSES, (1, 2, 3))])
+def test_without_an_object_no_score_is_a_number(task):
+    assert np.isnan(list(task.scores().result().values())).all()
 
 
 @pytest.mark.parametrize(

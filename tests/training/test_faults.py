@@ -1,5 +1,6 @@
 """What goes wrong outside ends in an error that says what, and nothing is lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -70,6 +71,24 @@ def test_two_writers_of_one_file_leave_one_of_them_whole(tmp_path):
         list(executor.map(write, texts))
     assert (tmp_path / "page.html").read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_json_that_is_none_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "metrics.json").write_bytes(b"")
+
+    with pytest.raises(
+        ValueError, match=rf"JSON in {tmp_path}/metrics\.json\. .*\. Remove {tmp_path}"
+    ):
+        files.read_json(tmp_path / "metrics.json")
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=rf"No space left.*{tmp_path}/alpha\.npz"),
+        files.unfinished(tmp_path / "alpha.npz"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as np.savez has it
+    assert not list(tmp_path.iterdir())
 
 
 def test_divergence_names_the_first_variable_and_its_group(tmp_path):

@@ -267,6 +267,18 @@ def stop_by_sigterm(monkeypatch):
     )
 
 
+def stop_by_sigterm_at_the_end(monkeypatch):
+    """When the last epoch's backup is written."""
+    on_epoch_end = callbacks.Backup.on_epoch_end
+
+    def stop(self, epoch, logs=None):
+        on_epoch_end(self, epoch, logs)
+        if epoch + 1 == self.params["epochs"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(callbacks.Backup, "on_epoch_end", stop)
+
+
 def stop_by_a_full_disk(monkeypatch):
     """When the second epoch's backup is half written."""
     save = np.savez
@@ -291,6 +303,7 @@ def stop_by_a_full_disk(monkeypatch):
         (stop_in_a_step, Stopped, 4),
         (stop_in_a_backup, Stopped, 2),
         (stop_by_sigterm, Preempted, 5),
+        (stop_by_sigterm_at_the_end, Preempted, 6),
         (stop_by_a_full_disk, OSError, 2),
     ],
 )

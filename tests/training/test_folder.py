@@ -224,13 +224,93 @@ def test_masks_without_a_second_class_are_refused(broken, tmp_path):
         open_experiment(whole, broken, tmp_path)
 
 
-def test_labels_named_as_the_images_names_are_refused(broken, tmp_path):
-    (broken / "shapes").rename(broken / "id")
+@pytest.mark.parametrize("name", ["id", "image"])
+def test_labels_named_as_what_is_kept_of_an_image_are_refused(broken, tmp_path, name):
+    (broken / "shapes").rename(broken / name)
+    chosen = recipe(f"{name}:segmentation,colours:segmentation")
 
-    with pytest.raises(ValueError, match=r"another name than 'id'.*things/id\. Rename"):
-        open_experiment(
-            recipe("id:segmentation,colours:segmentation"), broken, tmp_path
-        )
+    with pytest.raises(ValueError, match=rf"another name.*things/{name}\. Rename"):
+        open_experiment(chosen, broken, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("shapes", "03.jpg", r"label map as a PNG\. Received: .*03\.jpg, a JPEG"),
+        ("normals", "03.jpg", r"label map as a PNG\. Received: .*03\.jpg, a JPEG"),
+        (
+            "images",
+            "03.gif",
+            r"JPEG or PNG image in .*03\.gif\. .* GIF or WebP\. Write",
+        ),
+        ("images", "03.webp", r"JPEG or PNG image in .*03\.webp\. .* GIF or WebP"),
+    ],
+)
+def test_files_of_other_formats_are_refused(broken, tmp_path, kind, name, message):
+    (before,) = (broken / kind / "train").glob("03.*")
+    with Image.open(before) as image:
+        image.convert("RGB" if kind != "shapes" else "L").save(before.with_name(name))
+    before.unlink()
+
+    with pytest.raises(ValueError, match=message):
+        open_experiment(recipe(), broken, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"image of .*05\.jpg\. Received: no image\. Write the file anew"),
+        (b"no image", r"image of .*05\.jpg\. Received: no image\. Write the file anew"),
+        ("L", r"in .*05\.jpg\. Received: uint8 \(96, 128\)\. Photographs are RGB with"),
+    ],
+)
+def test_photographs_that_cannot_be_read_say_what_to_do(
+    broken, tmp_path, content, message
+):
+    path = broken / "images/train/05.jpg"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with Image.open(path) as image:
+            image.convert(content).save(path)
+
+    with pytest.raises(ValueError, match=message):
+        open_experiment(recipe(), broken, tmp_path)
+
+
+def test_sub_folders_may_be_links_and_links_to_nothing_are_named(broken, tmp_path):
+    nested(broken)
+    for split in broken.glob("*/train"):
+        (split / "b").rename(split.with_name("elsewhere"))
+        (split / "b").symlink_to("../elsewhere")
+    builder = open_experiment(recipe(), broken, tmp_path / "linked").builder
+    assert builder.info.splits["train"].num_examples == 16
+
+    (broken / "images/elsewhere/01.jpg").unlink()
+    (broken / "images/elsewhere/01.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(ValueError, match=r"behind the link .*train/b/01\.jpg"):
+        open_experiment(recipe(), broken, tmp_path / "broken")
+
+
+def test_a_share_of_labels_is_of_a_task_that_is_there(things, tmp_path):
+    tasks = ["shapes:segmentation", "colours:segmentation"]
+    starved = recipes.find("folder-labels25", toy=True, tasks=tasks)
+
+    assert starved == recipes.with_labels(recipe(), 25)
+    assert starved.data.label_fraction == ("shapes", 0.25)
+    open_experiment(starved, things, tmp_path)
+
+
+def test_a_held_out_part_without_an_image_is_refused(broken, tmp_path):
+    for path in broken.glob("*/train/*.*"):
+        if int(path.stem) > 3:
+            path.unlink()
+    chosen = recipes.with_validation(recipe())
+    chosen = recipes.change(chosen, "training", batch_size=2)
+    experiment = open_experiment(chosen, broken, tmp_path)
+
+    with pytest.raises(ValueError, match=r"no image in its split 'train\[90%:\]'"):
+        batches.pipeline(chosen).check(experiment.builder, chosen)
 
 
 def nested(folder):

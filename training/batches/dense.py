@@ -37,8 +37,18 @@ def check(builder: tfds.core.DatasetBuilder, recipe: Any) -> None:
 
 
 def check_batch(builder: tfds.core.DatasetBuilder, recipe: Recipe) -> int:
-    """The number of train images, of which there must be enough for a batch."""
-    split, size = recipe.data.train_split, recipe.training.batch_size
+    """The number of train images, of which there must be enough for a batch.
+
+    And one at least wherever an answer is scored.
+    """
+    data, size = recipe.data, recipe.training.batch_size
+    split = data.train_split
+    for scored in (data.test_split, getattr(data, "validation_split", None)):
+        if scored and not builder.info.splits[scored].num_examples:
+            raise ValueError(
+                f"The recipe '{recipe.name}' has no image in its split '{scored}', of "
+                f"'{split}' and it together. Give it more images"
+            )
     count = builder.info.splits[split].num_examples
     if count < size:
         raise ValueError(
@@ -192,13 +202,14 @@ def _examples(
     """(image uint8, {task: target}) of each example, not yet in batches."""
     height, width = builder.info.features["image"].shape[:2]
     rows, columns = height // data.target_size[0], width // data.target_size[1]
-    # The middle of each cell, so that a mirrored target is of a mirrored image.
+    # The middle of each cell, so that a mirrored target is of a mirrored image. A cell
+    # of even size has none: mirrored, its target is a pixel of the stored map off.
     top, left = (rows - 1) // 2, (columns - 1) // 2
 
     def parse(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         image = example["image"]
         if data.image_size != (height, width):
-            image = tf.image.resize(image, data.image_size)
+            image = tf.image.resize(image, data.image_size, antialias=True)
             image = tf.cast(tf.round(image), "uint8")
         targets = {
             name: task.target(example)[top::rows, left::columns]

@@ -236,7 +236,8 @@ def _fit(image: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]
     own = tf.round(own * tf.reduce_min(tf.constant(size, "float32") / own))
     shape = tf.cast(own, "int32")
     if not tf.reduce_all(shape == tf.shape(image)[:2]):
-        image = tf.cast(tf.round(tf.image.resize(image, shape)), "uint8")
+        smaller = tf.image.resize(image, shape, antialias=True)
+        image = tf.cast(tf.round(smaller), "uint8")
     return tf.image.pad_to_bounding_box(image, 0, 0, *size), own
 
 

@@ -15,14 +15,21 @@ _LEFT = ("thumbs.db", "desktop.ini")
 
 def files_in(folder: str | os.PathLike) -> list[Path]:
     """The files of a folder and of those in it, but hidden ones and what is left."""
-    folder = Path(folder)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.lower() not in _LEFT
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    found: list[Path] = []
+    for inside, folders, names in os.walk(os.fspath(folder), followlinks=True):
+        folders[:] = [x for x in folders if not x.startswith(".")]
+        found += [
+            Path(inside, name)
+            for name in names
+            if not name.startswith(".") and name.lower() not in _LEFT
+        ]
+    for path in found:
+        if not path.exists():
+            raise ValueError(
+                f"Expected a file behind the link {path}. There is none. Remove the "
+                "link, or bring back what it names"
+            )
+    return sorted(found)
 
 
 @contextlib.contextmanager

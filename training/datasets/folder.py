@@ -21,9 +21,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from training.datasets.files import files_in, read_lines
-from training.datasets.images import orientation, read_image, stored_as
+from training.datasets.images import (
+    VOID,
+    is_jpeg,
+    orientation,
+    read_image,
+    stored_as,
+)
 
-VOID = 255
 SPLITS = ("train", "test")
 _TOY = {"train": 16, "test": 8}
 
@@ -60,10 +65,11 @@ def check_folder(path: str | os.PathLike) -> dict[str, list[str]]:
     folder = Path(path)
     images = {split: _files(folder / "images" / split) for split in SPLITS}
     for feature in _features(folder):
-        if feature == "id":  # as the names of the images
+        if feature in ("id", "image"):
             raise ValueError(
-                f"Expected labels of another name than 'id', as which an image's name "
-                f"is kept. Received: {folder / feature}. Rename it"
+                "Expected labels of another name than 'id' and 'image', as which an "
+                f"image's name and itself are kept. Received: {folder / feature}. "
+                "Rename it"
             )
         if (folder / feature / "classes.txt").exists():
             _classes(folder / feature)
@@ -113,7 +119,7 @@ class Folder(tfds.core.GeneratorBasedBuilder):
         seen: dict[str, set[int]] = {}  # the classes of the label maps so far
         for name in names:
             _read(images[name], described["image"], folder)
-            if (turned := orientation(images[name])) != 1:
+            if (turned := orientation(images[name])) > 1:
                 raise ValueError(
                     f"Expected an upright image in {images[name]}. Received: EXIF "
                     f"orientation {turned}, which training does not apply. Write the "
@@ -216,15 +222,23 @@ def _described(folder: Path) -> dict[str, tfds.features.Image]:
 def _read(path: Path, feature: tfds.features.Image, folder: Path) -> np.ndarray:
     """An image or label map as it is stored, (H, W, channels), checked."""
     shape = feature.shape[:2] if feature.shape[2] == 1 else feature.shape
+    kind = path.relative_to(folder).parts[0]
+    if kind != "images" and is_jpeg(path):
+        raise ValueError(
+            f"Expected a label map as a PNG. Received: {path}, a JPEG, which changes "
+            "the numbers of its pixels. Write it anew, from what it was made of"
+        )
     remedy = (
-        "All files are to be as the first of their kind, and as large as the first "
-        "image; class numbers and millimetres are stored as grey values"
+        "Photographs are RGB with 8 bits, as large as the first"
+        if kind == "images"
+        else "All files are to be as the first of their kind, and as large as the "
+        "first image; class numbers and millimetres are stored as grey values"
     )
     stored = read_image(path, feature.np_dtype, shape, remedy)
     if isinstance(feature, tfds.features.LabeledImage):
         highest = stored[stored != VOID].max(initial=0)
         if highest >= len(feature.names):
-            classes = folder / path.relative_to(folder).parts[0] / "classes.txt"
+            classes = folder / kind / "classes.txt"
             raise ValueError(
                 f"Expected the classes 0 to {len(feature.names) - 1} in {path}, or "
                 f"{VOID} for none. Received: {highest}. Add its name to {classes}, or "

@@ -1,4 +1,4 @@
-"""Image files that others wrote: read as they are stored, and checked."""
+"""Images: files that others wrote, checked, and how maps of labels are stored."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import tensorflow as tf
 from training.datasets.files import read_as
 
 ANEW = "Write the file anew."
+VOID = 255  # in a map of classes, a pixel without one
 
 
 def read_image(
@@ -32,7 +33,7 @@ def read_image(
         received = "no image" if image is None else f"{image.dtype} {image.shape}"
         raise ValueError(
             f"Expected a {np.dtype(dtype)} image of shape {shape} in {path}. "
-            f"Received: {received}. {remedy}"
+            f"Received: {received}. {ANEW if image is None else remedy}"
         )
     try:
         # Training decodes with TensorFlow, which refuses files that OpenCV mends.
@@ -42,6 +43,11 @@ def read_image(
             f"Expected a whole JPEG or PNG image in {path}. TensorFlow cannot read it: "
             f"{error.message.splitlines()[0]}. {ANEW}"
         ) from error
+    if decoded.ndim == 4:  # as TensorFlow has those of which there may be several
+        raise ValueError(
+            f"Expected a JPEG or PNG image in {path}. Received: one as animations are "
+            f"stored, a GIF or WebP. {ANEW}"
+        )
     return decoded.reshape(shape) // _scale(encoded)
 
 
@@ -59,8 +65,19 @@ def orientation(path: Path) -> int:
         return image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
 
 
+def is_jpeg(path: Path) -> bool:
+    """Whether the file is one, whatever its name says."""
+    return path.read_bytes().startswith(b"\xff\xd8")
+
+
 def encode_png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
+
+
+def encode_normals(normals: np.ndarray) -> np.ndarray:
+    """Unit normals as uint8; undefined ones as (0, 0, 0), which no unit one gets."""
+    defined = normals.any(axis=-1, keepdims=True)
+    return np.where(defined, np.round((normals + 1) / 2 * 255), 0).astype(np.uint8)
 
 
 def _scale(encoded: bytes) -> int:

@@ -20,8 +20,7 @@ import tensorflow_datasets as tfds
 from rich.progress import track
 
 from training.datasets.files import check_names, files_in, new_folder, read_as
-from training.datasets.images import encode_png, read_image
-from training.datasets.normal_maps import encode_normals
+from training.datasets.images import encode_normals, encode_png, read_image
 
 # Spelled as the official files spell them; the index here is the class minus one.
 CLASSES = (

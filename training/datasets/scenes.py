@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from training.datasets.normal_maps import encode_normals
+from training.datasets.images import VOID, encode_normals
 from training.datasets.rendering import (
     HEIGHT,
     WIDTH,
@@ -24,7 +24,6 @@ from training.datasets.rendering import (
     photograph,
 )
 
-VOID = 255
 MIN_VISIBLE_PIXELS = 25  # smaller objects stay in the image, but get no box
 OCCLUDED_SHARE = 0.1  # of an object's silhouette hidden by other objects
 

@@ -70,14 +70,9 @@ class SavedBackbone:
 
 
 @dataclasses.dataclass(frozen=True)
-class FastRcnnAlexNet:
+class FastRcnnAlexNet(FcnAlexNet):
     """Fast R-CNN on AlexNet, its boxes pooled to 6x6, from scratch or from weights."""
 
-    width: float
-    normalization: Literal["batch", "local_response"] | None
-    dropout: float
-    weight_decay: float
-    common_start: bool  # all towers from one initialisation
     weights: Path | None  # of conv1 to fc7: .npz, torchvision's names or Caffe's
 
 
@@ -158,10 +153,15 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def find(name: str, toy: bool = False) -> Recipe:
+def find(name: str, toy: bool = False, tasks: list[str] | None = None) -> Recipe:
     """The recipe of that name, or its toy size, which runs whole in seconds.
 
     `<recipe>-labels10` is the recipe with a label fraction of 10 %.
+
+    Args:
+        name: String.
+        toy: Boolean.
+        tasks: List of other tasks, see `with_tasks`; `None` for its own.
     """
     base, _, percent = name.partition("-labels")
     if base not in names():
@@ -175,6 +175,8 @@ def find(name: str, toy: bool = False) -> Recipe:
     if toy:
         recipe = _toy(recipe)
         _check_sizes(recipe)
+    if tasks is not None:
+        recipe = with_tasks(recipe, tasks)
     return recipe if name == base else with_labels(recipe, percent)
 
 

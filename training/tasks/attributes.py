@@ -127,10 +127,10 @@ class AttributePrecision:
         self.answers.append(answer[there])
 
     def result(self) -> dict[str, Any]:
-        """In percent. Attributes that no object has do not count."""
+        """In percent; NaN without an object. Attributes that none has do not count."""
         counts = dict(zip(self.names, self.train_objects, strict=True))
         by_count = sorted(self.per_class().items(), key=lambda x: counts[x[0]])
-        values = [x["ap"] for _, x in by_count] or [0.0]
+        values = [x["ap"] for _, x in by_count] or [np.nan]
         rarest = {f"mean_ap_rarest_{k}": np.mean(values[:k]) for k in RAREST}
         return {"mean_ap": np.mean(values), **rarest}
 

@@ -228,10 +228,10 @@ class BoxPrecision:
                     self.found[name][c].append((scores[counts], right[counts]))
 
     def result(self) -> dict[str, Any]:
-        """In percent. Classes without an object do not count."""
+        """In percent; NaN without an object. Classes without one do not count."""
         by_class = self.per_class().values()
         return {
-            f"mean_{name}": np.mean([x[name] for x in by_class]) if by_class else 0.0
+            f"mean_{name}": np.mean([x[name] for x in by_class] or [np.nan])
             for name in self.SURPLUS
         }
 

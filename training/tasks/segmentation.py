@@ -123,16 +123,19 @@ class ConfusionMatrix:
         self.counts += added.reshape(self.counts.shape)
 
     def result(self) -> dict[str, float]:
-        """In percent. Classes neither in the truth nor in the answers do not count."""
+        """In percent; NaN without a labelled pixel.
+
+        Classes neither in the truth nor in the answers do not count.
+        """
         true, right, union = self._pixels()
+        if not true.any():
+            return dict.fromkeys(Segmentation.metrics, np.nan)
         occurs = union > 0
         iou = right[occurs] / union[occurs]
-        # Without a labelled pixel, all are 0.
-        total = max(true.sum(), 1)
         return {
-            "pixel_accuracy": 100 * right.sum() / total,
-            "miou": 100 * iou.mean() if len(iou) else 0.0,
-            "fwiou": 100 * (true[occurs] * iou).sum() / total,
+            "pixel_accuracy": 100 * right.sum() / true.sum(),
+            "miou": 100 * iou.mean(),
+            "fwiou": 100 * (true[occurs] * iou).sum() / true.sum(),
         }
 
     def per_class(self) -> dict[str, dict[str, float]]:
