@@ -366,7 +366,7 @@ def _data_format(
 ) -> dict[str, str]:
     """Where the layers of the towers have their channels."""
     formats = {
-        task: data_formats(joined.towers[task], value) for task, value in tap.items()
+        task: data_formats(joined.towers[task])[value] for task, value in tap.items()
     }
     found = set().union(*formats.values())
     if len(found) > 1:

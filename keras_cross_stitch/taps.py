@@ -98,9 +98,11 @@ def which_fit(
     if not project and all(len(value.shape) == rank for value in tap.values()):
         remedy = ". Or let `CrossStitch` project them: `stitch(..., project=True)`"
 
-    def fits(tower: Tower, value: Value) -> bool:
+    formats = {task: data_formats(towers[task]) for task in others}
+
+    def fits(task: str, value: Value) -> bool:
         if project:
-            axis = _channel_axis(tower, value)
+            axis = _channel_axis(value, formats[task][value])
             return len(value.shape) == rank and value.shape[axis] is not None
         return value.shape[1:] == shape
 
@@ -108,7 +110,7 @@ def which_fit(
         task: [
             path
             for path, by_call in towers[task].outputs.items()
-            if any(fits(towers[task], x) for values in by_call for x in values)
+            if any(fits(task, x) for values in by_call for x in values)
         ][-5:]
         for task in others
     }
@@ -230,39 +232,37 @@ class _Map(NamedTuple):
         return self.shape[1:] if self.channel_axis == 1 else self.shape[:-1]
 
 
-def data_formats(tower: Tower, value: Value) -> set[str]:
-    """Where the tower's layers have the channels of the value's maps.
+def data_formats(tower: Tower) -> dict[Value, set[str]]:
+    """{a map: where the tower's layers have its channels}.
 
     Of layers that have maps with the axes in the same places, if there are any. Both
-    places, if a layer that exchanges axes may be between the value and all that say it.
+    places, if a layer that exchanges axes may be between the map and all that say it.
     """
-    rank = len(value.shape)
-    maps = {
-        call: {x for x in (*call.reads, *call.outputs) if len(x.shape) == rank}
-        for call in tower.calls
-    }
-    exchanging = [x for x in tower.calls if type(x.layer).__name__ in _EXCHANGES]
-    same, before = {value}, 0
-    while len(same) > before:
-        before = len(same)
-        for call in (*tower.calls, *reversed(tower.calls)):
-            if call not in exchanging and not same.isdisjoint(maps[call]):
-                same |= maps[call]
-    said = [(x.layer.data_format, maps[x]) for x in tower.calls if _says_format(x)]
-    if here := {data_format for data_format, of in said if not same.isdisjoint(of)}:
-        return here
-    anywhere = {data_format for data_format, of in said if of}
-    if anywhere and any(maps[x] for x in exchanging):
-        return {"channels_first", "channels_last"}
-    return anywhere
-
-
-def _says_format(call: Call) -> bool:
-    layer = call.layer
-    # Flatten's is one by default, whatever the maps that it reads.
-    return isinstance(getattr(layer, "data_format", None), str) and not isinstance(
-        layer, keras.layers.Flatten
-    )
+    # Maps with the axes in the same places.
+    same: dict[Value, set[Value]] = {x: {x} for x in tower.inputs.values()}
+    exchanged = set()
+    for call in tower.calls:
+        for x in (maps := (*call.reads, *call.outputs)):
+            same.setdefault(x, {x})
+        if type(call.layer).__name__ in _EXCHANGES:
+            exchanged |= {len(x.shape) for x in maps}
+            continue
+        for rank in {len(x.shape) for x in maps}:
+            merged = set().union(*(same[x] for x in maps if len(x.shape) == rank))
+            same.update(dict.fromkeys(merged, merged))
+    here: dict[int, set[str]] = {id(maps): set() for maps in same.values()}
+    anywhere: dict[int, set[str]] = {len(x.shape): set() for x in same}
+    for call in tower.calls:
+        told = getattr(call.layer, "data_format", None)
+        # Flatten's is one by default, whatever the maps that it reads.
+        if isinstance(told, str) and not isinstance(call.layer, keras.layers.Flatten):
+            for x in (*call.reads, *call.outputs):
+                here[id(same[x])].add(told)
+                anywhere[len(x.shape)].add(told)
+    for rank in exchanged:
+        if anywhere[rank]:
+            anywhere[rank] = {"channels_first", "channels_last"}
+    return {x: here[id(maps)] or anywhere[len(x.shape)] for x, maps in same.items()}
 
 
 def default_data_format(rank: int) -> str:
@@ -271,18 +271,19 @@ def default_data_format(rank: int) -> str:
     return "channels_last" if rank == 3 else keras.config.image_data_format()
 
 
-def _channel_axis(tower: Tower, value: Value) -> int:
+def _channel_axis(value: Value, formats: set[str]) -> int:
     """As the unit at the value has it."""
     rank = len(value.shape)
-    formats = data_formats(tower, value) or {default_data_format(rank)}
-    return 1 if rank > 2 and formats == {"channels_first"} else -1
+    first = (formats or {default_data_format(rank)}) == {"channels_first"}
+    return 1 if rank > 2 and first else -1
 
 
 def _stage_ends(tower: Tower) -> list[_Map]:
     """The ends of the tower's stages, from input to output."""
     before, earliest = _ancestors(tower.calls)
     firsts = [call.outputs[0] for call in tower.calls]
-    maps = [_Map(n, x, _channel_axis(tower, x)) for n, x in enumerate(firsts)]
+    formats = data_formats(tower)
+    maps = [_Map(n, x, _channel_axis(x, formats[x])) for n, x in enumerate(firsts)]
     leads = 0  # the calls that lead to one with weights
     for n in reversed(range(len(tower.calls))):
         if getattr(tower.calls[n].layer, "weights", None):
