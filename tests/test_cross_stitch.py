@@ -811,3 +811,11 @@ def test_as_constants_is_the_same_mix_without_what_is_left_out(per, data_format)
         expected = sum(alpha[i, j] * maps[source] for j, source in enumerate("abc"))
         np.testing.assert_allclose(without[task], expected, rtol=1e-5, atol=1e-5)
     assert isinstance(unit.as_constants([*maps.values()]), list)
+
+
+def test_as_constants_has_the_dtype_of_the_layer():
+    unit = CrossStitch(dtype="mixed_float16")
+    maps = [x.astype("float32") for x in _maps(2, (3, 4))]
+    mixed = unit(maps)
+    for constant, x in zip(unit.as_constants(maps), mixed, strict=True):
+        assert constant.dtype == x.dtype

@@ -92,7 +92,13 @@ def test_other_layers_stay_as_they_are():
     own, unused = Own(), keras.layers.BatchNormalization()
     own.build((None, 5, 5, 3))
     first = keras.layers.Cropping2D(1, data_format="channels_first")
-    assert faster_layers.exchange([vectors, own, unused, first]) == []
+    others = [
+        keras.layers.BatchNormalization(**{option: True})
+        for option in ("renorm", "synchronized")
+    ]
+    for layer in others:
+        layer.build((None, 5, 5, 3))
+    assert faster_layers.exchange([vectors, own, unused, first, *others]) == []
 
 
 def test_a_masked_map_is_normalised_by_keras():

@@ -162,6 +162,12 @@ def test_a_loss_of_zero_counts_as_one_that_stays():
     assert np.isfinite(weights).all()
     np.testing.assert_allclose(weights.sum(), 3, rtol=1e-6)
 
+    model = new_model("dynamic_average")
+    logs = fit(model, 2, callbacks=[DynamicWeightAverage()], y=y)  # of weights of 1
+    a, c = (np.divide(*reversed(logs[f"{task}_loss"])) for task in "ac")
+    e = np.exp(np.array([a, 1, c]) / 2)
+    np.testing.assert_allclose(weight_of(model, "weight"), 3 * e / e.sum(), rtol=1e-4)
+
 
 @pytest.mark.slow
 def test_a_task_without_labels_keeps_its_uncertainty():
@@ -180,6 +186,33 @@ def test_what_marks_a_missing_label_stays():
     masked = MaskedLoss("mse", missing=-1)
     _, loss = weigh_losses(model, {"a": masked, "b": "mse"}, "dynamic_average")
     assert float(loss["a"]([[-1.0], [3.0]], [[5.0], [1.0]])) == 4
+
+
+def test_single_components_may_be_missing():
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(2)(x) for task in "ab"})
+    loss = dict.fromkeys("ab", MaskedLoss("mse"))
+    _, loss = weigh_losses(model, loss, "dynamic_average")
+    y_true, y_pred = [[1, np.nan], [3, 4]], [[9.0, 9], [3, 5]]
+    assert float(loss["a"](y_true, y_pred)) == pytest.approx((64 + 0 + 1) / 3)
+
+
+def test_a_weighed_loss_keeps_its_dtype():
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(1)(x) for task in "ab"})
+    double = keras.losses.MeanSquaredError(dtype="float64")
+    _, loss = weigh_losses(model, {"a": double, "b": "mse"}, "dynamic_average")
+    assert loss["a"](np.array([[1.0]]), np.array([[3.0]])).dtype == "float64"
+
+
+def test_a_mean_over_the_weights_stays_one():
+    x = keras.Input((3,))
+    model = keras.Model(x, {task: keras.layers.Dense(1)(x) for task in "ab"})
+    mean = keras.losses.MeanAbsoluteError(reduction="mean_with_sample_weight")
+    _, loss = weigh_losses(model, {"a": mean, "b": "mse"}, "dynamic_average")
+    given = map(np.array, ([[1.0], [3.0]], [[2.0], [9.0]], [3.0, 1.0]))
+    given = [*given]
+    assert float(loss["a"](*given)) == float(mean(*given)) == 2.25
 
 
 @pytest.mark.parametrize("by", ["uncertainty", "dynamic_average"])

@@ -244,6 +244,26 @@ def test_single_components_may_be_missing(name, data, of_one, shape, missing):
         assert float(metric.result()) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["BinaryAccuracy", "RootMeanSquaredError"])
+def test_a_metric_of_components_leaves_out_those_that_are_missing(name):
+    y_true, y_pred = binary(6, 5)
+    there = random.uniform(size=(6, 5)) > 0.4
+    masked, plain = MaskedMetric(metric_of(name)), metric_of(name)
+    masked.update_state(np.where(there, y_true, np.nan), y_pred)
+    plain.update_state(y_true[there][:, None], y_pred[there][:, None])
+    np.testing.assert_allclose(masked.result(), plain.result(), rtol=1e-5)
+
+
+def test_a_loss_keeps_its_dtype():
+    loss = MaskedLoss(keras.losses.MeanSquaredError(dtype="float64"))
+    assert loss([[1.0]], [[3.0]]).dtype == "float64"
+
+
+def test_the_weight_of_a_missing_label_may_be_no_number():
+    loss = MaskedLoss("mse")([[2.0], [np.nan]], [[1.0], [7.0]], [1.0, np.nan])
+    assert float(loss) == 1
+
+
 def test_weights_of_examples_and_of_components():
     y_true, y_pred = numbers(4, 3)
     y_true[0, 1] = y_true[2] = np.nan

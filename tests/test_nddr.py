@@ -18,7 +18,8 @@ from keras_cross_stitch import (
 
 def maps_of(tasks, shape, seed=0):
     rng = np.random.default_rng(seed)
-    return {f"t{k}": rng.normal(size=shape).astype("float32") for k in range(tasks)}
+    names = [f"t{k}" for k in reversed(range(tasks))]  # not as they are sorted
+    return {name: rng.normal(size=shape).astype("float32") for name in names}
 
 
 def distinct(layer, seed=1):

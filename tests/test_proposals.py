@@ -1,5 +1,6 @@
 import sys
 
+import cv2
 import numpy as np
 import pytest
 
@@ -26,6 +27,15 @@ def test_an_object_is_found_in_pixels_of_the_image(size, box):
     assert boxes.min() >= 0
     assert (boxes[:, 2:] <= [width, height]).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_opencv_is_given_its_own_order_of_colours(monkeypatch):
+    given, resize = [], cv2.resize
+    monkeypatch.setattr(
+        "cv2.resize", lambda image, size: given.append(image) or resize(image, size)
+    )
+    selective_search(picture())
+    np.testing.assert_array_equal(given[0], picture()[..., ::-1])
 
 
 def test_the_largest_are_first_and_the_same_each_time():

@@ -183,6 +183,28 @@ def test_a_score_that_is_no_number_drops_its_region_alone(rng):
     np.testing.assert_allclose(found["boxes"][0, :2], boxes[0, [0, 2]])
 
 
+def test_boxes_of_an_iou_of_the_threshold_are_no_duplicates():
+    boxes = np.array([[[0, 0, 10, 10], [20, 0, 30, 10]]])
+    found = detections(boxes, np.array([[0.9, 0.8]]), iou_threshold=0.0)
+
+    assert found["num_detections"] == [2]
+
+
+def test_a_region_that_is_inside_out_has_no_area():
+    boxes = np.array([[[10, 10, 50, 50], [9, 9, 3, 3]]])
+    found = detections(boxes, np.array([[0.9, 0.8]]))
+
+    assert found["num_detections"] == [1]
+
+
+def test_boxes_are_exact_under_mixed_precision():
+    box = np.float32([[[301, 11, 449, 403]]])
+    scores, deltas = np.float32([[[0.1, 0.9]]]), np.zeros((1, 1, 4), "float32")
+    found = Detections((512, 512), dtype="mixed_bfloat16")([scores, deltas, box])
+
+    np.testing.assert_array_equal(found["boxes"][0, 0], box[0, 0])
+
+
 def test_what_is_kept_is_what_keras_cv_keeps(rng):
     keras_cv = pytest.importorskip("keras_cv")
     rois = random_boxes(rng, 2, 40)

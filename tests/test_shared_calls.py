@@ -355,7 +355,23 @@ class Fourier(layers.Layer):
         return {**super().get_config(), "seed": self.seed}
 
 
+def closure(factor):
+    def scaled(x):
+        return factor * x
+
+    return scaled
+
+
+def by_default(factor):
+    def scaled(x, factor=factor):
+        return factor * x
+
+    return scaled
+
+
 UNLIKE = {
+    "what a closure holds": lambda n: layers.Lambda(closure(n + 1.0), name="one"),
+    "a default by place": lambda n: layers.Lambda(by_default(n + 1.0), name="one"),
     "an argument of a lambda": lambda n: layers.Lambda(
         by_name, arguments={"name": ["relu", "tanh"][n]}, name="one"
     ),
@@ -446,7 +462,11 @@ class Composite(layers.Layer):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("kind", [AddsLoss, AddsLossElsewhere, Composite])
+def penalised(name):
+    return layers.ReLU(activity_regularizer="l2", name=name)
+
+
+@pytest.mark.parametrize("kind", [AddsLoss, AddsLossElsewhere, Composite, penalised])
 def test_layers_that_add_losses_are_each_built(kind):
     frozen = layers.Conv2D(3, 1, trainable=False, name="frozen")
     towers = {task: tower([kind(name="adds"), frozen], seed=0) for task in "ab"}

@@ -97,6 +97,18 @@ def test_without_projection_shapes_are_equal():
     assert named(taps) == [(n, n) for n in ("down0", "bottom", "up0")]
 
 
+def test_a_stage_is_tapped_with_the_one_of_its_size_not_with_the_nearest_before_it():
+    def tower(*strides):
+        x = image = keras.Input((16, 16, 3), name="image")
+        for n, stride in enumerate(strides):
+            x = layers.Conv2D(4, 3, stride, padding="same", name=f"conv{n}")(x)
+        return keras.Model(image, layers.Dense(2, name="score")(layers.Flatten()(x)))
+
+    taps = common_taps({"a": tower(1, 2, 2), "b": tower(2, 2)}, project=True)
+
+    assert named(taps)[:2] == [("conv1", "conv0"), ("conv2", "conv1")]
+
+
 def test_towers_of_which_nothing_fits_are_told():
     towers = {"a": unet(2), "b": text(2)}
 

@@ -238,6 +238,14 @@ def test_the_score_of_an_untrained_fcn_is_small_but_not_zero():
     assert length.max() < 5
 
 
+@pytest.mark.parametrize("build", [alexnet, lambda *_, **more: fcn_alexnet(3, **more)])
+def test_kernels_start_with_the_spread_of_he(build):
+    for layer in build(3, width=0.1).layers:
+        if layer.weights and "norm" not in layer.name and layer.name != "score":
+            expected = np.sqrt(2 / np.prod(layer.kernel.shape[:-1]))
+            assert np.std(layer.kernel) == pytest.approx(expected, rel=0.15), layer.name
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (2, 3, 5, 11), (2, 3, 1, 1), (2, 5, 2)])
 def test_local_response_normalization_is_that_of_alexnet(shape):
     x = np.random.default_rng(0).normal(scale=100, size=shape)

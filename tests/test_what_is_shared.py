@@ -196,6 +196,23 @@ def test_without_is_the_growth_of_the_loss_and_alpha_is_as_before():
         assert row["shared"] == pytest.approx(shared, rel=1e-3, abs=1e-5)
 
 
+def below(bound):
+    return lambda t, p: keras.losses.mean_squared_error(t, p) - bound
+
+
+def test_a_loss_below_0_grows_upwards():
+    model, data = small()
+    grown = []
+    for bound in (0.0, 50.0):
+        loss = below(bound)
+        model.compile("sgd", {"a": loss, "b": loss})
+        logs = model.evaluate(*data, verbose=0, return_dict=True)
+        rows = sharing(model, data)
+        grown.append([x["without"] * abs(logs[f"{x['task']}_loss"]) for x in rows])
+    assert np.abs(grown).max() > 1e-3
+    np.testing.assert_allclose(*grown, rtol=1e-2, atol=1e-4)
+
+
 def problem(n, seed):
     """Tasks a and b of one function, and labels that are noise."""
     random = np.random.default_rng(seed)

@@ -280,6 +280,24 @@ def test_a_second_detection_of_an_object_is_wrong():
     assert scores.result()["mean_ap"] == pytest.approx(125 / 3)
 
 
+@pytest.mark.parametrize(("bottom", "ap"), [(5.0, 100), (4.9, 0)])
+def test_an_overlap_of_half_is_enough_and_of_the_devkit_with_its_last_pixels(
+    bottom, ap
+):
+    scores = BoxPrecision(CLASSES)
+    found = {
+        "boxes": np.float32([[[0, 0, 10, bottom]]]),
+        "classes": np.array([[1]]),
+        "scores": np.array([[0.9]]),
+        "num_detections": np.array([1]),
+    }
+    scores.update(np.float32([[[0, 0, 10, 10, 1, 0]]]), found)
+
+    assert scores.per_class() == {
+        "dog": {"ap": ap, "ap_voc2008": pytest.approx(100), "objects": 1}
+    }
+
+
 def devkits_ap(target, answers, c):
     """VOCevaldet.m and VOCap of the devkit of 2008, line by line, at IoU 0.5."""
     rows = [

@@ -196,6 +196,15 @@ def test_the_recipes_numbers_reach_the_optimizer_and_the_loss(alexnet, tasks):
     of_tasks = compiled("single_task@learning_rate_multipliers=2+0.5").optimizer
     assert of_tasks.multipliers == {"^segmentation_": 2, "^normals_": 0.5}
     assert len(nddr.losses) == len(model.losses) + 4  # two tasks at two taps
+    units = [nddr.get_layer(f"nddr_{name}") for name in ("pool1", "fc7")]
+    more = sum(np.sum(np.square(x)) for unit in units for x in unit.kernels.values())
+    total = penalty + 0.02 / 2 * more
+    np.testing.assert_allclose(sum(nddr.losses), total, rtol=1e-5)
+    other = compiled("nddr@same_task=0.5").get_layer("nddr_pool1")
+    np.testing.assert_allclose(other.kernels["normals"][0, 0], 0.5, rtol=1e-5)
+    per_layer = compiled("cross_stitch@per=layer,same_task=0.5")
+    alpha = per_layer.get_layer("cross_stitch_pool1").alpha
+    np.testing.assert_allclose(alpha, np.full((2, 2), 0.5), rtol=1e-5)
     control = compiled("own_maps_from_start@alpha_multiplier=3")
     assert control.optimizer.alpha == 3
     unit = control.get_layer("cross_stitch_pool1")

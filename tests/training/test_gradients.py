@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import layers
 
 from keras_cross_stitch import LearningRateGroups, stitch, weigh_losses
-from training.gradients import PCGrad, pcgrad_weights
+from training.gradients import PCGrad, _projected, pcgrad_weights
 
 
 def by_hand(gradients, orders):
@@ -159,6 +159,41 @@ def test_where_no_gradient_is_against_another_it_is_a_step_of_their_sum():
         weights.append(model.get_weights())
     for one, other in zip(*weights, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_act_as_in_training():
+    x = keras.Input((4,), name="x")
+    y = layers.BatchNormalization(name="norm")(x)
+    model = PCGrad(x, {task: layers.Dense(1, name=task)(y) for task in "ab"})
+    model.compile("sgd", {task: keras.losses.MeanSquaredError() for task in "ab"})
+
+    model.fit(X, Y, batch_size=6, verbose=0)
+
+    moved = model.get_layer("norm").moving_mean
+    np.testing.assert_allclose(moved, 0.01 * X.mean(axis=0), rtol=1e-3, atol=1e-6)
+
+
+def test_the_order_is_drawn_anew_in_each_step_and_again_when_resumed():
+    rng = np.random.default_rng(0)
+    gradients = [[tf.constant(g)] for g in rng.normal(size=(5, 3))]
+
+    found = [_projected(gradients, k, set())[0].numpy() for k in (*range(8), 0)]
+
+    assert len({x.tobytes() for x in found}) > 1
+    np.testing.assert_array_equal(found[0], found[-1])
+
+
+def test_a_scale_of_the_loss_cancels():
+    weights = []
+    for scale in (None, 1024.0):
+        plain = shared(keras.regularizers.L2(0.05))
+        model = PCGrad(plain.input, plain.output)
+        sgd = keras.optimizers.SGD(0.1, loss_scale_factor=scale)
+        model.compile(sgd, {task: keras.losses.MeanSquaredError() for task in "ab"})
+        model.fit(X, Y, batch_size=6, verbose=0)
+        weights.append(model.get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])

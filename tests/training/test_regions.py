@@ -217,6 +217,14 @@ def test_each_task_is_tested_on_the_boxes_that_it_asks_for(rooms):
                 assert np.isnan(of_image[count:]).all()
 
 
+def test_the_train_objects_of_each_attribute_are_counted(rooms):
+    train = tfds.as_numpy(rooms.builder.as_dataset(split="train"))
+    of_all = np.concatenate([x["objects"]["attributes"] for x in train])
+    task = Attributes.for_dataset(rooms.builder, "train", "attributes")
+
+    assert task.train_objects == tuple(of_all.sum(axis=0, dtype=int))
+
+
 def test_images_are_fitted_into_the_recipes_size_with_their_boxes():
     image = np.random.default_rng(0).integers(0, 255, (60, 100, 3), "uint8")
     fitted, size = regions._fit(tf.constant(image), (80, 128))

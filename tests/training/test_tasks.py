@@ -1,4 +1,5 @@
 import json
+import types
 
 import keras
 import numpy as np
@@ -172,6 +173,17 @@ def test_normals_metrics_agree_with_all_the_angles(oriented, rng):
         )
 
 
+def test_an_angle_counts_to_a_hundredth_of_a_degree(rng):
+    angles = np.radians([11.245, 11.255])
+    answer = np.stack([np.sin(angles), 0 * angles, -np.cos(angles)], -1)[None, None]
+    values = results(
+        Normals(some_codewords(rng)), [(np.full_like(answer, [0, 0, -1]), answer)]
+    )
+
+    assert values["within_11_25"] == 50
+    assert values["mean_angle"] == pytest.approx(11.25, abs=1e-3)
+
+
 def test_normals_metrics_do_not_see_undefined_normals(oriented, rng):
     task = Normals(some_codewords(rng))
     elsewhere = [
@@ -291,6 +303,21 @@ def test_the_codewords_are_of_the_split_and_kept_with_the_data(finished, monkeyp
     np.testing.assert_array_equal(
         Normals.for_dataset(finished.builder, "train", "normals").codewords, first
     )
+
+
+def test_codewords_are_of_normals_that_are_defined(rng):
+    directions = random_normals(rng, (20,))
+    stored = np.round((directions + 1) * 127.5).astype("uint8")
+    stored = np.tile(stored, (1, 30, 2, 1))
+    stored[:, ::2] = 0
+    feature = types.SimpleNamespace(shape=stored.shape[1:], np_dtype=np.uint8)
+    builder = types.SimpleNamespace(
+        info=types.SimpleNamespace(features={"normals": feature}),
+        as_dataset=lambda **_: tf.data.Dataset.from_tensor_slices({"normals": stored}),
+    )
+    codewords = normals.cluster(builder, "train", "normals")
+
+    assert (directions @ codewords.T).max(axis=1).min() > 0.999
 
 
 def test_angles_are_undefined_where_no_normal_is(rng):

@@ -4,6 +4,7 @@ import shutil
 
 import keras
 import matplotlib.image
+import numpy as np
 import pytest
 
 from training import runs
@@ -11,6 +12,7 @@ from training.files import Row, write_csv
 from training.locks import lock
 from training.provenance import Made
 from training.study import comparison
+from training.tasks import Depth
 
 pytestmark = pytest.mark.xdist_group("tiny")
 
@@ -63,6 +65,19 @@ def test_what_is_exported_is_of_the_last_method_that_has_units(
     assert method == "cross_stitch"
     assert exported == [cross_stitch / "model.keras"]
     assert titles[0][2:] == ["cross-stitch", "single-task", "change, first to last"]
+
+
+def test_the_change_is_from_the_first_method_to_the_last(monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        comparison.figures, "difference", lambda *three: compared.append(three)
+    )
+    metres = [np.full((1, 1, 1), x) for x in (2.0, 3.0, 5.0, 9.0)]
+    truth, *answers = ([x] for x in metres)
+    comparison._columns(Depth(), [np.zeros((1, 1, 3))], truth, answers)
+
+    drawn = [Depth().draw(metres[k]) for k in (0, 1, 3)]
+    np.testing.assert_array_equal(compared, [drawn])
 
 
 def test_of_two_comparisons_of_a_seed_one_waits(finished, cross_stitch, monkeypatch):

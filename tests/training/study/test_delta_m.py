@@ -84,6 +84,8 @@ def test_without_a_baseline_of_numbers_a_run_has_none():
         *rows_of("single_task_longer", 2, a__miou=10.0),
         *(x for seed in (1, 7) for x in rows_of("cross_stitch", seed, a__miou=11.0)),
         *rows_of("cross_stitch", 2, a__miou=11.0, b__rmse=1.0),
+        *rows_of("single_task_longer", 4, a__miou=np.nan),
+        *rows_of("cross_stitch", 4, a__miou=11.0),
         *rows_of("single_task_longer", 3, a__miou=10.0, b__mean_angle=np.nan),
         *rows_of("cross_stitch", 3, a__miou=11.0, b__mean_angle=np.nan),
     ]

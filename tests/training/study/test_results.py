@@ -242,6 +242,8 @@ def test_a_method_that_another_one_beats_on_the_same_seeds_is_not_marked():
         ("split@conv4", "single_task_as_long"),
         ("cross_stitch@alpha_multiplier=10", "single_task_longer"),
         ("cross_stitch_from_start", "single_task_as_long"),
+        ("nddr", "single_task_longer"),
+        ("nddr_from_start", "single_task_as_long"),
     ],
 )
 def test_each_method_is_compared_with_its_own_baseline(method, baseline):
