@@ -21,6 +21,11 @@ HTTP_STATUS = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
+# The types that TF Serving reads from JSON and writes to it.
+JSON_DTYPES = (
+    *("float32", "float64", "int8", "int16", "int32", "int64"),
+    *("uint8", "uint32", "uint64", "bool", "string"),
+)
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 

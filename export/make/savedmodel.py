@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from export import meanings
 from export.client import regions
+from export.client.protocol import JSON_DTYPES, array_dtype
 from export.make import dropping, inputs, precision
 from export.make.changes import Change, changes
 from export.version import recorded
@@ -108,6 +109,11 @@ def export(
             progress=progress,
             finish=finish,
         )
+    if progress and (without := _without_json(version)):
+        progress(
+            "Note: TF Serving answers these over gRPC, not over REST, or give them as "
+            f"float32: {', '.join(without)}"
+        )
     return version, links, report
 
 
@@ -141,6 +147,17 @@ def _add(
     }
     (extra / "export.json").write_text(json.dumps(about, indent=2))
     recorded.record(version, given, warmup)
+
+
+def _without_json(version: pathlib.Path) -> list[str]:
+    """The outputs of types that TF Serving does not write to JSON."""
+    recordings = recorded.read(version / recorded.RECORDED)
+    types = {
+        (name, array_dtype(array))
+        for _, _, outputs in recordings
+        for name, array in outputs.items()
+    }
+    return [f"{name} ({x})" for name, x in sorted(types) if x not in JSON_DTYPES]
 
 
 def _by_name(

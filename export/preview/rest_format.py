@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from export.client.arrays import FLOATS, flattened
-from export.client.protocol import ServingError
+from export.client.protocol import JSON_DTYPES, ServingError, array_dtype
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -106,6 +106,12 @@ def _of_the_only_input(values: Any, infos: Mapping[str, Any]) -> dict[str, Any]:
 
 def _array(name: str, values: Any, number: int) -> np.ndarray:
     dtype = tf.as_dtype(number)
+    if dtype.name not in JSON_DTYPES:
+        raise ServingError(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"Send '{name}' of type {dtype.name} over gRPC: TF Serving reads none from "
+            "JSON",
+        )
     try:
         shape, flat = flattened(values)
         if dtype == tf.string:
@@ -120,7 +126,7 @@ def _array(name: str, values: Any, number: int) -> np.ndarray:
 
 
 def _numbers(flat: list[Any], dtype: tf.DType) -> np.ndarray:
-    kind = "f" if dtype.is_floating else np.dtype(dtype.as_numpy_dtype).kind
+    kind = np.dtype(dtype.as_numpy_dtype).kind
     wrong = {type(value) for value in flat} - _TYPES[kind]
     if wrong:
         example = next(value for value in flat if type(value) in wrong)
@@ -175,11 +181,17 @@ def rows(outputs: Mapping[str, np.ndarray]) -> list[Any]:
 
 
 def _plain(name: str, array: np.ndarray) -> Any:
+    if (dtype := array_dtype(array)) not in JSON_DTYPES:
+        raise ServingError(
+            INVALID,
+            f"Ask for '{name}' of type {dtype} over gRPC, or give it as float32: TF "
+            "Serving writes none to JSON",
+        )
     if array.dtype == object:
         as_json = _encoded if name.endswith("_bytes") else _text
         return np.vectorize(as_json, otypes=[object])(array).tolist()
-    if array.dtype.kind in "fV" and array.dtype != "float64":  # V: bfloat16
-        return _of_few_digits(array.astype("float32")).tolist()
+    if array.dtype == "float32":
+        return _of_few_digits(array).tolist()
     return array.tolist()
 
 
