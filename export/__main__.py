@@ -78,7 +78,8 @@ def savedmodel(
         Path | None,
         typer.Option(
             parser=path,
-            help="Folder of JPEG or PNG files, or a .npy file, to measure on.",
+            help="What to measure on: a folder of JPEG or PNG files, a .npy file, or a "
+            ".npz file with an array for each input.",
         ),
     ] = None,
     drop_below: Annotated[

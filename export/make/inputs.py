@@ -2,7 +2,7 @@
 
 import pathlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import keras
 import numpy as np
@@ -34,31 +34,36 @@ def load_model(path: pathlib.Path) -> keras.Model:
 
 
 def load_images(path: pathlib.Path, model: keras.Model) -> list[np.ndarray]:
-    """A folder of JPEG and PNG files, or an `.npy` file, as the model takes it.
+    """A folder of JPEG and PNG files, or a file of arrays, as the model takes it.
 
-    For a model of an image and regions, which are searched for in a folder's files.
+    Regions, for a model that takes an image and them, are searched for in a folder's
+    files.
 
     Returns:
         An array for each of the model's inputs, in their order.
     """
     specs = {x.name: x for x in model.inputs}
-    if len(specs) > 1 and not (regions.taken_by(specs) and path.is_dir()):
-        raise ValueError(
-            "--images is for models with one input, or as a folder for those with "
-            f"`image` and `rois`. Received: {path}, for inputs {list(specs)}"
-        )
-    if path.is_dir():
+    if path.is_dir() and (len(specs) == 1 or regions.taken_by(specs)):
         read = _read_folder(path, specs)
         given = {name: _pixels(array, specs[name]) for name, array in read.items()}
-    elif path.suffix == ".npy" and path.is_file():
+    elif path.suffix == ".npy" and path.is_file() and len(specs) == 1:
         given = {name: _read_array(path) for name in specs}
+    elif path.suffix == ".npz" and path.is_file():
+        given = _read_arrays(path, specs)
     else:
         raise ValueError(
-            f"--images must be a folder of JPEG or PNG files, or a .npy file. "
-            f"Received: {path}"
+            "--images must be a folder of JPEG or PNG files, a .npy file, or, for "
+            "several inputs that are not `image` and `rois`, a .npz file with an array "
+            f"for each of {list(specs)}. Received: {path}"
         )
     for name, spec in specs.items():
         _check_shape(given[name], spec, path)
+    lengths = [len(given[name]) for name in specs]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"--images: the arrays must have one length. Received: {path}, of lengths "
+            f"{lengths}"
+        )
     return [_as_taken(given[name], spec, path) for name, spec in specs.items()]
 
 
@@ -74,6 +79,23 @@ def _read_array(path: pathlib.Path) -> np.ndarray:
         ) from error
 
 
+def _read_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            given = dict(arrays)
+    except Exception as error:  # NumPy raises all kinds on what is none
+        raise ValueError(
+            "--images must be arrays of numbers or text, as `numpy.savez` writes them. "
+            f"Received: {path} ({error})"
+        ) from error
+    if given.keys() != set(names):
+        raise ValueError(
+            f"--images must hold an array for each of {list(names)}. Received: {path}, "
+            f"with {list(given)}"
+        )
+    return given
+
+
 def _read_folder(
     path: pathlib.Path, specs: Mapping[str, keras.KerasTensor]
 ) -> dict[str, np.ndarray]:
@@ -85,7 +107,7 @@ def _read_folder(
     ((name, spec),) = specs.items()
     if len(spec.shape) != 4 or spec.shape[-1] != 3:
         raise ValueError(
-            "--images: a folder is for models that take (N, H, W, 3); give a .npy "
+            "--images: a folder is for models that take (N, H, W, 3): give a .npy "
             f"file. The model takes {spec.shape}"
         )
     images = [_read_image(file, spec.shape[1:3]) for file in files]
@@ -124,8 +146,8 @@ def _check_shape(
     )
     if not fits or not len(array):
         raise ValueError(
-            f"--images: the model takes {spec.shape}. Received: {path}, of shape "
-            f"{array.shape}"
+            f"--images: the model takes '{spec.name}' of shape {spec.shape}. Received: "
+            f"{path}, of shape {array.shape}"
         )
 
 

@@ -42,7 +42,8 @@ def export(
         directory: Of the served model.
         from_jpeg: Whether to add signatures `<task>_from_jpeg`.
         warmup: Number of requests that TF Serving replays, for every signature.
-        images: Folder of images, or `.npy` file, to measure and to warm up with.
+        images: Folder or file as `inputs.load_images` takes it, to measure and to
+            warm up with.
             Defaults to random ones, which text has none of.
         drop_below: The most that outputs may change for links left out; see
             `dropping.negligible_links`. Needs `images`.
@@ -56,7 +57,7 @@ def export(
     if drop_below is not None and images is None:
         raise ValueError(
             "--drop-below measures what may be dropped on --images: give a folder of "
-            "images such as the model will be asked about, or a .npy file"
+            "images such as the model will be asked about, or a .npy or .npz file"
         )
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {DTYPES}. Received: {dtype}")
@@ -71,9 +72,13 @@ def export(
         )
     text = [x.name for x in model.inputs if x.dtype == "string"]
     if text and images is None:
+        names = [x.name for x in model.inputs]
+        what = "FILE.npy, an array of strings"
+        if len(names) > 1:
+            what = f"FILE.npz, with an array for each of {names}"
         raise ValueError(
             f"The model takes text, '{text[0]}', of which no random one says anything. "
-            "Give some with --images FILE.npy, an array of strings"
+            f"Give some with --images {what}"
         )
     _check_warmup(warmup, len(model.output), from_jpeg)
     examples = inputs.load_images(images, model) if images else None

@@ -86,7 +86,9 @@ def test_a_folder_of_images_is_rounded_for_a_model_of_whole_numbers(tmp_path):
 @pytest.mark.parametrize("shape", [(3, 4, 6), (3, 4), (0, 4, 5)])
 def test_an_array_of_another_shape_is_an_error(tmp_path, shape):
     np.save(tmp_path / "x.npy", np.zeros(shape))
-    with pytest.raises(ValueError, match=r"takes \(None, 4, 5\). Received: .*x\.npy"):
+    with pytest.raises(
+        ValueError, match=r"takes 'x0' of shape \(None, 4, 5\). Received: .*x\.npy"
+    ):
         load_images(tmp_path / "x.npy", takes((4, 5)))
 
 
@@ -125,19 +127,66 @@ def test_what_is_no_image_is_an_error_that_names_the_file(tmp_path):
 def test_images_that_are_not_there_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="no JPEG or PNG files in"):
         load_images(tmp_path, takes((9, 7, 3)))
-    with pytest.raises(ValueError, match=r"a folder of JPEG or PNG files, or a .npy"):
+    with pytest.raises(ValueError, match=r"a folder of JPEG or PNG files, a .npy"):
         load_images(tmp_path / "none.npy", takes((9, 7, 3)))
 
 
 def test_a_folder_for_a_model_of_no_images_is_an_error(tmp_path):
     write(tmp_path / "a.png", 9, 7)
-    with pytest.raises(ValueError, match=r"that take \(N, H, W, 3\); give a .npy file"):
+    with pytest.raises(
+        ValueError, match=r"that take \(N, H, W, 3\).* give a .npy file"
+    ):
         load_images(tmp_path, takes((9, 7, 1)))
 
 
-def test_images_for_a_model_of_two_inputs_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"one input, or .*inputs \['x0', 'x1'\]"):
-        load_images(tmp_path, takes((4,), (5,)))
+def test_several_inputs_are_arrays_of_a_file_by_their_names(tmp_path):
+    text = keras.Input((1,), dtype="string", name="text")
+    model = takes((4,), (5,))
+    model = keras.Model([*model.inputs, text], {"a": model.inputs[0]})
+    arrays = {"text": [["a"], ["ü"]], "x1": np.ones((2, 5)), "x0": np.zeros((2, 4))}
+    np.savez(tmp_path / "x.npz", **arrays)
+    loaded = load_images(tmp_path / "x.npz", model)
+    assert [x.shape for x in loaded] == [(2, 4), (2, 5), (2, 1)]
+    assert [x.dtype for x in loaded] == ["float32", "float32", object]
+    assert loaded[2].tolist() == [[b"a"], ["ü".encode()]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"x0": 4}, r"array for each of \['x0', 'x1'\].*x\.npz, with \['x0'\]"),
+        ({"x0": 4, "x1": 5, "y": 5}, r"Received: .*x\.npz, with \['x0', 'x1', 'y'\]"),
+        ({"x0": 4, "x1": 6}, r"'x1' of shape \(None, 5\). Received: .* \(2, 6\)"),
+    ],
+)
+def test_other_arrays_than_the_inputs_are_an_error(tmp_path, sizes, message):
+    arrays = {name: np.zeros((2, size)) for name, size in sizes.items()}
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path / "x.npz", takes((4,), (5,)))
+
+
+def test_arrays_of_unequal_lengths_are_an_error(tmp_path):
+    np.savez(tmp_path / "x.npz", x0=np.zeros((2, 4)), x1=np.zeros((3, 5)))
+    with pytest.raises(ValueError, match=r"one length. Received: .* \[2, 3\]"):
+        load_images(tmp_path / "x.npz", takes((4,), (5,)))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and no more"])
+def test_a_file_of_several_arrays_that_is_none_is_an_error(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    message = r"--images must be arrays .* `numpy\.savez` .* Received: .*x\.npz \("
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path / "x.npz", takes((4,), (5,)))
+
+
+def test_one_array_or_a_folder_for_a_model_of_two_inputs_is_an_error(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4)))
+    write(tmp_path / "a.png", 9, 7)
+    for path in (tmp_path / "x.npy", tmp_path):
+        message = r"\.npz file with an array for each of \['x0', 'x1'\]"
+        with pytest.raises(ValueError, match=message):
+            load_images(path, takes((4,), (5,)))
 
 
 def test_a_model_that_is_none_is_told_in_one_line(tmp_path):
