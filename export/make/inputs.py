@@ -23,7 +23,14 @@ def load_model(path: pathlib.Path) -> keras.Model:
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises all kinds on what is no model
-        why = textwrap.shorten(str(error), 300) or type(error).__name__
+        # Before its reason, Keras says the config of a whole model.
+        reason = str(error).rpartition("Exception encountered:")[2]
+        why = textwrap.shorten(reason, 300) or type(error).__name__
+        if "Could not locate" in why:
+            expected = (
+                "Expected a model of Keras's classes and ours. With a class of your "
+                "own, call `export_saved_model` in the program that defines it"
+            )
         raise ValueError(f"{expected}. Received: {path} ({why})") from error
     if not isinstance(getattr(model, "output", None), dict):
         raise ValueError(

@@ -189,6 +189,24 @@ def test_one_array_or_a_folder_for_a_model_of_two_inputs_is_an_error(tmp_path):
             load_images(path, takes((4,), (5,)))
 
 
+@keras.saving.register_keras_serializable()
+class Twice(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+
+def test_a_layer_of_ones_own_is_named_with_what_to_do(tmp_path, monkeypatch):
+    x = keras.Input((4,))
+    y = {"a": keras.layers.Dense(1)(Twice()(x)), "b": keras.layers.Dense(2)(x)}
+    keras.Model(x, y).save(tmp_path / "own.keras")
+    name = keras.saving.get_registered_name(Twice)
+    monkeypatch.delitem(keras.saving.get_custom_objects(), name)
+    monkeypatch.setattr(Twice, "__module__", "gone")
+    message = r"call `export_saved_model` in .*Could not locate class 'Twice'"
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "own.keras")
+
+
 def test_a_model_that_is_none_is_told_in_one_line(tmp_path):
     text = tmp_path / "text.keras"
     text.write_text("not a model")
