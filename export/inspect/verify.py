@@ -35,12 +35,12 @@ class Report:
     signatures: dict[str, Signature]
     about: dict  # the content of export.json
     bytes: int
-    differences: dict[str, dict[str, float]]  # {signature: {output: relative}}
+    differences: dict[str, dict[str, float]]  # as `recorded.repeat` gives them
     wrong: list[str]  # in words; empty where all is as it was
 
 
 def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
-    """Asks every signature for what was recorded, and compares.
+    """Asks every signature for what was recorded, and compares; repeats the warm-up.
 
     Args:
         version: Path of a version that `python -m export savedmodel` wrote.
@@ -65,19 +65,19 @@ def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
         )
     found = signatures(version)
     tolerance = max(described["tolerance"], _TOLERANCE[engine])
-    differences = _in_a_process_of_its_own(version, engine)
+    differences, failures = _in_a_process_of_its_own(version, engine)
     return Report(
         found,
         described,
         sum(path.stat().st_size for path in version.rglob("*") if path.is_file()),
         differences,
-        _wrong(found, differences, tolerance, engine),
+        _wrong(found, differences, tolerance, engine) + failures,
     )
 
 
 def _in_a_process_of_its_own(
     version: pathlib.Path, engine: str
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], list[str]]:
     command = [sys.executable, "-I", "-c", _PROGRAM, recorded.__file__]
     done = subprocess.run(
         [*command, str(version.absolute()), engine],

@@ -65,10 +65,17 @@ def read(path: pathlib.Path) -> list[tuple[str, Arrays, Arrays]]:
     return predictions
 
 
-def differences(version: pathlib.Path, engine: str) -> dict[str, dict[str, float]]:
-    """{signature: {output: the largest difference, relative to the largest value}}."""
+def repeat(
+    version: pathlib.Path, engine: str
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Asks again for what was recorded, and what TF Serving warms up with.
+
+    Returns:
+        `({signature: {output: difference}}, failures)`; the differences as
+        `relative_difference` has them, the failures of the warm-up in words.
+    """
     ask = {"tensorflow": _tensorflow, "openvino": _openvino}[engine](version)
-    return {
+    differences = {
         signature: {
             name: _difference(outputs.get(name), recorded.get(name))
             for name in sorted({*outputs, *recorded})
@@ -76,6 +83,34 @@ def differences(version: pathlib.Path, engine: str) -> dict[str, dict[str, float
         for signature, inputs, recorded in read(version / RECORDED)
         if (outputs := ask(signature, inputs)) is not None
     }
+    return differences, _failures(ask, version / WARMUP)
+
+
+def _failures(ask: "_Ask", path: pathlib.Path) -> list[str]:
+    """Why the requests of a file would keep TF Serving from loading the version."""
+    if not path.is_file():
+        return []
+    try:
+        requests = read(path)
+    except Exception as error:  # whatever is wrong with it, the version is not served
+        return [f"The warm-up requests cannot be read: {_line(error)}"]
+    failures = []
+    for number, (signature, inputs, _) in enumerate(requests, start=1):
+        signature = signature or "serving_default"
+        try:
+            outputs = ask(signature, inputs)
+            why = "it is not there" if outputs == {} else ""
+        except Exception as error:  # TensorFlow raises all kinds
+            why = _line(error)
+        if why:
+            failures.append(
+                f"Warm-up request {number}, of signature '{signature}', fails: {why}"
+            )
+    return failures
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _difference(output: np.ndarray | None, recorded: np.ndarray | None) -> float:
@@ -192,4 +227,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    json.dump(differences(pathlib.Path(sys.argv[1]), sys.argv[2]), sys.stdout)
+    json.dump(repeat(pathlib.Path(sys.argv[1]), sys.argv[2]), sys.stdout)

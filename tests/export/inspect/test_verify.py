@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("export")
 @pytest.fixture
 def here(monkeypatch):
     """Without a process of its own, which takes seconds."""
-    monkeypatch.setattr(verify, "_in_a_process_of_its_own", recorded.differences)
+    monkeypatch.setattr(verify, "_in_a_process_of_its_own", recorded.repeat)
 
 
 def test_a_process_without_keras_finds_the_same_answers(version):
@@ -57,14 +57,14 @@ def edited(version, path, about):
 def test_what_differs_is_wrong(version, monkeypatch, difference):
     found = {name: {"kind": 1e-7} for name in verify.signatures(version)}
     found["age"] = {"age": difference}
-    monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: found)
+    monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: (found, []))
     (line,) = verify.verify(version).wrong
     assert line.startswith(f"'age' of signature 'age' differs by {difference:.2g}")
 
 
 def test_bfloat16_may_differ_by_more(version, tmp_path, monkeypatch):
     found = {name: {"kind": 0.01} for name in verify.signatures(version)}
-    monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: found)
+    monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: (found, []))
     about = '{"dtype": "bfloat16", "tolerance": 0.02}'
     assert verify.verify(edited(version, tmp_path, about)).wrong == []
 
@@ -72,7 +72,7 @@ def test_bfloat16_may_differ_by_more(version, tmp_path, monkeypatch):
 def test_a_signature_that_was_not_recorded_is_wrong(version, monkeypatch):
     found = {name: {} for name in [*verify.signatures(version), "depth"]}
     del found["kind"]
-    monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: found)
+    monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: (found, []))
     assert verify.verify(version).wrong == [
         "Signature 'depth' was not there, or not recorded",
         "Signature 'kind' was not there, or not recorded",

@@ -60,8 +60,41 @@ def test_a_model_that_takes_text_is_exported_on_text_that_is_given(tmp_path):
 
     for _, given, _ in recorded.read(version / recorded.RECORDED):
         assert given["words"].tolist() == [[b"a b"], ["ü b".encode()]]
-    differences = recorded.differences(version, "tensorflow")
+    differences, failed = recorded.repeat(version, "tensorflow")
     assert differences["one"] == {"one": 0}
+    assert failed == []
+
+
+def test_text_beside_another_input_is_given_in_a_file_of_both(tmp_path):
+    words = keras.Input((1,), dtype="string", name="words")
+    size = keras.Input((2,), name="size")
+    hashed = keras.layers.Hashing(5, output_mode="one_hot")(words)
+    x = keras.layers.Concatenate()([hashed, size])
+    outputs = {name: keras.layers.Dense(2, name=name)(x) for name in ("one", "two")}
+    keras.Model([words, size], outputs).save(tmp_path / "model.keras")
+    np.savez(tmp_path / "x.npz", size=np.ones((2, 2)), words=[["a"], ["b"]])
+    where = tmp_path / "model.keras", tmp_path / "served"
+
+    message = r"--images FILE\.npz, .* each of \['words', 'size'\]"
+    with pytest.raises(ValueError, match=message):
+        export(*where)
+    version, *_ = export(*where, images=tmp_path / "x.npz")
+
+    for _, given, _ in recorded.read(version / recorded.RECORDED):
+        assert given["words"].tolist() == [[b"a"], [b"b"]]
+
+
+def test_a_type_without_json_is_told(tmp_path):
+    x = keras.Input((4,), name="x")
+    half = keras.layers.Dense(2, dtype="float16", name="half")(x)
+    outputs = {"half": half, "whole": keras.layers.Dense(2, name="whole")(x)}
+    keras.Model(x, outputs).save(tmp_path / "model.keras")
+    lines = []
+    export(tmp_path / "model.keras", tmp_path / "served", progress=lines.append)
+    (note,) = [line for line in lines if line.startswith("Note: ")]
+    assert note.endswith(
+        "over gRPC, not over REST, or give them as float32: half (float16)"
+    )
 
 
 def test_how_it_was_made_goes_with_the_version(version):
@@ -189,7 +222,7 @@ def test_an_image_may_have_the_name_of_files(tmp_path):
         dtype="bfloat16",
     )
     assert changes.keys() == {"serving_default", "a", "largest"}
-    differences = recorded.differences(version, "tensorflow")
+    differences, _ = recorded.repeat(version, "tensorflow")
     assert differences["a"] == differences["a_from_jpeg"] == {"a": 0}
     timed = bench(version, rounds=2, batches=(1,)).rows
     assert {row.signature for row in timed} == changes.keys()

@@ -1,4 +1,5 @@
 import collections
+import shutil
 
 import numpy as np
 import pytest
@@ -47,14 +48,17 @@ def test_recorded_outputs_are_the_models(version, model, images):
 
 
 def test_nothing_differs_in_what_was_just_written(version):
-    differences = recorded.differences(version, "tensorflow")
+    differences, failed = recorded.repeat(version, "tensorflow")
+    assert failed == []
     assert set(differences) == ARRAYS | FILES
     assert all(x <= 1e-6 for outputs in differences.values() for x in outputs.values())
 
 
 def test_openvino_runs_serving_default(version):
     pytest.importorskip("openvino")
-    (signature, outputs), *others = recorded.differences(version, "openvino").items()
+    differences, failed = recorded.repeat(version, "openvino")
+    (signature, outputs), *others = differences.items()
+    assert failed == []
     assert signature == "serving_default"
     assert not others
     assert set(outputs) == {"kind", "age", "normals"}
@@ -127,8 +131,24 @@ def test_what_differs_is_measured(plus_one, change, output, difference):
     change(log.predict_log.response.outputs)
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(log.SerializeToString())
-    outputs = recorded.differences(plus_one, "tensorflow")["serving_default"]
+    outputs = recorded.repeat(plus_one, "tensorflow")[0]["serving_default"]
     assert outputs[output] == pytest.approx(difference)
+
+
+def test_warmup_that_fails_is_told(plus_one, tmp_path):
+    copy = shutil.copytree(plus_one, tmp_path / "1")
+    x = {"x": np.array([[1.0], [2.0]], "float32")}
+    recorded.record(copy, x, warmup=1)
+    assert recorded.repeat(copy, "tensorflow")[1] == []
+    requests = [("", x), ("gone", x), ("serving_default", {"z": x["x"]})]
+    logs = [recorded._log(*request) for request in requests]
+    recorded._write(copy / recorded.WARMUP, logs)
+    gone, other = recorded.repeat(copy, "tensorflow")[1]
+    assert gone == "Warm-up request 2, of signature 'gone', fails: it is not there"
+    assert other.startswith("Warm-up request 3, of signature 'serving_default', fails")
+    (copy / recorded.WARMUP).write_bytes(bytes(range(100)))
+    (told,) = recorded.repeat(copy, "tensorflow")[1]
+    assert told.startswith("The warm-up requests cannot be read: ")
 
 
 def test_a_signature_that_is_not_there_differs(plus_one):
@@ -137,15 +157,14 @@ def test_a_signature_that_is_not_there_differs(plus_one):
     (record,) = tf.data.TFRecordDataset(str(path))
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(record.numpy().replace(b"serving_default", b"serving_defaulx"))
-    assert recorded.differences(plus_one, "tensorflow") == {
-        "serving_defaulx": {"y": float("inf")}
-    }
+    differences, _ = recorded.repeat(plus_one, "tensorflow")
+    assert differences == {"serving_defaulx": {"y": float("inf")}}
 
 
 def test_a_large_output_is_sampled_all_over(plus_one):
     x = np.random.default_rng(0).normal(size=(2, 60, 64, 10)).astype("float32")
     recorded.record(plus_one, {"x": x})
-    assert recorded.differences(plus_one, "tensorflow")["serving_default"]["y"] == 0
+    assert recorded.repeat(plus_one, "tensorflow")[0]["serving_default"]["y"] == 0
     ((_, _, outputs),) = recorded.read(plus_one / recorded.RECORDED)
     assert outputs["y"].shape == (4096,)
     # Every channel, column and example is seen: values differ, so they tell where.
