@@ -73,7 +73,10 @@ def print_changes(changes: "Mapping[str, Change]", batch: int) -> None:
             "\n".join(f"{task}: {metric}" for task, metric in x.metrics.items()),
         )
     console.print(rows)
-    console.print("A change is of an output, in parts of its largest value.")
+    console.print(
+        "A change is of an output, in parts of its largest value; of whole numbers and "
+        "text it is the share that changes."
+    )
 
 
 def print_version(version: Path, others: Iterable[int], report: "Differences") -> None:

@@ -98,8 +98,8 @@ def _wrong(
     engine: str,
 ) -> list[str]:
     wrong = [
-        f"'{name}' of signature '{signature}' differs by {difference:.2g} of its "
-        f"largest value, more than {tolerance:.2g}"
+        f"'{name}' of signature '{signature}' differs "
+        f"{_share(difference, found.get(signature), name)}, more than {tolerance:.2g}"
         for signature, outputs in differences.items()
         for name, difference in outputs.items()
         if difference > tolerance
@@ -109,3 +109,10 @@ def _wrong(
         f"Signature '{signature}' was not there, or not recorded"
         for signature in sorted(asked ^ set(differences))
     ]
+
+
+def _share(difference: float, signature: Signature | None, name: str) -> str:
+    dtype = signature.outputs.get(name, "float") if signature else "float"
+    if "float" in dtype:
+        return f"by {difference:.2g} of its largest value"
+    return f"in {difference:.2g} of its values"

@@ -62,6 +62,24 @@ def test_what_differs_is_wrong(version, monkeypatch, difference):
     assert line.startswith(f"'age' of signature 'age' differs by {difference:.2g}")
 
 
+def test_whole_numbers_differ_by_how_many_do(version, monkeypatch):
+    found = {name: {"kind": 0.0} for name in verify.signatures(version)}
+    signature = verify.signatures(version)["age"]
+    signature.outputs["age"] = "int64 (N, 1)"
+    monkeypatch.setattr(verify, "signatures", lambda _: {**found, "age": signature})
+    found["age"] = {"age": 1 / 8}
+    monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: (found, []))
+    (line,) = verify.verify(version).wrong
+    assert "differs in 0.12 of its values, more than 1e-05" in line
+
+
+def test_warmup_that_fails_is_wrong(version, tmp_path):
+    copy = shutil.copytree(version, tmp_path / "1")
+    (copy / recorded.WARMUP).write_bytes(bytes(range(100)))
+    (line,) = verify.verify(copy).wrong
+    assert line.startswith("The warm-up requests cannot be read: ")
+
+
 def test_bfloat16_may_differ_by_more(version, tmp_path, monkeypatch):
     found = {name: {"kind": 0.01} for name in verify.signatures(version)}
     monkeypatch.setattr(verify, "_in_a_process_of_its_own", lambda *_: (found, []))

@@ -81,9 +81,13 @@ NAN, INFINITE = float("nan"), float("inf")
         (np.float32([1]), np.float32([1, 1]), INFINITE),
         (np.float32([[]]), np.float32([[]]), 0),
         (np.int64([2**62]), np.int64([2**61]), 1),
+        (np.int64([200000, 7]), np.int64([200001, 7]), 1 / 2),
+        (np.int64([2**60 + 1]), np.int64([2**60 + 1]), 0),
+        (np.array([True, False]), np.array([True, True]), 1 / 2),
+        (np.int64([]), np.int64([]), 0),
         (tf.constant([1.5], "bfloat16").numpy(), np.float32([1]), 0.5),
         (np.array([b"a"], object), np.array([b"a"], object), 0),
-        (np.array([b"a"], object), np.array([b"b"], object), INFINITE),
+        (np.array([b"a"], object), np.array([b"b"], object), 1),
     ],
 )
 def test_a_difference_is_relative_and_no_nan_hides_it(output, expected, difference):
