@@ -40,10 +40,13 @@ class Client:
             `max_batch_size`.
 
     Raises:
-        ServingError: From each method, with the server's `code` and a message that
-            says what the signature takes. A server that is `UNAVAILABLE` is asked
-            again until the time is up; nothing else is.
-        ValueError: From each method of a client that is closed.
+        ServingError: From each method, with the server's `code`. Where `predict` asked
+            for what the model does not have or take, the message says what it takes
+            and what was sent. A server that is `UNAVAILABLE` is asked again until the
+            time is up, and once one whose model turns out to have a new version that
+            takes or gives something else; nothing else is.
+        ValueError: For an address that is none, and from each method of a client that
+            is closed.
 
     Example:
 
@@ -122,45 +125,55 @@ class Client:
             the model gives them.
         """
         deadline = time.monotonic() + self.timeout
-        sent: Mapping[str, np.ndarray] = {}
-        signature, pictures = task, None
-        try:
-            if isinstance(images, np.ndarray | Mapping):
-                if rois is not None:
-                    raise ValueError(
-                        '`rois` go with files. Give {"image": array, "rois": array}'
+        files = None
+        if not isinstance(images, np.ndarray | Mapping):
+            files = [_encoded(file) for file in _files(images)]
+        elif rois is not None:
+            raise ValueError(
+                '`rois` go with files. Give {"image": array, "rois": array}'
+            )
+        asked_again = False
+        while True:
+            infos: Mapping[str, Any] = {}
+            sent: Mapping[str, np.ndarray] = {}
+            signature, given, pictures = task, images, None
+            try:
+                if files is not None:
+                    infos = self._signatures(deadline)
+                    before = time.monotonic()
+                    signature, given, pictures = _prepared(task, files, infos, rois)
+                    deadline += time.monotonic() - before  # a search waits for nobody
+                sent = _named(given)
+                infos = infos or self._signatures(deadline)
+                _check_known(signature, task, infos)
+                info = infos[signature]
+                if not isinstance(given, Mapping):
+                    sent = _renamed(sent, info.inputs)
+                if empty := [name for name, x in sent.items() if x.ndim and not len(x)]:
+                    raise ServingError(
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        f"'{empty[0]}' must hold at least one example",
                     )
-                given = images
-            else:
-                files = [_encoded(file) for file in _files(images)]
-                infos = self._signatures(deadline)
-                before = time.monotonic()
-                signature, given, pictures = _prepared(task, files, infos, rois)
-                deadline += time.monotonic() - before  # a search waits for no server
-            sent = _named(given)
-            infos = self._signatures(deadline)
-            _check_known(signature, task, infos)
-            if not isinstance(given, Mapping):
-                sent = _renamed(sent, infos[signature].inputs)
-            if empty := [name for name, x in sent.items() if x.ndim and not len(x)]:
-                raise ServingError(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    f"'{empty[0]}' must hold at least one example",
-                )
-            cast = {
-                name: _cast(array, name, infos[signature].inputs.get(name))
-                for name, array in sent.items()
-            }
-            outputs = infos[signature].outputs
-            answer = self._in_parts(signature, cast, outputs, deadline)
-        except ServingError as error:
-            self._known = None  # there may be a new version
-            if error.code == grpc.StatusCode.RESOURCE_EXHAUSTED and sent:
-                raise self._too_large(error, sent) from error
-            if error.code not in _OF_THE_REQUEST:
-                raise
-            raise self._explained(error, signature, sent, deadline) from error
-        return pictures.in_their_pixels(answer) if pictures else answer
+                cast = {
+                    name: _cast(array, name, info.inputs.get(name))
+                    for name, array in sent.items()
+                }
+                answer = self._in_parts(signature, cast, info, deadline)
+                return pictures.in_their_pixels(answer) if pictures else answer
+            except ServingError as error:
+                self._known = None  # there may be a new version
+                if error.code == grpc.StatusCode.RESOURCE_EXHAUSTED and sent:
+                    raise self._too_large(error, sent) from error
+                if error.code not in _OF_THE_REQUEST:
+                    raise
+                try:
+                    now = self._signatures(deadline)
+                except ServingError:
+                    raise error from None  # there is no such model
+                same = all(now.get(x) == infos.get(x) for x in (task, signature))
+                if same or asked_again:
+                    raise _explained(error, signature, sent, now) from error
+                asked_again = True
 
     def signatures(self) -> dict[str, Any]:
         """The model's signatures, {name: SignatureDef}."""
@@ -184,11 +197,13 @@ class Client:
         return self._call(lambda transport: transport.signatures(deadline), deadline)
 
     def _in_parts(
-        self, signature: str, arrays: Arrays, outputs: Any, deadline: float
+        self, signature: str, arrays: Arrays, info: Any, deadline: float
     ) -> Arrays:
         def ask(part: Arrays) -> Arrays:
             return self._call(
-                lambda transport: transport.predict(signature, part, outputs, deadline),
+                lambda transport: transport.predict(
+                    signature, part, info.outputs, deadline
+                ),
                 deadline,
             )
 
@@ -225,31 +240,6 @@ class Client:
             for name in answers[0]
         }
 
-    def _explained(
-        self,
-        error: ServingError,
-        signature: str,
-        sent: Mapping[str, np.ndarray],
-        deadline: float,
-    ) -> ServingError:
-        """The error with what the signature expects and what it was sent."""
-        try:
-            signatures = self._signatures(deadline)
-        except ServingError:
-            return error  # there is no such model
-        if signature not in signatures:
-            # Names with underscores are TensorFlow's own, such as the initializer's.
-            known = sorted(name for name in signatures if not name.startswith("__"))
-            return ServingError(
-                error.code, f"{error.message}. There are: {', '.join(known)}"
-            )
-        takes = info_in_words(signatures[signature].inputs)
-        return ServingError(
-            error.code,
-            f"{error.message}. Signature '{signature}' takes {takes}. "
-            f"Sent: {_in_words(sent)}",
-        )
-
     def _too_large(
         self, error: ServingError, sent: Mapping[str, np.ndarray]
     ) -> ServingError:
@@ -278,6 +268,27 @@ class Client:
                         error.code, f"{error.message} (from {self.address})"
                     ) from error
             time.sleep(pause)
+
+
+def _explained(
+    error: ServingError,
+    signature: str,
+    sent: Mapping[str, np.ndarray],
+    signatures: Mapping[str, Any],
+) -> ServingError:
+    """The error with what the signature expects and what it was sent."""
+    if signature not in signatures:
+        # Names with underscores are TensorFlow's own, such as the initializer's.
+        known = sorted(name for name in signatures if not name.startswith("__"))
+        return ServingError(
+            error.code, f"{error.message}. There are: {', '.join(known)}"
+        )
+    takes = info_in_words(signatures[signature].inputs)
+    return ServingError(
+        error.code,
+        f"{error.message}. Signature '{signature}' takes {takes}. "
+        f"Sent: {_in_words(sent)}",
+    )
 
 
 def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:

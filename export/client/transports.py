@@ -290,7 +290,7 @@ def _output(values: Any, info: Any) -> np.ndarray:
     array = _strings(values) if dtype.kind == "O" else np.array(values)
     if not array.size:  # it says neither its kind nor all of its axes
         return array.astype(dtype)
-    if array.dtype.kind not in "biuf" and dtype.kind != "O":
+    if array.dtype.kind not in "biufU" and dtype.kind != "O":
         raise ValueError(f"values of {array.dtype} for {dtype}")
     same_kind = array.dtype.kind in _KINDS[dtype.kind]
     if not same_kind or not fits(array.shape, info.tensor_shape):
@@ -300,6 +300,8 @@ def _output(values: Any, info: Any) -> np.ndarray:
 
 def _strings(values: Any) -> np.ndarray:
     shape, flat = flattened(values)
+    if any(isinstance(value, int | float) for value in flat):
+        raise _others_answered(in_words(np.array(flat).dtype.name, shape))
     return np.array([_bytes(value) for value in flat], object).reshape(shape)
 
 

@@ -311,7 +311,7 @@ def answered(outputs, known):
         return client._transport.predict("x", {}, known, time.monotonic() + 5)
 
 
-@pytest.mark.parametrize("outputs", [[[1], [2, 3]], "text", [None]])
+@pytest.mark.parametrize("outputs", [[[1], [2, 3]], [None]])
 def test_odd_outputs_are_told_as_such(outputs):
     with pytest.raises(ServingError) as raised:
         answered(outputs, {"y": info(FLOAT, -1)})
@@ -330,6 +330,8 @@ def test_odd_outputs_are_told_as_such(outputs):
         ([1.5, 2.5], {"y": info(FLOAT, -1, 4)}, r"float64 \(2,\)"),
         ([[1.5, 2.5]], {"y": info(FLOAT, -1, 4)}, r"float64 \(1, 2\)"),
         ([["a"]], {"y": info(STRING, -1)}, r"object \(1, 1\)"),
+        ([3, 4], {"y": info(STRING, -1)}, r"int64 \(2,\)"),
+        (["3", "4"], {"y": info(INT, -1)}, r"str\d+ \(2,\)"),
     ],
 )
 def test_the_outputs_of_a_new_version_are_told_as_such(outputs, known, told):
@@ -395,7 +397,6 @@ def saved(path, outputs):
 
 @pytest.mark.parametrize("way", ["grpc", "rest"])
 def test_a_client_lives_through_versions_with_other_outputs(tmp_path, preview, way):
-    """Each new version costs a client over REST one request, and it hears why."""
     versions = [
         {"a": tf.identity},
         {"a": tf.identity, "b": lambda x: 2 * x},
@@ -416,14 +417,58 @@ def test_a_client_lives_through_versions_with_other_outputs(tmp_path, preview, w
             for number, outputs in enumerate(versions[1:], start=2):
                 saved(tmp_path / str(number), outputs)
                 model.refresh()
-                if way == "rest":
-                    with pytest.raises(ServingError):
-                        client.predict("answer", x)
                 answer = client.predict("answer", x)
                 assert answer.keys() == outputs.keys()
                 for name, function in outputs.items():
                     expected = np.asarray(function(x))
                     np.testing.assert_array_equal(answer[name], expected)
+
+
+@pytest.mark.parametrize("way", ["grpc", "rest"])
+def test_a_new_version_may_take_something_else(tmp_path, preview, way):
+    versions = [("float32", "x"), ("float32", "image"), ("int32", "image")]
+    x = np.array([[1, 2]])
+    for number, (dtype, name) in enumerate(versions, start=1):
+        module = tf.Module()
+        spec = tf.TensorSpec([None, 2], dtype, name=name)
+        call = tf.function(lambda **x: {"y": 2 * next(iter(x.values()))})
+        module.call = call.get_concrete_function(**{name: spec})
+        tf.saved_model.save(module, str(tmp_path / str(number)), {"y": module.call})
+        if number == 1:
+            model = ServedModel("cross_stitch", tmp_path)
+            running = preview(model)
+            ports = running.__enter__()
+            address = f"127.0.0.1:{ports[0]}"
+            if way == "rest":
+                address = f"http://127.0.0.1:{ports[1]}"
+            client = Client(address)
+        model.refresh()
+        answer = client.predict("y", x)["y"]
+        assert answer.tolist() == [[2, 4]]
+        assert answer.dtype == dtype
+    client.close()
+    running.__exit__(None, None, None)
+
+
+def test_a_request_that_is_wrong_is_not_asked_twice():
+    signature = CLASSES["SignatureDef"]()
+    signature.inputs["x"].CopyFrom(info(FLOAT, -1))
+    asked = []
+
+    class Transport:
+        def predict(self, *what):
+            asked.append("predict")
+            raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, "why")
+
+        def signatures(self, deadline):
+            asked.append("signatures")
+            return {"x": signature}
+
+    client = Client("127.0.0.1:1")
+    client._transport = Transport()
+    with pytest.raises(ServingError, match=r"why .*takes x: float32 \(N,\). Sent: x"):
+        client.predict("x", np.zeros(4, "float32"))
+    assert asked == ["signatures", "predict", "signatures"]
 
 
 def test_parts_that_two_versions_answered_are_not_joined():
