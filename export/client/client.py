@@ -11,7 +11,7 @@ import numpy as np
 
 from . import all_tasks, messages, regions
 from .arrays import as_array, cast_to
-from .protocol import ServingError, array_dtype, in_words, info_in_words
+from .protocol import ServingError, array_dtype, in_words, info_in_words, shape_of
 from .transports import Arrays, Grpc, Rest, Transport
 
 File = str | pathlib.Path | bytes
@@ -209,7 +209,10 @@ class Client:
 
         counts = {len(array) if array.ndim else 0 for array in arrays.values()}
         count = max(counts, default=0)
-        if len(counts) != 1 or count <= self.batch:
+        # What is of one size, or may have no axis, is no batch.
+        first_axes = [shape_of(x.tensor_shape)[:1] for x in info.inputs.values()]
+        free = all(sizes == [-1] for sizes in first_axes)
+        if not free or len(counts) != 1 or count <= self.batch:
             return ask(arrays)
         answers = []
         for start in range(0, count, self.batch):

@@ -192,12 +192,24 @@ def test_more_than_a_batch_is_asked_in_parts_and_joined(door, behind, monkeypatc
 def test_answers_without_a_batch_axis_are_asked_for_at_once():
     signature = messages.CLASSES["SignatureDef"]()
     signature.inputs["x"].dtype = 1  # float32
+    signature.inputs["x"].tensor_shape.dim.add(size=-1)
     client = Client("127.0.0.1:1", batch=3)
     client._transport = Answers(*[{"largest": signature}] * 2)
     client._transport.predict = lambda *_: {"largest": np.array(5.0)}
     message = "'largest' has no batch axis, .* at once, by `Client.*, batch=7"
     with pytest.raises(ServingError, match=message):
         client.predict("largest", np.zeros(7, "float32"))
+
+
+def test_what_has_a_fixed_size_is_no_batch_and_not_split():
+    signature = messages.CLASSES["SignatureDef"]()
+    signature.inputs["x"].dtype = 1  # float32
+    signature.inputs["x"].tensor_shape.dim.add(size=7)
+    client = Client("127.0.0.1:1", batch=3)
+    client._transport = Answers({"double": signature})
+    client._transport.predict = lambda _, arrays, *__: {"size": arrays["x"].shape}
+    answer = client.predict("double", np.ones(7, "float32"))
+    assert answer == {"size": (7,)}
 
 
 def test_a_closed_client_says_so(door, behind):
