@@ -166,7 +166,8 @@ class Rest:
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise ServingError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
         if response.status == 200:
-            return json.loads(response.content)
+            # TF Serving writes strings as they are, and they may hold any bytes.
+            return json.loads(response.content.decode("utf-8", "surrogateescape"))
         code = _CODE.get(response.status, grpc.StatusCode.UNKNOWN)
         try:
             message = json.loads(response.content)["error"]
@@ -307,5 +308,5 @@ def _strings(values: Any) -> np.ndarray:
 
 def _bytes(value: str | Mapping[str, str]) -> bytes:
     if isinstance(value, str):
-        return value.encode()
+        return value.encode("utf-8", "surrogateescape")
     return base64.b64decode(value["b64"])

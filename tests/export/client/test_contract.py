@@ -55,7 +55,7 @@ VALUES = {
     "int64": [-(2**63), 2**63 - 1, 2**53 + 1],
     "uint8": [0, 255],
     "bool": [True, False],
-    "string": [b"", b"room", "Räume".encode(), b'"\\\n'],
+    "string": [b"", b"room", "Räume".encode(), b'"\\\n', b"\xff\xfe"],
 }
 
 
