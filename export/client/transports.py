@@ -289,6 +289,10 @@ _KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "f", "V": "f", "O": "O"}  # V: bf
 def _output(values: Any, info: Any) -> np.ndarray:
     dtype = messages.numpy_dtype(info.dtype)
     array = _strings(values) if dtype.kind == "O" else np.array(values)
+    if dtype == "uint64" and array.dtype == "float64":
+        # What NumPy makes of integers on both sides of 2**63.
+        whole = all(type(x) is int and x >= 0 for x in flattened(values)[1])
+        array = np.array(values, dtype) if whole else array
     if not array.size:  # it says neither its kind nor all of its axes
         return array.astype(dtype)
     if array.dtype.kind not in "biufU" and dtype.kind != "O":

@@ -18,7 +18,8 @@ from export.preview.served_model import ServedModel
 # One process runs all that share the server.
 pytestmark = pytest.mark.xdist_group("serving")
 
-DTYPES = ("float32", "float16", "int32", "int64", "uint8", "bool", "string")
+NUMBERS = ("float32", "float16", "int32", "int64", "uint8", "uint64", "bool")
+DTYPES = (*NUMBERS, "string")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ VALUES = {
     "int32": [-(2**31), 2**31 - 1, 0],
     "int64": [-(2**63), 2**63 - 1, 2**53 + 1],
     "uint8": [0, 255],
+    "uint64": [1, 2**64 - 1],
     "bool": [True, False],
     "string": [b"", b"room", "Räume".encode(), b'"\\\n', b"\xff\xfe"],
 }
