@@ -163,6 +163,13 @@ class Rest:
         except httpcore.TimeoutException as error:
             code = grpc.StatusCode.DEADLINE_EXCEEDED
             raise ServingError(code, "No answer in time") from error
+        except httpcore.ConnectError as error:
+            code, message = grpc.StatusCode.UNAVAILABLE, str(error)
+            # Not its cause, which httpcore takes from it.
+            if isinstance(error.__context__, ssl.SSLCertVerificationError):
+                code = grpc.StatusCode.UNAUTHENTICATED
+                message += ": name the certificate of your authority by SSL_CERT_FILE"
+            raise ServingError(code, message) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise ServingError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
         if response.status == 200:

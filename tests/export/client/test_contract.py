@@ -1,7 +1,10 @@
 """What the client sends and gives, over gRPC and REST alike, and from odd servers."""
 
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -175,8 +178,8 @@ def test_random_integers_are_cast_as_python_compares_them():
 class Server:
     """Answers each connection over HTTP with what it is told; then it is closed."""
 
-    def __init__(self, *parts, pause=0.0):
-        self._parts, self._pause = parts, pause
+    def __init__(self, *parts, pause=0.0, tls=None):
+        self._parts, self._pause, self._tls = parts, pause, tls
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._ended = threading.Event()
@@ -198,8 +201,10 @@ class Server:
                 return
             self.asked += 1
             with connection:
-                connection.recv(1 << 16)
                 try:
+                    if self._tls:
+                        connection = self._tls.wrap_socket(connection, True)
+                    connection.recv(1 << 16)
                     for part in self._parts:
                         connection.sendall(part)
                         time.sleep(self._pause)
@@ -505,3 +510,38 @@ def test_a_server_that_is_back_is_found_at_once(served, preview, free_port, kind
         with preview(ServedModel("cross_stitch", served.directory, {}), ports):
             answer = client.predict("normals", served.pictures())
     assert answer["normals"].shape == (1, 24, 32, 3)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Of nobody's authority, for localhost: paths of it and of its key."""
+    folder = tmp_path_factory.mktemp("certificate")
+    names = folder / "certificate.pem", folder / "key.pem"
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command += ["-out", names[0], "-keyout", names[1]]
+    subprocess.run(command, check=True, capture_output=True)
+    return names
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_certificate_that_does_not_verify_is_told_at_once(
+    certificate, trusted, monkeypatch
+):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with Server(response(200, b"{}"), tls=context) as server:
+        port = server.address.rpartition(":")[2]
+        with Client(f"https://localhost:{port}", timeout=5) as client:
+            if trusted:
+                assert not client.status().model_version_status
+            else:
+                message = "certificate .* by SSL_CERT_FILE"
+                with pytest.raises(ServingError, match=message) as raised:
+                    client.status()
+                assert raised.value.code == grpc.StatusCode.UNAUTHENTICATED
+        assert server.asked == 1
