@@ -30,7 +30,8 @@ class Client:
     """A served model.
 
     Args:
-        address: String, `"host:port"` for gRPC or `"http://host:port"` for REST.
+        address: String, `"host:port"` for gRPC, or `"http://host:port"` or
+            `"https://host:port"` for REST.
         name: String, the model's name on the server.
         version: Optional integer. Defaults to the server's latest.
         label: Optional string, a version's label. Not together with `version`.
@@ -86,8 +87,8 @@ class Client:
             spec.version.value = version
         if label is not None:
             spec.version_label = label
-        rest = address.startswith(("http://", "https://"))
-        self._transport: Transport | None = (Rest if rest else Grpc)(address, spec)
+        kind = Rest if "://" in address else Grpc
+        self._transport: Transport | None = kind(address, spec)
         self._known: dict[str, Any] | None = None  # the signatures, once asked for
 
     def __enter__(self) -> "Client":

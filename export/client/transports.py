@@ -97,13 +97,14 @@ class Grpc:
 class Rest:
     def __init__(self, address: str, spec: Any):
         try:
-            host = httpcore.URL(address).host
+            url = httpcore.URL(address)
+            known = url.scheme in (b"http", b"https") and url.host
         except ValueError:  # such as a port that is no number
-            host = b""
-        if not host:
+            known = False
+        if not known:
             raise ValueError(
-                "`address` must be http://HOST:PORT for REST, such as "
-                f"http://localhost:8501. Received: {address}"
+                "`address` must be HOST:PORT for gRPC, such as localhost:8500, or "
+                f"http://HOST:PORT or https://HOST:PORT for REST. Received: {address}"
             )
         self._pool = httpcore.ConnectionPool(network_backend=_UntilDeadline())
         self._url = f"{address.rstrip('/')}/v1/models/{_quoted(spec.name)}"

@@ -242,12 +242,20 @@ def test_an_address_without_a_port_is_refused(address):
 
 @pytest.mark.parametrize(
     "address",
-    ["http://localhost:85x1", "http://localhost:99999", "http://", "https://:8501"],
+    [
+        *("http://localhost:85x1", "http://localhost:99999", "http://"),
+        *("https://:8501", "grpc://localhost:8500", "ftp://localhost:8500"),
+    ],
 )
 def test_an_address_that_is_no_url_is_refused(address):
-    message = f"must be http://HOST:PORT for REST, .* Received: {address}$"
+    message = f"HOST:PORT for gRPC, .* http.?://HOST:PORT .* REST. Received: {address}$"
     with pytest.raises(ValueError, match=message):
         Client(address)
+
+
+def test_a_scheme_may_be_in_capitals(rest_address):
+    with Client(rest_address.replace("http", "HTTP")) as client:
+        assert "normals" in client.signatures()
 
 
 def test_version_and_label_exclude_each_other():
