@@ -54,7 +54,8 @@ def predict(
 
 def _of_one_image(error: ServingError) -> bool:
     """Whether the server may well answer to the next image."""
-    return error.code.name in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
+    codes = "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"
+    return error.code.name in codes
 
 
 def _asking(

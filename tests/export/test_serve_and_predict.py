@@ -18,7 +18,9 @@ from PIL import Image
 from tensorflow_serving.apis import predict_pb2
 from typer.testing import CliRunner
 
+from export import predicting
 from export.__main__ import app
+from export.client import ServingError
 from export.preview.loaded_version import LoadedVersion
 
 # One process runs all that share the server.
@@ -139,6 +141,23 @@ def test_what_no_picture_can_be_answered_for_is_told_once(
         (tmp_path / name).write_bytes(picture[0].read_bytes())
     result = run("predict", tmp_path, "--address", grpc_address, "--task", "depth")
     in_one_line(result, f"{tmp_path / 'a.png'}: NOT_FOUND: ", code=1)
+
+
+def test_a_picture_that_takes_too_long_is_named_and_the_next_is_answered(
+    shapes_folder, tmp_path
+):
+    asked = []
+
+    class Slow:
+        def predict(self, task, images):
+            asked.append(images[0].name)
+            if len(asked) == 1:
+                raise ServingError(grpc.StatusCode.DEADLINE_EXCEEDED, "why")
+            return {task: np.zeros((1, 2))}
+
+    answered = predicting.predict(Slow(), [shapes_folder], ["x"], None, tmp_path)
+    assert not answered
+    assert asked == ["plain.png", "shapes.jpg"]
 
 
 def test_names_of_pictures_and_of_a_version_are_taken_as_they_are(
