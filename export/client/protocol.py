@@ -38,8 +38,10 @@ class ServingError(RuntimeError):
         self.message = message
 
 
-def in_words(dtype: str, shape: Iterable[int | None]) -> str:
+def in_words(dtype: str, shape: Iterable[int | None] | None) -> str:
     """A tensor as `float32 (N, 240, 320, 3)`; an unknown size is `?`, of batches N."""
+    if shape is None:
+        return f"{dtype} of any shape"
     sizes = ["?" if size is None or size < 0 else str(size) for size in shape]
     if sizes and sizes[0] == "?":
         sizes[0] = "N"
@@ -55,9 +57,13 @@ def array_dtype(array: np.ndarray) -> str:
 def info_in_words(infos: Mapping[str, Any]) -> str:
     """A signature's inputs or outputs, {name: TensorInfo}, as `name: dtype shape`."""
     return ", ".join(
-        f"{name}: {in_words(dtype_name(info.dtype), shape_of(info.tensor_shape))}"
+        f"{name}: {in_words(dtype_name(info.dtype), _shape_or_any(info.tensor_shape))}"
         for name, info in sorted(infos.items())
     )
+
+
+def _shape_or_any(proto: Any) -> list[int] | None:
+    return None if proto.unknown_rank else shape_of(proto)
 
 
 def shape_of(proto: Any) -> list[int]:

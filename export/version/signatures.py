@@ -85,6 +85,6 @@ def described(function: tf.types.experimental.ConcreteFunction) -> Signature:
 
 def _all_in_words(specs: Mapping[str, tf.TensorSpec]) -> dict[str, str]:
     return {
-        name: in_words(spec.dtype.name, spec.shape)
+        name: in_words(spec.dtype.name, None if spec.shape.rank is None else spec.shape)
         for name, spec in sorted(specs.items())
     }

@@ -82,3 +82,13 @@ def test_a_file_that_is_no_saved_model_is_an_error(tmp_path):
     (tmp_path / "saved_model.pb").write_text("not a model")
     with pytest.raises(ValueError, match="is no SavedModel that TensorFlow can load"):
         signatures(tmp_path)
+
+
+def test_an_unknown_rank_is_any_shape(tmp_path):
+    module = tf.Module()
+    spec = tf.TensorSpec(None, name="x")
+    module.call = tf.function(lambda x: {"y": x}, input_signature=[spec])
+    tf.saved_model.save(module, tmp_path, {"same": module.call})
+    same = signatures(tmp_path)["same"]
+    assert same.inputs == {"x": "float32 of any shape"}
+    assert same.outputs == {"y": "float32 of any shape"}
