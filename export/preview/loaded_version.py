@@ -174,6 +174,7 @@ class LoadedVersion:
             return run(arrays)
         except tf.errors.OpError as error:
             _check_whole(files)
+            _check_one_size(files, error)
             raise ServingError(CODES[error.error_code], error.message) from error
 
 
@@ -230,6 +231,18 @@ def _check_whole(images: Sequence[bytes] | np.ndarray) -> None:
                 f"Image {number} of {len(images)} must be a JPEG or PNG file, and a "
                 "whole one: it cannot be decoded",
             ) from error
+
+
+def _check_one_size(images: Sequence[bytes], error: tf.errors.OpError) -> None:
+    """Of images that are not resized, since the model takes any size."""
+    sizes = sorted(set(map(_size, images)))
+    if len(sizes) > 1 and isinstance(error, tf.errors.InvalidArgumentError):
+        raise ServingError(
+            INVALID,
+            "Where the model takes images of any size, those of one request must have "
+            "one size: send them one by one, by `Client(..., batch=1)`. Received: "
+            f"{sizes}, height and width",
+        ) from error
 
 
 def check_images(images: Sequence[bytes] | np.ndarray, limit: int) -> None:

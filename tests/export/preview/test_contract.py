@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+from export.client.protocol import ServingError
 from export.preview import server
 from export.preview.loaded_version import Limits, LoadedVersion
 from export.preview.served_model import ServedModel
@@ -338,6 +339,23 @@ def test_an_array_may_have_the_name_of_files(tmp_path, signature):
     x = np.ones((1, 4, 4, 3), "float32")
     answer = version.predict(signature, {"image_bytes": x})
     np.testing.assert_array_equal(answer[signature], x.reshape(1, -1))
+
+
+def test_images_of_unequal_sizes_are_told_to_be_sent_one_by_one(tmp_path):
+    image = keras.Input((None, None, 3), name="image")
+    model = keras.Model(image, {"mean": keras.layers.GlobalAveragePooling2D()(image)})
+    path = export_saved_model(model, tmp_path, from_jpeg=True)
+    version = LoadedVersion(path, Limits())
+    files = [
+        tf.io.encode_png(np.zeros((4, size, 3), "uint8")).numpy() for size in (5, 6)
+    ]
+    for file in files:
+        one = version.predict("mean_from_jpeg", {"image_bytes": np.array([file], "O")})
+        assert one["mean"].shape == (1, 3)
+    message = "must have one size: send them one by one"
+    with pytest.raises(ServingError, match=message) as raised:
+        version.predict("mean_from_jpeg", {"image_bytes": np.array(files, object)})
+    assert raised.value.code == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_an_answer_on_a_kept_connection_does_not_wait_for_acknowledgments():
