@@ -184,6 +184,18 @@ def _layers(model: keras.Model) -> Iterator[Any]:
         yield from _layers(layer) if isinstance(layer, keras.Model) else [layer]
 
 
+def _tables(model: keras.Model) -> Iterator[Any]:
+    """The lookup tables that nested models hold themselves."""
+    import tensorflow as tf
+
+    kind = tf.saved_model.experimental.TrackableResource
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            held = keras.tree.flatten(list(vars(layer).values()))
+            yield from (x for x in held if isinstance(x, kind))
+            yield from _tables(layer)
+
+
 def _check_stateless(model: keras.Model) -> None:
     for layer in _layers(model):
         if getattr(layer, "stateful", False):
@@ -312,6 +324,8 @@ def _write(
     # would be written twice.
     for layer in filter(_may_hold_tables, _layers(model)):
         archive.track(layer)
+    for table in _tables(model):
+        archive.track(table)
     specs = _specs(model)
 
     def add(

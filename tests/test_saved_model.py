@@ -578,6 +578,19 @@ class WordsAndPositions(layers.Layer):
         return (*input_shape, 3)
 
 
+class ByATable(keras.Model):
+    """A nested model with a table and a layer of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        pairs = tf.lookup.KeyValueTensorInitializer([7], [1.5], "int64", "float32")
+        self.table = tf.lookup.StaticHashTable(pairs, default_value=0.5)
+        self.dense = layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(self.table.lookup(keras.ops.cast(x, "int64")))
+
+
 class AboveAThousand(layers.Layer):
     def call(self, x):
         with tf.control_dependencies([tf.debugging.assert_greater(x, 1000.0)]):
@@ -648,6 +661,12 @@ def lookup(kind, **kwargs):
             lambda: [WordsAndPositions(30, 10)],
             {"dtype": "float32", "shape": (None,)},
             [[29, 7, 0]],
+        ),
+        (lambda: [ByATable()], {"dtype": "float32"}, [[7, 1]]),
+        (
+            lambda: [keras.Sequential([layers.Identity(), ByATable()])],
+            {"dtype": "float32"},
+            [[7, 1]],
         ),
     ],
 )
