@@ -213,6 +213,11 @@ def _check_takes_images(model: keras.Model) -> None:
             "`from_jpeg=True` is for models with one input, (N, H, W, 3). Received a "
             f"model with inputs of shape: {shapes}"
         )
+    if (dtype := model.inputs[0].dtype) in ("int8", "bool"):
+        raise ValueError(
+            "`from_jpeg=True` is for models whose input has a type that holds 0 to "
+            f"255, such as uint8 or float32. Received: {dtype}"
+        )
     for task in model.output:
         if task == "from_jpeg" or task.endswith("_from_jpeg"):
             raise ValueError(

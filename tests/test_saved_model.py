@@ -321,6 +321,15 @@ def test_from_jpeg_of_a_model_without_images_is_an_error(tmp_path, shape):
         export_saved_model(model, tmp_path, from_jpeg=True)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bool"])
+def test_from_jpeg_of_a_model_that_cannot_hold_pixels_is_an_error(tmp_path, dtype):
+    x = keras.Input((8, 8, 3), dtype=dtype)
+    model = keras.Model(x, {"a": layers.Flatten()(x)})
+    message = f"a type that holds 0 to 255, such as uint8 .* Received: {dtype}$"
+    with pytest.raises(ValueError, match=message):
+        export_saved_model(model, tmp_path, from_jpeg=True)
+
+
 @pytest.mark.parametrize("task", ["from_jpeg", "a_from_jpeg"])
 def test_from_jpeg_of_a_task_with_a_signatures_name_is_an_error(tmp_path, task):
     x = keras.Input((8, 8, 3))
