@@ -34,7 +34,7 @@ class Row:
     """One signature at one batch size, over one way of asking."""
 
     signature: str
-    way: str  # "in process" or "gRPC"
+    way: str  # "in process", "gRPC" or "REST"
     batch: int
     seconds: np.ndarray  # of each call
 
