@@ -224,6 +224,16 @@ def test_the_installed_wheel_runs_the_examples(wheel, tmp_path):
     assert int(found[2]) > 5
 
 
+def test_the_clients_wheel_names_what_the_client_imports():
+    folder = ROOT / "export" / "client"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    named = {Requirement(line).name for line in project["dependencies"]}
+    imported = set(chain(*map(imports, folder.glob("*.py")))) - sys.stdlib_module_names
+    of_others = {"PIL", "tensorflow", "keras_cross_stitch", "export"}  # not for arrays
+    packages = {"grpc": "grpcio", "google": "protobuf"}
+    assert {packages.get(x, x) for x in imported - of_others} == named
+
+
 # Where there is neither TensorFlow nor Keras nor a clone; both ways are tried.
 ASK = """
 import sys

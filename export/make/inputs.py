@@ -59,9 +59,9 @@ def load_images(path: pathlib.Path, model: keras.Model) -> list[np.ndarray]:
         given = _read_arrays(path, specs)
     else:
         raise ValueError(
-            "--images must be a folder of JPEG or PNG files, a .npy file, or, for "
-            "several inputs that are not `image` and `rois`, a .npz file with an array "
-            f"for each of {list(specs)}. Received: {path}"
+            "--images must be a folder of JPEG or PNG files, for models with one input "
+            "or with `image` and `rois`; a .npy file, for one input; or a .npz file "
+            f"with an array for each of {list(specs)}. Received: {path}"
         )
     for name, spec in specs.items():
         _check_shape(given[name], spec, path)

@@ -109,7 +109,7 @@ def test_from_jpeg_is_refused_before_anything_is_written(region_model_file, tmp_
 
 def test_an_array_is_not_enough_for_a_model_of_regions(region_model, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((2, 48, 64, 3)))
-    with pytest.raises(ValueError, match=r"as a folder for those with `image` and `ro"):
+    with pytest.raises(ValueError, match=r"or with `image` and `rois`; a .npy file"):
         load_images(tmp_path / "x.npy", region_model)
 
 
