@@ -1,9 +1,12 @@
 """Arrays in the dtype that a model takes, where that changes no value."""
 
+import base64
 import itertools
 from typing import Any
 
 import numpy as np
+
+Arrays = dict[str, np.ndarray]
 
 # The whole numbers below 2**bits are all among them, but not all above.
 FLOATS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
@@ -42,6 +45,11 @@ def flattened(values: Any) -> tuple[list[int], list[Any]]:
     if any(isinstance(x, list) for x in flat):
         raise ValueError(f"there are lists and values at depth {len(shape)}")
     return shape, flat
+
+
+def encoded(value: bytes) -> dict[str, str]:
+    """Bytes as TF Serving's JSON has them."""
+    return {"b64": base64.b64encode(value).decode()}
 
 
 def cast_to(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -10,9 +10,9 @@ import grpc
 import numpy as np
 
 from . import all_tasks, messages, regions
-from .arrays import as_array, cast_to
+from .arrays import Arrays, as_array, cast_to
 from .protocol import ServingError, array_dtype, in_words, info_in_words, shape_of
-from .transports import Arrays, Grpc, Rest, Transport
+from .transports import Grpc, Rest, Transport
 
 File = str | pathlib.Path | bytes
 Images = np.ndarray | Mapping[str, Any] | Sequence[File] | str | pathlib.Path

@@ -8,6 +8,7 @@ import numpy as np
 
 from .messages import dtype_name
 
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
 IMAGES = "_from_jpeg"  # ends the names of signatures that take encoded images
 
 # TF Serving's REST codes. What is too large is the one exhausted resource here.

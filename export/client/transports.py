@@ -21,10 +21,9 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from . import messages
-from .arrays import flattened
+from .arrays import Arrays, encoded, flattened
 from .protocol import HTTP_STATUS, ServingError, fits, in_words
 
-Arrays = dict[str, np.ndarray]
 _CODE = {
     **{
         status: code
@@ -283,11 +282,7 @@ def _as_json(array: np.ndarray) -> Any:
         raise ServingError(grpc.StatusCode.INVALID_ARGUMENT, message)
     if array.dtype != object:
         return array.tolist()
-    return np.vectorize(_encoded, otypes=[object])(array).tolist()
-
-
-def _encoded(value: bytes) -> dict[str, str]:
-    return {"b64": base64.b64encode(value).decode()}
+    return np.vectorize(encoded, otypes=[object])(array).tolist()
 
 
 # Of a dtype, the kinds that its JSON is read as: TF Serving writes the float 1 as 1.0.

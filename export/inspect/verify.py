@@ -16,7 +16,6 @@ from export.version.signatures import Signature, signatures
 
 # Of the largest value: an engine of its own sums in another order.
 _TOLERANCE = {"tensorflow": 0.0, "openvino": 1e-4}
-ENGINES = list(_TOLERANCE)
 
 # -I: nothing of the working directory can be imported.
 _PROGRAM = """
@@ -46,8 +45,10 @@ def verify(version: pathlib.Path, engine: str = "tensorflow") -> Report:
         version: Path of a version that `python -m export savedmodel` wrote.
         engine: `"tensorflow"`, or `"openvino"`, which runs `serving_default` alone.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"--engine must be one of {ENGINES}. Received: {engine}")
+    if engine not in _TOLERANCE:
+        raise ValueError(
+            f"--engine must be one of {list(_TOLERANCE)}. Received: {engine}"
+        )
     if engine == "openvino" and not importlib.util.find_spec("openvino"):
         raise ValueError("--engine openvino needs OpenVINO: `pip install openvino`")
     about = version / "assets.extra" / "export.json"

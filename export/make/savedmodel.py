@@ -21,7 +21,6 @@ from keras_cross_stitch import export_saved_model
 
 # Of a recorded output's largest value: what rounding may change on another machine.
 _TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-4}
-DTYPES = list(_TOLERANCES)
 
 
 def export(
@@ -59,8 +58,10 @@ def export(
             "--drop-below measures what may be dropped on --images: give a folder of "
             "images such as the model will be asked about, or a .npy or .npz file"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {DTYPES}. Received: {dtype}")
+    if dtype not in _TOLERANCES:
+        raise ValueError(
+            f"--dtype must be one of {list(_TOLERANCES)}. Received: {dtype}"
+        )
     answers = meanings.beside(path)
     meant = meanings.read(answers)
     model = inputs.load_model(path)

@@ -14,8 +14,10 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from export import meanings
 from export.client import all_tasks, drawing
+from export.client.arrays import Arrays
 from export.client.protocol import (
     CODES,
+    INVALID,
     ServingError,
     array_dtype,
     dtype_name,
@@ -27,9 +29,7 @@ from export.client.protocol import (
 from export.meanings import Meanings
 from export.version import recorded
 
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PART = 32  # examples run at once, as max_execution_batch_size in batching.config
-Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _as_array(tensor: tf.Tensor) -> np.ndarray:
     return np.array(tensor.numpy(), object if tensor.dtype == tf.string else None)
 
 
-def _check_whole(images: Sequence[bytes] | np.ndarray) -> None:
+def _check_whole(images: Sequence[bytes]) -> None:
     """Decodes them one by one, to find which it is that could not be decoded."""
     for number, encoded in enumerate(images):
         try:
@@ -245,7 +245,7 @@ def _check_one_size(images: Sequence[bytes], error: tf.errors.OpError) -> None:
         ) from error
 
 
-def check_images(images: Sequence[bytes] | np.ndarray, limit: int) -> None:
+def check_images(images: Sequence[bytes], limit: int) -> None:
     """Reads the headers alone: few bytes can hold a picture of 30000x30000 pixels."""
     pixels = 0
     for number, encoded in enumerate(images):

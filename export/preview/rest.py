@@ -26,12 +26,11 @@ from starlette.routing import Route
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
 from export.client import all_tasks, drawing, regions
-from export.client.protocol import HTTP_STATUS, IMAGES, ServingError
+from export.client.protocol import HTTP_STATUS, IMAGES, INVALID, ServingError
 from export.preview import rest_format
 from export.preview.loaded_version import LoadedVersion, check_images
 from export.preview.served_model import ServedModel
 
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PAGE = pathlib.Path(__file__).with_name("page.html")
 # A page of another site, whose name is made to mean this machine, is not answered.
 HOSTS = ["127.0.0.1", "localhost"]

@@ -14,10 +14,8 @@ import grpc
 import numpy as np
 import tensorflow as tf
 
-from export.client.arrays import FLOATS, flattened
-from export.client.protocol import JSON_DTYPES, ServingError, array_dtype
-
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
+from export.client.arrays import FLOATS, Arrays, encoded, flattened
+from export.client.protocol import INVALID, JSON_DTYPES, ServingError, array_dtype
 
 # By the kind of a tensor's dtype: 1.0 is no integer, and 1 no boolean.
 _TYPES: dict[str, set[type]] = {
@@ -65,7 +63,7 @@ def _decimal(digits: str) -> float:
     return value
 
 
-def arrays(body: dict[str, Any], infos: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def arrays(body: dict[str, Any], infos: Mapping[str, Any]) -> Arrays:
     """The request's tensors as {input name: array}, for a signature's inputs."""
     if "inputs" in body:
         named = body["inputs"]
@@ -188,7 +186,7 @@ def _plain(name: str, array: np.ndarray) -> Any:
             "Serving writes none to JSON",
         )
     if array.dtype == object:
-        as_json = _encoded if name.endswith("_bytes") else _text
+        as_json = encoded if name.endswith("_bytes") else _text
         return np.vectorize(as_json, otypes=[object])(array).tolist()
     if array.dtype == "float32":
         return _of_few_digits(array).tolist()
@@ -214,10 +212,6 @@ def _of_few_digits(array: np.ndarray) -> np.ndarray:
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape")
-
-
-def _encoded(value: bytes) -> dict[str, str]:
-    return {"b64": base64.b64encode(value).decode()}
 
 
 def body(answer: dict[str, Any]) -> bytes:
