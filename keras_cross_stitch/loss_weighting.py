@@ -139,7 +139,8 @@ def weigh_losses(
 class DynamicWeightAverage(keras.callbacks.Callback):
     """Sets the weights of a model's losses after each epoch, by how fast they fall.
 
-    With L_i(t) the mean loss of task i in epoch t, as the logs have it,
+    With L_i(t) the mean loss of task i in epoch t, as the logs have it (on TensorFlow
+    Keras counts a smaller last batch there for as much as any other),
 
         r_i = L_i(t - 1) / L_i(t - 2)
         w_i = T exp(r_i / temperature) / sum_j exp(r_j / temperature)

@@ -4,7 +4,9 @@ Alpha alone misleads: its weights may be of both signs and of channels that hard
 and a tower may serve another as nothing but room for more features.
 """
 
-from collections.abc import Iterator
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,14 +90,14 @@ def sharing(
             f"or a `keras.utils.PyDataset`. Received: {type(data).__name__}"
             f"{f' of {len(data)}' if without_labels else ''}"
         )
-    x, arguments = data, {}
-    if isinstance(data, tuple):
-        x, y, *weight = data
-        arguments = {"y": y, "batch_size": batch_size}
-        arguments["sample_weight"] = weight[0] if weight else None
+    parts_of_data = _by_size_of_batch(data, batch_size)
 
     def losses() -> dict[str, float]:
-        logs = model.evaluate(x, **arguments, verbose=0, return_dict=True)
+        logs: dict[str, float] = collections.defaultdict(float)
+        for share, arguments in parts_of_data:
+            of_part = model.evaluate(**arguments(), verbose=0, return_dict=True)
+            for name, value in of_part.items():
+                logs[name] += share * value
         of_tasks = {}
         for task in dict.fromkeys(task for unit in units for task in unit.tasks):
             known = [logs[name] for name in _losses(model, task) if name in logs]
@@ -110,7 +112,7 @@ def sharing(
 
     given = losses()
     rows = []
-    all_scales = _scales(model, units, x, arguments.get("batch_size"))
+    all_scales = _scales(model, units, data, batch_size)
     for unit, scales in zip(units, all_scales, strict=True):
         alpha = keras.ops.convert_to_numpy(unit.alpha)
         parts, parts_at_start = _parts(alpha, scales), None
@@ -142,6 +144,56 @@ def sharing(
     return rows
 
 
+def _by_size_of_batch(
+    data: Any, batch_size: int
+) -> list[tuple[float, Callable[[], dict]]]:
+    """The data in parts whose batches are of one size.
+
+    In a graph of TensorFlow, Keras counts the loss of a task in a last batch that is
+    smaller for as much as in any other.
+
+    Returns:
+        List of `(share of the examples, what gives the arguments of evaluate)`.
+    """
+    parts: dict[Callable[[], dict], int] = {}  # {what gives the arguments: examples}
+    if isinstance(data, tuple):
+        count = _length(data)
+        whole = count - count % batch_size
+        for start, end in ((0, whole), (whole, count)):
+            if start < end:
+                of_part = functools.partial(_of_arrays, data, start, end, batch_size)
+                parts[of_part] = end - start
+    else:
+        lengths = map(_length, _batches(data))
+        for size, number in collections.Counter(lengths).items():
+            parts[functools.partial(_of_batches, data, size, number)] = size * number
+    total = sum(parts.values())
+    return [(examples / total, of_part) for of_part, examples in parts.items()]
+
+
+def _of_arrays(data: tuple, start: int, end: int, batch_size: int) -> dict:
+    x, y, *weight = keras.tree.map_structure(
+        lambda z: None if z is None else z[start:end], data
+    )
+    weight = weight[0] if weight else None
+    return {"x": x, "y": y, "sample_weight": weight, "batch_size": batch_size}
+
+
+def _of_batches(data: Any, size: int, number: int) -> dict:
+    of_size = (batch for batch in _batches(data) if _length(batch) == size)
+    return {"x": of_size, "steps": number}
+
+
+def _batches(data: Any) -> Iterable[Any]:
+    if isinstance(data, keras.utils.PyDataset):
+        return (data[k] for k in range(data.num_batches))
+    return data
+
+
+def _length(batch: Any) -> int:
+    return keras.tree.flatten(batch)[0].shape[0]
+
+
 def _losses(model: keras.Model, task: str) -> list[str]:
     """What Keras calls a task's losses in the logs."""
     output = model.output.get(task) if isinstance(model.output, dict) else None
@@ -151,15 +203,16 @@ def _losses(model: keras.Model, task: str) -> list[str]:
 
 
 def _scales(
-    model: keras.Model, units: list[CrossStitch], x: Any, batch_size: int | None
+    model: keras.Model, units: list[CrossStitch], data: Any, batch_size: int
 ) -> list[list[list[Any]]]:
     """The standard deviations of what task i is given by task j: (C,) each, by unit."""
     # One pass for all units, of which no maps are kept: they may be as large as the
     # data.
     moments = {unit.name: _Moments(unit)(unit.input) for unit in units}
-    found = keras.Model(model.input, moments).predict(
-        x, batch_size=batch_size, verbose=0
-    )
+    arguments = {"x": data}
+    if isinstance(data, tuple):
+        arguments = {"x": data[0], "batch_size": batch_size}
+    found = keras.Model(model.input, moments).predict(**arguments, verbose=0)
 
     def scale(of_examples: Any) -> Any:
         mean, variance = np.moveaxis(of_examples.astype("float64"), 1, 0)

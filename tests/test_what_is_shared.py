@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_cross_stitch import LearningRateGroups, sharing, stitch
 
@@ -152,22 +153,29 @@ def test_parts_of_projected_maps_are_of_what_is_projected(channels):
                 assert part == pytest.approx(taken[j] / sum(taken), rel=1e-4)
 
 
-def test_batches_are_measured_as_their_arrays_are():
+@pytest.mark.parametrize("ends", [(10, 20), (7, 14, 20), (9, 12, 17, 20)])
+def test_every_example_counts_once_whatever_the_batches(ends):
     model, (x, y) = small()
+    y["a"][-1] += 9  # in a last batch that may be small
     weight = {task: random.uniform(size=20) for task in y}
     whole = sharing(model, (x, y, weight))
+    starts = (0, *ends[:-1])
 
     class Batches(keras.utils.PyDataset):
         def __len__(self):
-            return 2
+            return len(ends)
 
         def __getitem__(self, k):
-            part = slice(10 * k, 10 * k + 10)
+            part = slice(starts[k], ends[k])
             return x[part], *({t: v[part] for t, v in z.items()} for z in (y, weight))
 
-    for one, other in zip(sharing(model, Batches()), whole, strict=True):
-        for name, value in other.items():
-            assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    dataset = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(ends[0])
+    rows = [sharing(model, batches) for batches in (Batches(), dataset)]
+    rows.append(sharing(model, (x, y, weight), batch_size=ends[0]))
+    for of_batches in rows:
+        for row, expected in zip(of_batches, whole, strict=True):
+            for name, value in expected.items():
+                assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_without_is_the_growth_of_the_loss_and_alpha_is_as_before():
