@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
+import types
+from pathlib import Path
 
 import grpc
 import httpx
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 
 from export import predicting
 from export.__main__ import app
-from export.client import ServingError
+from export.client import ServingError, messages
 from export.preview.loaded_version import LoadedVersion
 
 # One process runs all that share the server.
@@ -132,6 +134,58 @@ def test_a_bad_picture_is_named_and_the_others_are_answered(
     for line, name in zip(told, ("2.jpg", "4.jpg"), strict=True):
         start = f"Error: {folder / name}: INVALID_ARGUMENT: Image 0 of 1 must be a JPEG"
         assert line.startswith(start)
+
+
+def test_a_picture_that_is_too_large_is_named_and_the_next_is_answered(
+    served, picture, grpc_address, tmp_path
+):
+    large = tmp_path / "large.png"
+    Image.fromarray(served.pictures(size=(700, 700))[0]).save(large)
+    at = ("--address", grpc_address, "--task", "normals", "--output", tmp_path / "out")
+    result = run("predict", large, picture[0], *at, "--model", served.directory)
+    in_one_line(result, f"{large}: RESOURCE_EXHAUSTED: ", code=1)
+    assert [x.name for x in (tmp_path / "out").iterdir()] == ["room.normals.png"]
+
+
+def test_a_drawing_that_fails_leaves_the_one_before_it(
+    served, picture, grpc_address, tmp_path, monkeypatch
+):
+    class Full:
+        def save(self, path, kind):
+            path.write_bytes(b"half")
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr("export.predicting.drawing.over", lambda *_: Full())
+    (tmp_path / "room.normals.png").write_text("the one before")
+    at = ("--address", grpc_address, "--task", "normals", "--output", tmp_path)
+    result = run("predict", picture[0], *at, "--model", served.directory)
+    in_one_line(result, "No space left on device", code=1)
+    assert (tmp_path / "room.normals.png").read_text() == "the one before"
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_drawings_have_names_that_differ_on_any_file_system():
+    files = [Path("left", "Room.png"), Path("right", "room.png")]
+    names = predicting._names(files).values()
+    assert sorted(names) == ["left/Room.png", "right/room.png"]
+
+
+def test_a_picture_that_is_given_twice_is_asked_about_once(picture):
+    path, _ = picture
+    assert predicting._files([path, path.parent, path]) == [path]
+
+
+def test_answers_mean_what_the_version_that_is_served_says(tmp_path):
+    status = messages.GetModelStatusResponse()
+    for version, state in ((3, "LOADING"), (2, "END"), (1, "AVAILABLE")):
+        status.model_version_status.add(version=version, state=state)
+        path = tmp_path / str(version) / "assets.extra" / "answers.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"age": {"units": f"of {version}"}}))
+    client = types.SimpleNamespace(
+        status=lambda: status, signatures=lambda: {"age": None}
+    )
+    assert predicting._answers(client, tmp_path) == {"age": {"units": "of 1"}}
 
 
 def test_what_no_picture_can_be_answered_for_is_told_once(

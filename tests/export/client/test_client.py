@@ -1,6 +1,7 @@
 """The client, against each server: gRPC and REST of the preview, and TF Serving."""
 
 import re
+import types
 from pathlib import Path
 
 import grpc
@@ -186,7 +187,8 @@ def test_more_than_a_batch_is_asked_in_parts_and_joined(door, behind, monkeypatc
         for given in (images, {"image": images}, files):
             answer = client.predict("normals", given)["normals"]
             np.testing.assert_allclose(answer, expected, atol=1e-5)
-    assert sizes == [{3}, {3}, {1}] * 3
+        assert len(client.predict("normals", images[:4])["normals"]) == 4
+    assert sizes == [{3}, {3}, {1}] * 3 + [{3}, {1}]
 
 
 def test_answers_without_a_batch_axis_are_asked_for_at_once():
@@ -322,6 +324,23 @@ def test_a_late_server_is_not_asked_what_it_takes_besides(served):
     with pytest.raises(ServingError, match="DEADLINE_EXCEEDED: why"):
         client.predict("normals", served.pictures())
     assert len(client._transport.deadlines) == 1
+
+
+def test_who_is_away_is_asked_twice_a_second_until_the_time_is_up(monkeypatch):
+    now, pauses = [0.0], []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr("export.client.client.time", clock)
+    client = Client("127.0.0.1:1", timeout=5)
+    client._transport = Answers(*[fails(grpc.StatusCode.UNAVAILABLE)] * 200)
+    with pytest.raises(ServingError, match="UNAVAILABLE: why"):
+        client.status()
+    assert 4.5 <= now[0] <= 5
+    assert max(pauses) <= 0.5
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1"])

@@ -1,5 +1,6 @@
 """What the client sends and gives, over gRPC and REST alike, and from odd servers."""
 
+import contextlib
 import json
 import shutil
 import socket
@@ -7,6 +8,7 @@ import ssl
 import subprocess
 import threading
 import time
+import types
 
 import grpc
 import numpy as np
@@ -37,7 +39,10 @@ def echo(tmp_path_factory, preview):
             signatures[f"{dtype}_{rank}"] = same
     path = tmp_path_factory.mktemp("echo") / "a model" / "1"
     tf.saved_model.save(module, path, signatures=signatures)
-    with preview(ServedModel("a model", path.parent, {})) as (port, rest_port):
+    with preview(ServedModel("a model", path.parent, {"a/b ü": 1})) as (
+        port,
+        rest_port,
+    ):
         yield {"grpc": f"127.0.0.1:{port}", "rest": f"http://127.0.0.1:{rest_port}"}
 
 
@@ -75,6 +80,19 @@ def test_what_is_sent_comes_back(client, dtype, rank):
     answer = client.predict(f"{dtype}_{rank}", {"x": sent})["y"]
     assert answer.dtype == sent.dtype
     assert answer.shape == sent.shape
+    np.testing.assert_array_equal(answer, sent)
+
+
+@pytest.mark.parametrize("way", ["grpc", "rest"])
+def test_a_label_may_be_any_text(echo, way):
+    with Client(echo[way], "a model", label="a/b ü") as client:
+        assert client.predict("int32_1", {"x": [7]})["y"].tolist() == [7]
+
+
+def test_an_answer_over_grpc_may_have_more_than_4_megabytes(echo):
+    sent = np.arange(1_200_000, dtype="float32")[None]
+    with Client(echo["grpc"], "a model") as client:
+        answer = client.predict("float32_2", {"x": sent})["y"]
     np.testing.assert_array_equal(answer, sent)
 
 
@@ -237,6 +255,53 @@ def test_an_answer_that_comes_drop_by_drop_ends_with_the_time(parts):
             client.status()
         assert raised.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
         assert server.asked == 1
+
+
+@contextlib.contextmanager
+def late(seconds=5):
+    """What is refused for the time that is up, and not long after that."""
+    start = time.monotonic()
+    with pytest.raises(ServingError) as raised:
+        yield
+    assert raised.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert time.monotonic() - start < seconds
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_a_server_that_is_silent_is_waited_for_until_the_time_is_up(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"{scheme}127.0.0.1:{silent.getsockname()[1]}"
+        with Client(address, timeout=0.3) as client, late():
+            client.status()
+
+
+def test_a_server_that_takes_no_connection_is_waited_for_until_the_time_is_up():
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # more than wait for it to take them
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        address = f"http://127.0.0.1:{full.getsockname()[1]}"
+        with Client(address, timeout=0.3) as client, late():
+            client.status()
+
+
+def test_a_request_that_is_read_drop_by_drop_ends_with_the_time():
+    """Each drop is in time; without an end to it all, this takes 15 seconds."""
+
+    def read():
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            while connection.recv(1 << 16):
+                time.sleep(0.03)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=read, daemon=True).start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with Client(address) as client, late():
+            deadline = time.monotonic() + 2
+            client._transport._ask("POST", ":predict", deadline, " " * 2**25)
 
 
 @pytest.mark.parametrize(
@@ -494,6 +559,33 @@ def test_parts_that_two_versions_answered_are_not_joined():
     client._transport = Transport()
     with pytest.raises(ServingError, match=r"cannot be joined: .*'a'.* and .*'b'"):
         client.predict("x", np.zeros(4, "float32"))
+
+
+def test_a_search_for_regions_takes_none_of_the_time(monkeypatch, shapes):
+    hours, deadlines = [0], []
+
+    class Transport:
+        def predict(self, signature, arrays, outputs, deadline):
+            deadlines.append(deadline)
+            return {}
+
+        def signatures(self, deadline):
+            signature = CLASSES["SignatureDef"]()
+            signature.inputs["image"].CopyFrom(info(FLOAT, -1, 48, 64, 3))
+            signature.inputs["rois"].CopyFrom(info(FLOAT, -1, -1, 4))
+            return {"objects": signature}
+
+    def search(images):
+        hours[0] += 1
+        return np.zeros((len(images), 1, 4))
+
+    clock = types.SimpleNamespace(monotonic=lambda: 3600.0 * hours[0])
+    monkeypatch.setattr("export.client.client.time", clock)
+    monkeypatch.setattr("export.client.regions._proposals", search)
+    client = Client("127.0.0.1:1", timeout=10)
+    client._transport = Transport()
+    client.predict("objects", [shapes.jpeg])
+    assert deadlines == [3600 + 10]
 
 
 @pytest.mark.parametrize("kind", ["grpc", "rest"])

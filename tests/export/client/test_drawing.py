@@ -50,6 +50,9 @@ def test_depth_has_the_colours_of_its_range_and_a_scale():
     assert drawing.legend[-1] == ("10 metres", (200, 100, 0))
     grey = draw({"depth": metres}, meaning)  # without colours: from white to black
     assert grey.map[0, :, 0].tolist() == [255, 191, 0]
+    far = draw({"depth": metres + 5}, {**meaning, "range": [5.0, 15.0]})
+    np.testing.assert_array_equal(far.map, grey.map)
+    assert [far.legend[i][0] for i in (0, -1)] == ["5 metres", "15 metres"]
 
 
 def test_classes_of_a_whole_image_are_the_best_names():
@@ -220,6 +223,8 @@ def test_objects_are_told_their_likely_attributes():
     drawing = answer(ask, "objects", answers)
     texts = [text for text, _ in drawing.legend]
     assert texts == ["1 vase 90%: red, round", "2 ball 30%: no attribute is likely"]
+    answers["kinds"] = {**ATTRIBUTES, "drawn_from": 0.3}
+    assert answer(ask, "objects", answers).legend[1][0] == "2 ball 30%: round"
     np.testing.assert_array_equal(asked.pop("kinds"), FOUND["boxes"][None, :2])
     assert asked == {"objects": None}
     assert drawn_with("kinds", answers) == "objects"
@@ -238,8 +243,17 @@ def test_boxes_lie_on_the_picture_which_is_large_enough_for_their_labels():
     assert page.getpixel((101, 147)) == colour  # the label's ground, above the box
 
 
+def test_the_likelier_of_two_boxes_is_above_the_other():
+    corners = (20, 30, 90, 70), (20, 30, 60, 60)
+    found = detections((corners[0], 1, 0.9), (corners[1], 0, 0.8))
+    drawing = draw(found, OBJECTS)
+    page = over(Image.new("RGB", (100, 80), "white"), drawing)
+    assert page.getpixel((100, 250)) == drawing.boxes[0].colour
+    assert page.getpixel((300, 250)) == drawing.boxes[1].colour
+
+
 def test_a_picture_of_16_bits_is_as_bright_under_a_map():
-    pixels = np.array([[0, 257, 128 * 257, 255 * 257]], "uint16")
+    pixels = np.array([[0, 0x1FF, 0x8000, 0xFFFE]], "uint16")
     meaning = {"kind": "classes", "colours": [[0, 0, 0]]}
     drawing = draw({"rooms": probabilities([[0]], count=1)}, meaning)
     file = io.BytesIO()

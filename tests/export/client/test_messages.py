@@ -124,6 +124,13 @@ def test_the_last_value_stands_for_those_that_follow():
     np.testing.assert_array_equal(messages.to_array(came), [1, 2, 2, 2])
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_bytes_go_in_the_order_of_tensorflow(order):
+    sent = messages.to_tensor(np.arange(3, dtype=f"{order}f4")).SerializeToString()
+    went = tf.make_ndarray(tensor_pb2.TensorProto.FromString(sent))
+    np.testing.assert_array_equal(went, [0, 1, 2])
+
+
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(ValueError, match="no tensors of datetime64"):
         messages.to_tensor(np.zeros(2, "datetime64[s]"))

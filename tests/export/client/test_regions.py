@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from export import meanings
 from export.client.regions import Pictures
@@ -37,6 +38,13 @@ def test_a_picture_of_the_models_size_is_given_as_it_is():
     inputs = Pictures([image], (48, 64), [[[1, 2, 3, 4]]]).inputs
     np.testing.assert_array_equal(inputs["image"][0], image)
     np.testing.assert_array_equal(inputs["rois"], [[[1, 2, 3, 4]]])
+
+
+def test_a_picture_is_made_smaller_as_the_signatures_of_files_do():
+    image = np.random.default_rng(0).integers(256, size=(90, 130, 3)).astype("uint8")
+    (given,) = Pictures([image], (48, 64), [[[1, 2, 3, 4]]]).inputs["image"]
+    resized = tf.image.resize(image, (44, 64), antialias=True).numpy()
+    np.testing.assert_array_equal(given[:44], resized.round())
 
 
 def test_boxes_come_back_in_pixels_of_each_picture():

@@ -78,6 +78,16 @@ def test_links_are_left_out_as_far_as_the_outputs_stay_within_epsilon(model, eps
         assert change(model, X, [*left_out, (i, j)]) > epsilon
 
 
+def test_links_that_change_too_much_together_are_not_all_left_out():
+    model = linear("layer")
+    unit = model.get_layer("cross_stitch_first")
+    unit.alpha.assign(np.full((3, 3), 0.01) + np.eye(3))
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    epsilon = 1.1 * max(change(model, X, [pair]) for pair in pairs)
+    left_out = [(link.i, link.j) for link in negligible_links(model, epsilon, X)]
+    assert change(model, X, pairs) > epsilon >= change(model, X, left_out)
+
+
 def test_the_model_is_as_it_was(model):
     before = model.get_weights()
     links = negligible_links(model, 0.05, X)

@@ -97,8 +97,11 @@ def test_a_type_without_json_is_told(tmp_path):
     )
 
 
-def test_how_it_was_made_goes_with_the_version(version):
+def test_how_it_was_made_goes_with_the_version(version, cheaper):
+    in_bfloat16 = json.loads((cheaper[0] / "assets.extra/export.json").read_text())
+    assert (in_bfloat16["dtype"], in_bfloat16["tolerance"]) == ("bfloat16", 1 / 16)
     about = json.loads((version / "assets.extra" / "export.json").read_text())
+    assert about["tolerance"] == 1e-5
     assert about["dtype"] == "float32"
     assert about["versions"]["keras"] == keras.__version__
 

@@ -91,6 +91,26 @@ def test_a_folder_that_goes_away_is_served_on(folder):
     assert served_by(model) == 1
 
 
+def test_versions_are_looked_for_again_after_that_failed(
+    folder, preview, wait_for, monkeypatch
+):
+    directory, add = folder
+    monkeypatch.setattr("export.preview.server.POLL_SECONDS", 0.05)
+    model = ServedModel("m", directory)
+    refresh, failures = model.refresh, [OSError("it changes while it is read")]
+    monkeypatch.setattr(
+        model, "refresh", lambda: refresh() if not failures else fail(failures.pop())
+    )
+    with preview(model):
+        wait_for(lambda: not failures)
+        add(2)
+        wait_for(lambda: served_by(model) == 2)
+
+
+def fail(error):
+    raise error
+
+
 def no_graph(version):
     (version / "saved_model.pb").unlink()
 
@@ -264,6 +284,16 @@ def test_labelled_versions_are_served_beside_the_latest(folder):
     model.refresh()
     assert state(model, 1)[0] == "END"
     assert served_by(model) == 4
+
+
+def test_versions_are_numbers_and_no_text(folder):
+    directory, add = folder
+    add(9)
+    add(10)
+    model = ServedModel("m", directory, {"stable": 9})
+    assert (served_by(model), labelled(model, "stable")) == (10, 9)
+    states = model.status(SPEC).model_version_status
+    assert [x.version for x in states] == [10, 9]
 
 
 def test_what_is_named_like_a_version_but_is_none_is_told_or_passed_over(folder):
