@@ -45,7 +45,8 @@ def collect(batches):
 
 def test_test_batches_are_the_examples_in_order(tiny, builder, tasks):
     examples = stored(builder, "test")
-    images, targets = collect(dense.test_batches(builder, tiny, tasks))
+    uneven = recipes.change(tiny, "training", batch_size=3)  # of 8
+    images, targets = collect(dense.test_batches(builder, uneven, tasks))
 
     np.testing.assert_array_equal(images, [x["image"] for x in examples])
     np.testing.assert_array_equal(
@@ -137,7 +138,29 @@ def test_a_crop_takes_the_same_part_of_image_and_targets(pass_, monkeypatch):
     for name in targets:
         same = targets[name] == nearest(whole[1][name])
         assert same.mean() > 0.99  # all but halves that float32 rounds otherwise
-    assert np.abs(images - nearest(whole[0])).mean() < 4
+    # Between pixels an image is a mean of them.
+    assert 1 < np.abs(images - nearest(whole[0])).mean() < 4
+
+
+def test_what_is_cropped_is_enlarged_by_its_share_of_the_image(tiny):
+    data = recipes.change(tiny, "data", smallest_crop=0.5).data
+    task = SimpleNamespace(flip=lambda x: x, enlarge=lambda target, shares: shares)
+    image = tf.zeros((4, 8, 8, 3))
+    draws = dense._draws(4, data, (1, 2))
+    _, targets = dense._augment(image, {"x": image}, data, {"x": task}, draws)
+
+    top, _, bottom, _ = draws[1].numpy().T
+    np.testing.assert_array_equal(targets["x"], bottom - top)
+
+
+def test_half_of_the_images_are_mirrored_and_tints_go_both_ways(tiny):
+    data = recipes.change(tiny, "data", colour=0.2).data
+    mirrored, _, tints = dense._draws(1000, data, (1, 2))
+
+    assert 0.45 < np.mean(mirrored) < 0.55
+    np.testing.assert_allclose(
+        np.quantile(tints, [0, 0.5, 1]), [-0.2, 0, 0.2], atol=0.02
+    )
 
 
 def test_crops_lie_inside_the_image_and_keep_its_shape():
@@ -181,7 +204,9 @@ def test_each_pass_has_other_order_and_flips_and_a_seed_repeats_them(builder, pa
     assert [index for index, _ in first] != [index for index, _ in second]
     assert [mirrored for _, mirrored in first] != [mirrored for _, mirrored in second]
     assert passes(seed=1) == (first, second)
-    assert passes(seed=2) != (first, second)
+    others, _ = passes(seed=2)
+    assert [index for index, _ in others] != [index for index, _ in first]
+    assert [mirrored for _, mirrored in others] != [mirrored for _, mirrored in first]
 
 
 def test_a_batch_is_that_of_its_step_wherever_the_steps_begin(pass_):
@@ -222,13 +247,13 @@ def test_images_without_labels_are_void(pass_, task, void):
 def test_a_mirrored_target_is_of_the_mirrored_image(finished, every):
     """To the pixel where each cell has a middle, and to the one beside it else."""
 
-    class Columns:  # a map of the numbers of its columns
+    class Places:  # a map of 1000 times a row's number, and its column's
         feature = "x"
         flip = staticmethod(lambda target: tf.reverse(target, [2]))
 
         def target(self, example):
             size = tf.shape(example["image"])
-            return tf.broadcast_to(tf.range(size[1]), size[:2])
+            return 1000 * tf.range(size[0])[:, None] + tf.range(size[1])
 
     width = 12 * every
     examples = [{"image": np.zeros((2 * every, width, 3), np.uint8)}] * 2
@@ -242,10 +267,12 @@ def test_a_mirrored_target_is_of_the_mirrored_image(finished, every):
     data = dataclasses.replace(
         finished.recipe.data, image_size=(2 * every, width), target_size=(2, 12)
     )
-    ((_, maps),) = dense._examples(builder, "train", data, {"x": Columns()}).batch(2)
-    columns = Columns.flip(maps["x"]).numpy()[0, 0]
-    off = columns - (width - 1 - maps["x"].numpy()[0, 0])
+    ((_, maps),) = dense._examples(builder, "train", data, {"x": Places()}).batch(2)
+    rows, columns = np.divmod(maps["x"].numpy()[0], 1000)
+    mirrored = Places.flip(maps["x"]).numpy()[0, 0] % 1000
+    off = mirrored - (width - 1 - columns[0])
     assert set(off) == {0 if every % 2 else -1}
+    np.testing.assert_array_equal(rows[:, 0] % every, columns[0, :2] % every)
 
 
 def test_labels_on_no_image_at_all_are_refused(tiny):

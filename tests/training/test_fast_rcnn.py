@@ -120,6 +120,25 @@ def test_a_frozen_trunk_is_frozen_and_built_once(on_backbone):
     assert {"detection_conv7", "attributes_conv7"} <= set(names)
 
 
+def test_rois_are_pooled_at_the_stride_of_each_map(on_backbone):
+    tower = towers.build(on_backbone, TASKS, 0)["detection"]
+    pooled = [tower.get_layer(f"{name}_pooled") for name in on_backbone.tower.pooled]
+
+    assert [layer.stride for layer in pooled] == [8, 32]
+
+
+def test_a_tower_of_regions_decays_and_is_normalised_as_its_recipe_says(on_alexnet):
+    recipe = recipes.change(on_alexnet, "tower", weight_decay=0.02)
+    tower = towers.build(recipe, TASKS, 0)["detection"]
+    kernels = [x.kernel for x in tower.layers if hasattr(x, "kernel")]
+
+    assert len(kernels) == 5 + 3
+    # The gradient of this is the decay times the kernel.
+    penalty = 0.02 / 2 * sum(np.sum(np.square(kernel)) for kernel in kernels)
+    np.testing.assert_allclose(sum(tower.losses), penalty, rtol=1e-5)
+    assert {"fc6_norm", "fc7_norm"} <= {layer.name for layer in tower.layers}
+
+
 def test_a_layer_that_the_backbone_lacks_is_named(on_backbone):
     for part in ({"pooled": ("block99_output",)}, {"frozen_to": "block99_output"}):
         wrong = recipes.change(on_backbone, "tower", **part)
@@ -217,7 +236,9 @@ def test_caffes_weights_compute_what_they_did(rng, tmp_path):
     np.testing.assert_allclose(
         conv5.predict(image, verbose=0), expected, rtol=1e-3, atol=1e-3
     )
-    np.testing.assert_array_equal(read["fc6"][0], weights["fc6"][0])
+    for name in ("fc6", "fc7"):
+        for ours, theirs in zip(read[name], weights[name], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_torchvisions_weights_are_laid_out_anew(rng, tmp_path):
@@ -261,6 +282,8 @@ def test_torchvisions_weights_are_laid_out_anew(rng, tmp_path):
     np.testing.assert_array_equal(
         read["fc7"][0], state["classifier.4.weight"].transpose()
     )
+    for name, theirs in (("conv2", "features.3"), ("fc7", "classifier.4")):
+        np.testing.assert_array_equal(read[name][1], state[f"{theirs}.bias"])
 
 
 def test_a_wider_layer_keeps_its_start_and_does_not_disturb(rng, monkeypatch):

@@ -8,14 +8,17 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import keras
 import numpy as np
 import pytest
+from tensorflow.python.framework import config
 
 from training import (
     batches,
@@ -83,6 +86,8 @@ def test_a_run_leaves_what_its_folder_promises(cross_stitch):
     assert "alpha/cross_stitch_relu4/normals_from_segmentation" in history[0]
     units = {"cross_stitch_relu4", "cross_stitch_relu7"}
     assert set(np.load(cross_stitch / "alpha.npz")) == units
+    made_with = json.loads((cross_stitch / "recipe.json").read_text())["made_with"]
+    assert made_with == {"replicas": 1, "versions": provenance.versions()}
     answers = json.loads((cross_stitch / "answers.json").read_text())
     assert answers["segmentation"]["names"][0] == "floor"
     assert len(answers["segmentation"]["colours"]) == 19
@@ -123,6 +128,30 @@ def test_the_commit_is_read_once_in_a_process(monkeypatch):
     monkeypatch.setattr(provenance, "_commit", lambda: "edited")
 
     assert provenance.of_this_process() == before
+
+
+def test_a_commit_that_is_edited_is_not_that_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    (tmp_path / "code.py").write_text("1")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init"], ["add", "."], [*who, "commit", "-m", "begin"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    commit = provenance._commit()
+    (tmp_path / "code.py").write_text("2")
+
+    assert len(commit) == 12
+    assert provenance._commit() == f"{commit}-dirty"
+
+
+def test_what_is_pooled_is_counted_for_all_proposals(tmp_path, monkeypatch):
+    recipe = recipes.find("voc2008")
+    monkeypatch.setattr(fitting.costs, "count", lambda model, free: {"free": free})
+    image = keras.Input((2,))
+    model = keras.Model(image, keras.layers.Dense(1)(image))
+    fitting._save(model, types.SimpleNamespace(tasks={}, recipe=recipe), tmp_path)
+
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert costs == {"free": recipe.data.proposals}
 
 
 def test_the_scores_by_class_are_those_of_the_mean(single_task):
@@ -222,6 +251,55 @@ def test_of_two_tasks_of_which_one_begins_as_the_other_each_has_its_own_rate():
 
     found = [[bool(re.search(x, layer)) for x in patterns] for layer in layers]
     np.testing.assert_array_equal(found, np.eye(4))
+
+
+def test_the_schedule_and_the_seed_are_those_of_the_run(experiment, train, monkeypatch):
+    seeds, rates = {}, []
+    build, make = towers.build, batches.dense.train_batches
+
+    def compiled(model, tasks, recipe, schedule):
+        rates.extend(float(schedule(step)) for step in (0, 3, 6))
+        return build_model(model, tasks, recipe, schedule)
+
+    def begin(self, epoch, logs=None):
+        seeds["backup"] = self.seed
+        assert config.is_op_determinism_enabled()
+        raise Stopped
+
+    def train_batches(examples, recipe, tasks, seed, *rest):
+        seeds["batches"] = seed
+        return make(examples, recipe, tasks, seed, *rest)
+
+    def towers_of(recipe, tasks, seed):
+        seeds["towers"] = seed
+        return build(recipe, tasks, seed)
+
+    build_model = fitting.compiled
+    monkeypatch.setattr(fitting, "compiled", compiled)
+    monkeypatch.setattr(callbacks.Backup, "on_epoch_begin", begin)
+    monkeypatch.setattr(batches.dense, "train_batches", train_batches)
+    monkeypatch.setattr(towers, "build", towers_of)
+    with pytest.raises(Stopped):
+        train(experiment, "single_task", seed=3)
+
+    assert seeds == {"towers": 3, "batches": 3, "backup": 3}
+    rate = experiment.recipe.single_task.learning_rate
+    np.testing.assert_allclose(rates, [rate, rate / 2, 0], atol=1e-7)  # of 3 epochs
+
+
+def test_each_seed_epoch_and_layer_has_its_own_chance(tmp_path):
+    x = image = keras.Input((2,))
+    for _ in range(2):
+        x = keras.layers.Dropout(0.5)(x)
+    found = set()
+    for seed in (0, 1):
+        backup = callbacks.Backup(tmp_path / "latest.npz", 1, seed)
+        backup.set_model(keras.Model(image, x))
+        for epoch in (0, 1):
+            backup.on_epoch_begin(epoch)
+            found |= {tuple(np.array(x)) for x in backup._random_states()}
+
+    assert len(found) == 2 * 2 * 2
 
 
 def test_a_finished_run_is_not_run_again(finished, cross_stitch, train):
@@ -577,6 +655,23 @@ def test_a_run_depends_on_its_codewords(finished, tmp_path):
     assert changed == ["tasks.normals"]
 
 
+def test_a_run_depends_on_what_its_backbone_holds_and_not_where(finished, tmp_path):
+    moved = tmp_path / "moved.keras"
+    other = with_(finished, "tower", backbone=moved)
+    before = finished.depends_on("single_task", 0)
+    whole = finished.recipe.tower.backbone.read_bytes()
+    moved.write_bytes(whole)
+    assert other.depends_on("single_task", 0) == before
+    renamed = dataclasses.replace(other.recipe, name="other")
+    renamed = dataclasses.replace(other, recipe=renamed)
+    assert renamed.digest == other.digest == finished.digest
+
+    moved.write_bytes(whole + b"x")
+    changed = runs._differences(before, other.depends_on("single_task", 0))
+    assert changed == ["tower.backbone"]
+    assert other.digest != finished.digest
+
+
 def test_a_run_depends_on_the_features_that_it_reads(finished):
     depends = finished.depends_on("single_task", 0)
     assert set(depends["examples"]) == {"image", "normals", "segmentation"}
@@ -616,6 +711,15 @@ def test_a_diverging_run_stops_with_a_message(experiment, train):
     with pytest.raises(FloatingPointError, match=r"rate is too high.*first variable"):
         train(diverging, "single_task")
     assert not (experiment.folder("single_task", 0) / "model.keras").exists()
+
+
+def test_what_diverged_in_the_last_step_of_an_epoch_is_not_kept(experiment, train):
+    diverging = with_(experiment, "single_task", learning_rate=float("inf"))
+    diverging = with_(diverging, "training", batch_size=16)  # one step an epoch
+
+    with pytest.raises(FloatingPointError, match="last step of epoch 0 was too large"):
+        train(diverging, "single_task")
+    assert not (experiment.folder("single_task", 0) / "backup").exists()
 
 
 def test_what_would_fail_late_is_found_before_training(finished):

@@ -433,6 +433,28 @@ def test_data_prepared_from_other_files_are_refused(folder, tmp_path):
     assert digest(prepare_recipe(folder, tmp_path)) != before
 
 
+def test_files_are_the_same_by_their_names_sizes_and_times(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("whole")
+        os.utime(tmp_path / name, (0, 1000))
+    before = prepared.fingerprint(tmp_path)
+    prepared._check_same(tmp_path, before, tmp_path)
+
+    def shorten():
+        (tmp_path / "a").write_text("part")
+        os.utime(tmp_path / "a", (0, 1000))
+
+    for change, count in (
+        (shorten, 1),
+        (lambda: os.utime(tmp_path / "b", (0, 1001)), 2),
+        ((tmp_path / "c").touch, 3),
+        ((tmp_path / "a").unlink, 3),
+    ):
+        change()
+        with pytest.raises(ValueError, match=rf" now: {count} differ in name, size or"):
+            prepared._check_same(tmp_path, before, tmp_path)
+
+
 def test_data_whose_preparation_was_stopped_are_prepared_anew(folder, tmp_path):
     builder = prepare_recipe(folder, tmp_path)
     (builder.data_path / "prepared_from.json").unlink()
@@ -468,6 +490,9 @@ def release(tmp_path):
     }
     halved["images"][1, 0] = 200  # one image is redder
     full = {name: array.repeat(2, -1).repeat(2, -2) for name, array in halved.items()}
+    # Of labels and depth every other pixel is taken, and no mean.
+    for name, other in (("depths", 3.0), ("labels", 894)):
+        full[name][:, 1::2] = full[name][..., 1::2] = other
     # Stripes that only averaging removes.
     full["images"][..., ::2] += 20
     full["images"][..., 1::2] -= 20

@@ -141,15 +141,40 @@ def test_deltas_move_a_roi_to_its_object():
     np.testing.assert_array_equal(target[1], np.zeros(5))
 
 
-def test_train_batches_are_the_images_and_boxes_mirrored_together(rooms, two_passes):
-    images, known = rooms.train_examples
-    images, known = images.numpy(), {k: v.numpy() for k, v in known.items()}
-    inputs, targets = two_passes
+def found_in(rooms, inputs):
+    """Of each image of batches, (the number of its example, whether it is mirrored)."""
     by_image = {}
-    for n, image in enumerate(images):
+    for n, image in enumerate(rooms.train_examples[0].numpy()):
         by_image[image.tobytes()] = n, False
         by_image[image[:, ::-1].tobytes()] = n, True
-    found = [by_image[x.astype("uint8").tobytes()] for x in inputs["image"]]
+    return [by_image[x.astype("uint8").tobytes()] for x in inputs["image"]]
+
+
+def test_each_seed_and_each_pass_has_its_own_order_and_flips(rooms, two_passes):
+    with_other_seed = regions.train_batches(
+        rooms.train_examples, rooms.recipe, rooms.tasks, 4, range(4)
+    )
+    found = found_in(rooms, two_passes[0]), found_in(rooms, collect(with_other_seed)[0])
+    first, second, other = found[0][:16], found[0][16:], found[1]
+
+    for part in (0, 1):  # the number, and whether it is mirrored
+        parts = {tuple(x[part] for x in of) for of in (first, second, other)}
+        assert len(parts) == 3
+
+
+def test_half_of_the_images_are_mirrored():
+    image = tf.tile(tf.reshape([0.0, 1.0], (1, 1, 2, 1)), (1000, 1, 1, 1))
+    none = dict.fromkeys(("boxes", "proposals"), tf.zeros((1000, 0, 4)))
+    mirrored, _ = regions._mirror(image, none, (1, 2))
+
+    assert 0.45 < np.mean(mirrored[:, 0, 0, 0]) < 0.55
+
+
+def test_train_batches_are_the_images_and_boxes_mirrored_together(rooms, two_passes):
+    _, known = rooms.train_examples
+    known = {k: v.numpy() for k, v in known.items()}
+    inputs, targets = two_passes
+    found = found_in(rooms, inputs)
 
     assert sorted(n for n, _ in found[:16]) == list(range(16))
     assert {mirrored for _, mirrored in found} == {False, True}
@@ -193,7 +218,8 @@ def test_the_rows_of_a_worker_are_those_of_the_whole_batch(rooms, two_passes):
 
 def test_each_task_is_tested_on_the_boxes_that_it_asks_for(rooms):
     stored = list(tfds.as_numpy(rooms.builder.as_dataset(split="test")))
-    passes = batches.test_passes(rooms.builder, rooms.recipe, rooms.tasks)
+    uneven = recipes.change(rooms.recipe, "training", batch_size=3)  # of 8
+    passes = batches.test_passes(rooms.builder, uneven, rooms.tasks)
     (detection, on_proposals), (attributes, on_objects) = passes
 
     assert (list(detection), list(attributes)) == (["detection"], ["attributes"])

@@ -67,6 +67,29 @@ def test_equal_seeds_render_equal_scenes():
     np.testing.assert_equal(first["objects"], second["objects"])
 
 
+def test_rooms_are_those_that_published_runs_have_seen():
+    """Another way to draw them needs another version of the data set."""
+    rooms = [
+        scenes.render(np.random.default_rng([zlib.crc32(b"train"), k])) for k in (0, 1)
+    ]
+    names = [[OBJECT_CLASSES[x["label"]] for x in room["objects"]] for room in rooms]
+    occluded = ATTRIBUTES.index("occluded")
+
+    assert scenes.Scenes.VERSION == "1.1.0"
+    assert names == [
+        ["cabinet", "table", "chair", "crate", "vase"],
+        ["door", "cabinet", "shelf", "window", "picture", "box", "box", "rug", "rug"],
+    ]
+    assert [x["attributes"][occluded] for x in rooms[1]["objects"]] == [
+        *(0, 0, 0, 0, 0, 0, 1, 0, 1)
+    ]
+    means = [room["image"].mean(axis=(0, 1)) for room in rooms]
+    expected = [[185.03, 143.31, 116.27], [144.75, 116.78, 126.34]]
+    np.testing.assert_allclose(means, expected, atol=0.1)
+    depths = [room["depth"].mean() for room in rooms]
+    np.testing.assert_allclose(depths, [2.2830, 3.9449], atol=1e-3)
+
+
 def test_every_class_occurs_with_a_long_tail(rendered):
     pixels = np.stack([scene["segmentation"] for scene in rendered])
     counts = np.bincount(pixels.ravel(), minlength=256)
@@ -200,6 +223,13 @@ def test_objects_and_segmentation_agree(rendered):
             labels = scene["segmentation"][scene["instances"] == index]
             label = CLASSES.index(OBJECT_CLASSES[thing["label"]])
             assert set(labels) <= {label, VOID}
+
+
+def test_outlines_are_void(rendered):
+    for scene in rendered:
+        ids, classes = scene["instances"], scene["segmentation"]
+        assert (classes[:-1][ids[:-1] != ids[1:]] == VOID).all()
+        assert (classes[:, :-1][ids[:, :-1] != ids[:, 1:]] == VOID).all()
 
 
 @pytest.mark.parametrize(

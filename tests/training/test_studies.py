@@ -134,6 +134,11 @@ def test_what_was_tried_is_told_best_first(scenes):
         ("single_task_as_long", 0.0),
         (planned[2].method, pytest.approx(-10.0)),
     ]
+    of_two = studies.plan(scenes, "search", [0, 1])
+    with_other_seed = of_two[len(planned) :]
+    finish(with_other_seed[0], 50.0)
+    finish(with_other_seed[1], 57.0)
+    assert studies.best_first(of_two)[0] == (planned[1].method, pytest.approx(6.0))
 
 
 def test_label_fractions_are_recipes_of_their_own(scenes):
@@ -255,6 +260,7 @@ def test_raw_values_are_tidy_and_other_runs_values_stay(scenes, tmp_path):
         ("split@conv3", "0"): "50.0",
         ("split@score", "7"): "50.0",
     }
+    assert len([x for x in rows(path) if x["metric"] == "miou"]) == len(found)
     # Of the baseline that has changed, too; and seed 7 lacks one.
     found = {x["method"]: x["value"] for x in rows(path) if x["metric"] == "delta_m"}
     assert found == {"split@conv2": "-8.333", "split@conv3": "-8.333"}

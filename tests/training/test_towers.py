@@ -134,6 +134,17 @@ def test_a_backbone_is_identified_by_what_it_is_not_where(pretrained, tmp_path):
     assert same != towers.identity(there.tower)
 
 
+def test_weights_are_identified_by_what_they_are(tmp_path):
+    path = tmp_path / "alexnet.npz"
+    path.write_bytes(b"weights")
+    recipe = recipes.change(recipes.find("voc2008_alexnet"), "tower", weights=path)
+    before = towers.identity(recipe.tower)
+    path.write_bytes(b"others")
+
+    assert before.keys() == {"weights"}
+    assert towers.identity(recipe.tower) != before
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -205,6 +216,28 @@ def test_layers_of_another_backbone_are_found_by_stride(mobilenet, tasks):
     assert found.best_split in found.splits
     for at in found.splits:
         split(built, at=at)
+
+
+def test_what_is_filled_up_moves_nothing(tasks, tmp_path):
+    """A bright square is answered where it is, below and right of what is dark."""
+    image = keras.Input((None, None, 3))
+    mean = keras.layers.Conv2D(1, 32, 32, kernel_initializer="ones", name="conv")(image)
+    keras.Model(image, mean).save(tmp_path / "mean.keras")
+    recipe = recipes.find("nyuv2_pretrained", toy=True)
+    recipe = recipes.change(recipe, "data", image_size=(80, 112), target_size=(40, 56))
+    tower = {"backbone": tmp_path / "mean.keras", "frozen_to": "conv"}
+    recipe = recipes.change(recipe, "tower", **tower, pixel_range=(0.0, 255.0))
+    built = towers.build(recipe, tasks, 0)["normals"]
+    score = built.get_layer("score")
+    score.set_weights([np.ones_like(x) for x in score.get_weights()])
+    square = np.zeros((1, 80, 112, 3))
+    square[:, 32:64, 32:64] = 9.0
+
+    answer = built.predict(square, verbose=0)[0, ..., 0] - 1
+    for axis in (0, 1):
+        profile = answer.sum(axis=1 - axis)
+        centre = profile @ (np.arange(len(profile)) + 0.5) / profile.sum()
+        assert centre == pytest.approx(48 / 2, abs=0.1)
 
 
 def test_regions_are_pooled_from_what_is_found(mobilenet):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from training import recipes
+from training.batches import regions
 from training.datasets import proposals, voc2008
 from training.datasets.voc2008 import ATTRIBUTES, CLASSES, Voc2008
 
@@ -284,6 +286,23 @@ def test_proposals_are_searched_once_and_their_recall_is_told(builder, capsys):
     assert "recall at IoU 0.5: 1.000" in told
     proposals.prepare(builder, ("train", "test"))
     assert not capsys.readouterr().out
+
+
+def test_what_is_difficult_and_how_many_proposals_reach_the_batches(
+    builder, monkeypatch
+):
+    few = recipes.change(recipes.find("voc2008"), "data", proposals=3).data
+    found = np.tile(np.float32([0, 0, 0.5, 1]), (2, 9, 1))
+    monkeypatch.setattr(proposals.np, "load", lambda path: found)
+    examples = list(regions._examples(builder, "train", few))
+
+    difficult = {
+        CLASSES[k]: bool(x)
+        for _, found in examples
+        for k, x in zip(found["labels"], found["difficult"], strict=True)
+    }
+    assert difficult == {"dog": False, "person": True, "train": False}
+    assert [len(found["proposals"]) for _, found in examples] == [3, 3]
 
 
 def test_recall_is_the_share_of_objects_that_a_proposal_overlaps(builder, monkeypatch):

@@ -102,6 +102,19 @@ def test_alphas_of_one_epoch_are_points():
     assert [marker for marker, _ in drawn(2)] == ["None", "None"]
 
 
+def test_each_task_has_its_own_alphas():
+    history = {
+        ("pool1", task, source): [10.0 * i + j]
+        for i, task in enumerate("ab")
+        for j, source in enumerate("ab")
+    }
+    drawn = [
+        [line.get_ydata()[0] for line in axes.lines]
+        for axes in figures.alphas_by_epoch(history).axes
+    ]
+    assert drawn == [[0, 1], [10, 11]]
+
+
 @pytest.mark.parametrize("shape", [(3, 3, 5), (2, 2)])
 def test_alpha_is_drawn_from_what_a_run_has_saved(shape):
     rng = np.random.default_rng(0)
@@ -143,11 +156,16 @@ def test_classes_are_ordered_by_frequency_with_the_rank_correlation():
     names = [f"class {i}" for i in range(9)]
     ranks = np.corrcoef(rankdata(gains), rankdata(pixels))[0, 1]
 
-    above, below = figures.per_class("IoU", names, gains, pixels).axes
+    deviations = rng.uniform(1, 2, 9)
+    figure = figures.per_class("IoU", names, gains, pixels, deviations)
+    above, below = figure.axes
 
     order = np.argsort(-pixels)
     assert [x.get_text() for x in below.get_xticklabels()] == [names[i] for i in order]
     np.testing.assert_allclose([x.get_height() for x in below.patches], gains[order])
+    _, _, (bars,) = below.containers[0].lines
+    ends = np.array(bars.get_segments())[..., 1]
+    np.testing.assert_allclose(np.ptp(ends, axis=1), 2 * deviations[order])
     colours = [VERMILION if gain < 0 else BLUE for gain in gains[order]]
     assert [x.get_facecolor()[:3] for x in below.patches] == [*map(to_rgb, colours)]
     shares = [x.get_height() for x in above.patches]

@@ -7,11 +7,18 @@ import shutil
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from training.files import Row
 from training.study import recorded
-from training.study.report import _splits, write_report
+from training.study.report import (
+    _alphas,
+    _classes,
+    _label_fractions,
+    _splits,
+    write_report,
+)
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -269,6 +276,78 @@ def test_splits_stand_beside_the_paper_s_in_its_metric(monkeypatch):
     _, panels, published = asked[0]
     assert panels == [("attributes", "mean_ap"), ("detection", "mean_ap_voc2008")]
     assert set(panels) == set(published)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """`asked(name)`: the list of what that figure is asked for, and not drawn."""
+    monkeypatch.setattr("training.study.report._picture", lambda *_: None)
+
+    def of_figure(name):
+        calls = []
+        place = f"training.study.figures.{name}"
+        monkeypatch.setattr(place, lambda *x: calls.append(x))
+        return calls
+
+    return of_figure
+
+
+def test_alphas_stand_under_the_tasks_that_they_are_of(runs, asked):
+    calls = asked("alpha")
+    methods = recorded.by_method(runs / "nyuv2")
+    _alphas(methods)
+    by_epoch = methods["cross_stitch"][0].alphas_by_epoch
+
+    # alpha's axes are the tasks in sorted order, which the answers are not
+    assert [tasks for _, tasks in calls] == [["normals", "segmentation"]]
+    assert list(methods["cross_stitch"][0].json("answers")) != calls[0][1]
+    pair = ("cross_stitch_pool1", "normals", "segmentation")
+    assert by_epoch[pair] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_classes_change_seed_by_seed_and_are_counted_in_train(runs, asked):
+    calls = asked("per_class")
+    methods = recorded.by_method(runs / "nyuv2")
+    ours, theirs = methods["cross_stitch"], methods["single_task_longer"]
+    known = recorded.class_changes(ours, reversed(theirs))
+    ((key, (classes, changes, counts)),) = known.items()
+    miou = [
+        [run.json("metrics")["segmentation"]["miou"] for run in of_method]
+        for of_method in (ours, theirs)
+    ]
+    # The i-th class gains i times 0.5, and every class what the seed's luck gives.
+    luck = 2 * np.subtract(*miou) - 0.5
+    expected = np.add.outer(luck, 0.5 * np.arange(5))
+
+    assert (key, len(classes)) == (("segmentation", "iou"), 5)
+    np.testing.assert_allclose(changes, expected, atol=1e-9)
+    np.testing.assert_array_equal(counts, 10.0 ** np.arange(1, 6))  # not of test
+    _classes(methods)
+    ((_, _, gains, _, deviations),) = calls
+    np.testing.assert_allclose(gains, expected.mean(0), atol=1e-9)
+    np.testing.assert_allclose(deviations, expected.std(0, ddof=1), atol=1e-9)
+
+
+def test_label_fractions_begin_with_the_task_that_lacks_labels(
+    runs, asked, monkeypatch
+):
+    calls = asked("label_fraction")
+    told = recorded.label_fraction
+    monkeypatch.setattr(recorded, "label_fraction", lambda x: ("normals", told(x)[1]))
+    folders = [runs / f"scenes-labels{percent}" for percent in (10, 50)]
+    _label_fractions({x: recorded.by_method(x) for x in folders})
+
+    ((by_share, panels),) = calls
+    assert [task for task, _ in panels] == ["normals", "segmentation"]
+    assert list(by_share) == [0.1, 0.5]
+
+
+def test_an_ensemble_took_the_time_of_both_its_networks(runs, tmp_path):
+    for method, seed in (("single_task", 0), ("split@conv2", 1000)):  # 6 and 4 epochs
+        target = tmp_path / "single_task" / f"seed{seed}"
+        shutil.copytree(runs / "nyuv2" / method / "seed0", target)
+
+    assert recorded.Run(tmp_path / "ensemble/seed0").costs == {"seconds": 10 * 60}
 
 
 def test_large_costs_are_numbers_that_the_table_sorts():

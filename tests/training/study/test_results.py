@@ -94,6 +94,25 @@ def test_the_best_is_marked_where_its_interval_excludes_zero(metric, ours, marke
     assert not known["single_task_longer"].best
 
 
+def test_what_is_neither_better_nor_worse_is_not_compared():
+    """Nor does it count among the differences that are told apart from chance."""
+    names = ("single_task_as_long", "hard_sharing", "cross_stitch_from_start")
+    values = {name: [20 + k, 21 + k, 22.1 + k] for k, name in enumerate(names)}
+    (table,) = statistics(rows_of(values, "pixels"))
+
+    assert (table.baselines, table.rivals) == ({}, {})
+
+
+def test_equal_values_differ_by_nothing_and_equal_differences_are_certain():
+    def of(*ours):
+        values = {"single_task_longer": [20, 21, 22], "cross_stitch": ours}
+        return cells(values)["cross_stitch"]
+
+    same, moved = of(20, 21, 22), of(21, 22, 23)
+    assert (same.difference.p, same.certain) == (1, False)
+    assert (moved.difference.p, moved.certain) == (0, True)
+
+
 def test_a_method_that_another_one_beats_is_not_marked():
     values = {
         "single_task_longer": [20, 21, 22],
