@@ -198,21 +198,18 @@ def _numbers(values: np.ndarray, meaning: Meaning) -> Drawing:
     low, high = meaning["range"]
     given = meaning.get("colours", [])
     colours = np.array(given if len(given) > 1 else [[255] * 3, [0] * 3], "float32")
-    place = (values - low) / (high - low) * (len(colours) - 1)  # (H, W)
-    place = np.nan_to_num(place)
-    image = np.stack(
-        [np.interp(place, np.arange(len(colours)), x) for x in colours.T], axis=-1
-    )
-    ends = np.linspace(0, len(colours) - 1, 5).round().astype(int)
+    steps = np.linspace(low, high, len(colours))
+
+    def painted(numbers: np.ndarray) -> np.ndarray:
+        parts = [np.interp(numbers, steps, x) for x in colours.T]
+        return np.stack(parts, axis=-1).round().astype("uint8")
+
+    told = np.linspace(low, high, 5)
     legend = [
-        (
-            f"{low + (high - low) * k / (len(colours) - 1):.3g} "
-            f"{meaning.get('units', '')}".strip(),
-            tuple(int(x) for x in colours[k]),
-        )
-        for k in ends
+        (f"{number:.3g} {meaning.get('units', '')}".strip(), tuple(colour))
+        for number, colour in zip(told, painted(told).tolist(), strict=True)
     ]
-    return Drawing(image.round().astype("uint8"), legend=legend)
+    return Drawing(painted(np.nan_to_num(values, nan=low)), legend=legend)
 
 
 def _rows(

@@ -46,8 +46,9 @@ def test_depth_has_the_colours_of_its_range_and_a_scale():
 
     np.testing.assert_array_equal(drawing.map[0], [[0] * 3, [50, 25, 0], [200, 100, 0]])
     np.testing.assert_array_equal(drawing.map[1, :2], [[0] * 3, [200, 100, 0]])
-    assert drawing.legend[0] == ("0 metres", (0, 0, 0))
-    assert drawing.legend[-1] == ("10 metres", (200, 100, 0))
+    texts, colours = zip(*drawing.legend, strict=True)
+    assert texts == tuple(f"{x} metres" for x in ("0", "2.5", "5", "7.5", "10"))
+    assert colours == tuple((50 * k, 25 * k, 0) for k in range(5))
     grey = draw({"depth": metres}, meaning)  # without colours: from white to black
     assert grey.map[0, :, 0].tolist() == [255, 191, 0]
     far = draw({"depth": metres + 5}, {**meaning, "range": [5.0, 15.0]})
