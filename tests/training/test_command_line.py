@@ -224,7 +224,7 @@ def test_rows_of_another_recipe_are_found_before_training(demo, tmp_path, monkey
     result = training(*study, "--runs", folder.parent, "--results", tmp_path)
 
     assert result.exit_code == 2
-    assert "Of another are: single_task, seed 7. Make" in result.stderr
+    assert "Of another, or unknown, are: single_task, seed 7. Make" in result.stderr
     assert trained == []
 
 

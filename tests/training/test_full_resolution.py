@@ -62,7 +62,7 @@ def run(tmp_path_factory):
         logits[name] = layers.Identity(name=f"{name}_logits")(x)
     model = keras.Model(image, logits)
     runs.claim(path, experiment.depends_on("hard_sharing", 0))
-    fitting._save(fitting.answering(model, experiment.tasks), experiment.tasks, path)
+    fitting._save(fitting.answering(model, experiment.tasks), experiment, path)
     (path / "metrics.json").write_text("{}")
     return path, model
 
