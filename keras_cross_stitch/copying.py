@@ -83,7 +83,7 @@ def carry_over(layer: Any, copy: Any) -> None:
     for original, copied in pairs(layer, copy):
         # From the outside in, since setting it sets it for all that is within.
         copied.trainable = original.trainable
-    for weight, copied in zip(_in_order_of(copy, layer), copy.weights, strict=True):
+    for weight, copied in zip(weights, copy.weights, strict=True):
         if copied.trainable != weight.trainable:
             copied.trainable = weight.trainable
 
